@@ -1,0 +1,39 @@
+"""The runtime: any PyTorch function as a set of graphs, captured once and replayed ever after."""
+
+from graphmode.graph.backends.base import Backend, Capabilities, available_backends, get_backend
+from graphmode.graph.buckets import make_buckets
+from graphmode.graph.dispatch import Decision, GraphKey, Mode, Reason
+from graphmode.graph.errors import (
+    BackendError,
+    CaptureError,
+    GraphModeError,
+    InputError,
+    StaleAddressError,
+    UnsupportedOpError,
+)
+from graphmode.graph.inputs import Input
+from graphmode.graph.program import outside_graph
+from graphmode.graph.runner import GraphRunner
+from graphmode.graph.stats import RunnerStats
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Capabilities",
+    "CaptureError",
+    "Decision",
+    "GraphKey",
+    "GraphModeError",
+    "GraphRunner",
+    "Input",
+    "InputError",
+    "Mode",
+    "Reason",
+    "RunnerStats",
+    "StaleAddressError",
+    "UnsupportedOpError",
+    "available_backends",
+    "get_backend",
+    "make_buckets",
+    "outside_graph",
+]

@@ -1,0 +1,381 @@
+"""A real CPU backend: it records the operator calls of a function into a flat program and replays that.
+
+Views are computed once, at capture. Operators that compute write into the memory that they wrote at capture, by their
+``out=`` variants where those exist. After recording, memory is planned: results that are never alive together share a
+place in the pool, and graphs share the pool, so that it has the size of the largest graph.
+
+A replay reads what lies in memory then, as a device graph does, and nothing else: Python scalars, shapes and addresses
+are those of the capture.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
+from heapq import heappop, heappush
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from graphmode.graph.backends.base import Capabilities
+from graphmode.graph.guard import tensors_in
+from graphmode.graph.staging import Event
+
+ALIGNMENT = 64
+
+
+@dataclass
+class CpuPool:
+    """Memory that the graphs share. It grows when a larger graph comes; earlier graphs keep what they have."""
+
+    storage: torch.UntypedStorage = field(default_factory=lambda: torch.UntypedStorage(0))
+    retired: int = 0
+
+    def reserve(self, nbytes: int) -> torch.UntypedStorage:
+        """Return a storage of at least ``nbytes``."""
+        if self.storage.nbytes() < nbytes:
+            self.retired += self.storage.nbytes()
+            self.storage = torch.UntypedStorage(nbytes)
+        return self.storage
+
+
+class _Done:
+    """An event of a device that has always finished."""
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class CpuBackend:
+    """Graphs on the CPU."""
+
+    capabilities = Capabilities(runs_while_capturing=True, shared_pool=True, random=True, pinned_host_memory=False)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = torch.device(device.type)
+
+    def make_pool(self) -> CpuPool:
+        return CpuPool()
+
+    def recording(self, pool: CpuPool) -> CpuRecording:
+        return CpuRecording(pool)
+
+    def capture_stream(self) -> nullcontext[None]:
+        return nullcontext()
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def event(self) -> Event:
+        return _Done()
+
+    def synchronize(self) -> None:
+        pass
+
+    def memory_used(self, pool: CpuPool) -> int:
+        return pool.storage.nbytes() + pool.retired
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One operator call of the program.
+
+    Attributes:
+        run: makes the call.
+        memory: keys of the memory made while recording that it reads or writes.
+    """
+
+    run: Callable[[], object]
+    memory: frozenset[int]
+
+
+@dataclass
+class Made:
+    """Memory that an operator made while recording.
+
+    Attributes:
+        start: the instruction before which it came to be, counted over the whole program.
+        nbytes: its size.
+        own: the tensors over it that instructions use.
+        theirs: the tensors over it that the recorded code got. While one of them is alive, the memory may be read by
+            what runs between segments, or after the last.
+    """
+
+    start: int
+    nbytes: int
+    own: list[torch.Tensor] = field(default_factory=list)
+    theirs: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return all tensors over it that are alive."""
+        return self.own + [tensor for ref in self.theirs if (tensor := ref()) is not None]
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """When memory must hold its value: from ``start`` to ``end``, both included, in instructions of the program."""
+
+    start: int
+    end: int
+    nbytes: int
+
+
+@dataclass
+class Tape:
+    """A segment: operator calls in order."""
+
+    instructions: list[Instruction] = field(default_factory=list)
+    _calls: list[Callable[[], object]] = field(default_factory=list)
+
+    def seal(self) -> None:
+        """Make ready to replay."""
+        self._calls = [instruction.run for instruction in self.instructions]
+
+    def replay(self) -> None:
+        for call in self._calls:
+            call()
+
+
+class CpuRecording:
+    """One function being recorded, segment by segment."""
+
+    def __init__(self, pool: CpuPool) -> None:
+        self._pool = pool
+        self._mode = _TapeMode()
+        self._tapes: list[Tape] = []
+
+    @contextmanager
+    def installed(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
+        with self._mode:
+            yield
+
+    def begin(self) -> None:
+        self._mode.tape = Tape()
+
+    def end(self) -> Tape:
+        tape = self._mode.close()
+        self._tapes.append(tape)
+        return tape
+
+    def abort(self) -> None:
+        self._mode.tape = None
+
+    def finish(self) -> None:
+        offsets, nbytes = plan_memory(self._mode.lifetimes())
+        storage = self._pool.reserve(nbytes)
+        for key, offset in offsets.items():
+            for tensor in self._mode.made[key].tensors():
+                start = offset // tensor.dtype.itemsize
+                tensor.set_(storage, tensor.storage_offset() + start, tensor.size(), tensor.stride())
+        self._mode.made.clear()
+
+
+class _TapeMode(TorchDispatchMode):
+    """Writes every operator call to the open tape. The guard stands above it: composite operators never come here.
+
+    Instructions use tensors of the tape's own, so that what the recorded code still holds is told apart from what only
+    the tape does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape: Tape | None = None
+        self.made: dict[int, Made] = {}
+        self._own = WeakIdKeyDictionary()
+        self._last_use: dict[int, int] = {}
+        self._position = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.tape is not None:
+            self._write(self.tape, func, args, kwargs, result)
+        return result
+
+    def _write(self, tape: Tape, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: object) -> None:
+        known = {_key(tensor) for tensor in tensors_in((args, kwargs))}
+        results, fresh = [], []
+        for tensor in tensors_in(result):
+            key = _key(tensor)
+            if key not in known:
+                self.made.setdefault(key, Made(self._position, tensor.untyped_storage().nbytes()))
+                fresh.append(self._owned(tensor))
+            results.append(self._owned(tensor))
+        run = _instruction(func, self._owned_in(args), self._owned_in(kwargs), results, fresh)
+        if run is not None:
+            memory = frozenset(key for key in known | {_key(tensor) for tensor in fresh} if key in self.made)
+            tape.instructions.append(Instruction(run, memory))
+            self._last_use.update(dict.fromkeys(memory, self._position))
+            self._position += 1
+
+    def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tape's own tensor for one over memory made while recording; others stand for themselves."""
+        memory = self.made.get(_key(tensor))
+        if memory is None:
+            return tensor
+        own: torch.Tensor | None = self._own.get(tensor)
+        if own is None:
+            own = self._own[tensor] = tensor.detach()
+            memory.own.append(own)
+            memory.theirs.append(weakref.ref(tensor))
+        return own
+
+    def _owned_in(self, tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return self._owned(tree)
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(map(self._owned_in, tree))
+        if isinstance(tree, dict):
+            return {name: self._owned_in(leaf) for name, leaf in tree.items()}
+        return tree
+
+    def close(self) -> Tape:
+        """End the open tape. Memory that Python holds now may be read before the next one, so it lives until then."""
+        tape, self.tape = self.tape, None
+        assert tape is not None
+        tape.seal()
+        held = [key for key, memory in self.made.items() if any(ref() is not None for ref in memory.theirs)]
+        self._last_use.update(dict.fromkeys(held, self._position))
+        self._position += 1
+        return tape
+
+    def lifetimes(self) -> dict[int, Lifetime]:
+        """Return the lifetime of all memory that was made, by its key."""
+        return {
+            key: Lifetime(memory.start, self._last_use.get(key, memory.start), memory.nbytes)
+            for key, memory in self.made.items()
+        }
+
+
+def _key(tensor: torch.Tensor) -> int:
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def _instruction(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: list[torch.Tensor], fresh: list[torch.Tensor]
+) -> Callable[[], object] | None:
+    """Return the call that makes at replay what ``func(*args, **kwargs)`` made at capture; None where it is nothing.
+
+    Args:
+        results: the tensors that the call returned.
+        fresh: those among them in memory of their own, which the replay writes.
+    """
+    if not fresh:
+        changes_memory = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
+        return partial(func._op, *args, **kwargs) if changes_memory or not func._schema.returns else None
+    if func.overloadpacket in _UNINITIALISED:
+        return None
+    if func is torch.ops.aten._to_copy.default:
+        return partial(fresh[0].copy_, args[0])
+    out = _out_variant(func)
+    if out is None or len(fresh) != len(results):
+        return partial(_run_and_copy, func, args, kwargs, results, fresh)
+    overload, names, dropped = out
+    kept = {name: value for name, value in kwargs.items() if name not in dropped}
+    return partial(overload._op, *args, **kept, **dict(zip(names, results, strict=True)))
+
+
+_UNINITIALISED = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+}
+_FACTORY_OPTIONS = frozenset({"dtype", "layout", "device", "pin_memory"})
+
+
+@cache
+def _out_variant(func: Any) -> tuple[Any, tuple[str, ...], frozenset[str]] | None:
+    """Return the overload of ``func`` that writes into given tensors, their names, and arguments that it does without.
+
+    Only a factory, which reads no tensor, does without its options: the given tensor has them.
+    """
+    schema = func._schema
+    wanted = [(argument.name, str(argument.type)) for argument in schema.arguments]
+    factory = not any("Tensor" in kind for _, kind in wanted)
+    if any(str(returned.type) != "Tensor" for returned in schema.returns):
+        return None
+    for name in func.overloadpacket.overloads():
+        candidate = getattr(func.overloadpacket, name)
+        outs = tuple(argument.name for argument in candidate._schema.arguments if argument.is_out)
+        rest = [(argument.name, str(argument.type)) for argument in candidate._schema.arguments if not argument.is_out]
+        if not outs or len(outs) != len(schema.returns):
+            continue
+        dropped = frozenset(name for name, _ in wanted) - {name for name, _ in rest}
+        if rest == wanted:
+            return candidate, outs, frozenset()
+        if factory and dropped <= _FACTORY_OPTIONS and rest == [pair for pair in wanted if pair[0] not in dropped]:
+            return candidate, outs, dropped
+    return None
+
+
+def _run_and_copy(
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: list[torch.Tensor], fresh: list[torch.Tensor]
+) -> None:
+    targets = {id(tensor) for tensor in fresh}
+    for fixed, now in zip(results, tensors_in(func._op(*args, **kwargs)), strict=True):
+        if id(fixed) in targets:
+            fixed.copy_(now)
+
+
+def plan_memory(lifetimes: Mapping[int, Lifetime]) -> tuple[dict[int, int], int]:
+    """Place memory so that nothing overlaps while both must hold their values.
+
+    Goes through the program in order; each allocation takes the smallest free gap that holds it (best fit), or grows
+    the arena; gaps merge when their neighbours become free.
+
+    Returns:
+        The byte offset of each key, aligned to ``ALIGNMENT``, and the arena's size in bytes.
+    """
+    gaps: list[tuple[int, int]] = []  # (offset, size), by offset, never touching
+    alive: list[tuple[int, int, int]] = []  # (end, offset, size)
+    offsets: dict[int, int] = {}
+    top = 0
+    for key, lifetime in sorted(lifetimes.items(), key=lambda item: item[1].start):
+        while alive and alive[0][0] < lifetime.start:
+            _, offset, size = heappop(alive)
+            _free(gaps, offset, size)
+        size = -(-lifetime.nbytes // ALIGNMENT) * ALIGNMENT
+        fitting = [gap for gap in gaps if gap[1] >= size]
+        if fitting:
+            gap = min(fitting, key=lambda gap: gap[1])
+            gaps.remove(gap)
+            offset = gap[0]
+            if gap[1] > size:
+                _free(gaps, offset + size, gap[1] - size)
+        elif gaps and sum(gaps[-1]) == top:
+            offset = gaps.pop()[0]
+            top = offset + size
+        else:
+            offset, top = top, top + size
+        offsets[key] = offset
+        heappush(alive, (lifetime.end, offset, size))
+    return offsets, top
+
+
+def _free(gaps: list[tuple[int, int]], offset: int, size: int) -> None:
+    """Add a gap to ``gaps``, merging it with those that touch it."""
+    index = bisect_left(gaps, (offset, size))
+    if index < len(gaps) and offset + size == gaps[index][0]:
+        size += gaps.pop(index)[1]
+    if index > 0 and sum(gaps[index - 1]) == offset:
+        offset, before = gaps.pop(index - 1)
+        size += before
+        index -= 1
+    gaps.insert(index, (offset, size))

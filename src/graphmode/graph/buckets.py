@@ -1,0 +1,39 @@
+"""Buckets: the sizes that get a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graphmode.graph.errors import InputError
+
+
+def make_buckets(maximum: int) -> tuple[int, ...]:
+    """Return few, cheap buckets up to ``maximum``: 1, 2, 4, 8, then steps that grow with the size.
+
+    Each step is about a quarter of the size (so at most 25% of a replay above 8 is padding), and a multiple of 8.
+    ``maximum`` is always a member, so the largest step that a scheduler may make is a hit.
+
+    Raises:
+        InputError: ``maximum`` is less than 1.
+    """
+    if maximum < 1:
+        raise InputError(f"the largest bucket is {maximum}; it must be at least 1")
+    sizes = [size for size in (1, 2, 4, 8) if size < maximum]
+    size = 8
+    while (size := size + max(8, size // 4 // 8 * 8)) < maximum:
+        sizes.append(size)
+    return (*sizes, maximum)
+
+
+def check_buckets(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return ``sizes`` sorted and without repeats.
+
+    Raises:
+        InputError: there is none, or one is not a positive integer.
+    """
+    if not sizes:
+        raise InputError("no buckets: give at least one size, or a maximum to make them from")
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise InputError(f"bucket {size!r} is not a positive integer")
+    return tuple(sorted(set(sizes)))

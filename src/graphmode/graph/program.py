@@ -1,0 +1,263 @@
+"""Recording a function: one full graph, or graph, call, graph, ... where a marked function breaks it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import wraps
+from math import prod
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from graphmode.graph.backends.base import Backend, Graph, Recording
+from graphmode.graph.errors import CaptureError, GraphModeError, UnsupportedOpError
+from graphmode.graph.guard import Guard, user_location
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+log = logging.getLogger(__name__)
+
+
+class Pool:
+    """The memory that all captures of a runner share.
+
+    Attributes:
+        handle: the backend's own pool, for what graphs compute.
+        slabs: one buffer for each result of a call outside the graph, in the order of the calls. Every graph sees a
+            prefix of it, so that the memory of results that cross a break is the largest graph's, not the sum.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.handle = backend.make_pool()
+        self.slabs: list[torch.Tensor] = []
+
+    def crossing(self, index: int, like: torch.Tensor) -> torch.Tensor:
+        """Return fixed memory in the shape of ``like`` for the result ``index`` of the calls outside the graph."""
+        nbytes = prod(like.shape) * like.dtype.itemsize
+        if index == len(self.slabs):
+            self.slabs.append(torch.empty(nbytes, dtype=torch.uint8, device=like.device))
+        elif self.slabs[index].numel() < nbytes or self.slabs[index].device != like.device:
+            self.slabs[index] = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
+        return self.slabs[index][:nbytes].view(like.dtype).view(like.shape)
+
+
+@dataclass(frozen=True)
+class OutsideCall:
+    """A call that runs between two graphs at every replay.
+
+    Attributes:
+        fn: the function.
+        arguments: its arguments, flat.
+        spec: the structure of ``(args, kwargs)``.
+        results: the fixed memory that the following graphs read its results from.
+    """
+
+    fn: Callable[..., Any]
+    arguments: list[Any]
+    spec: TreeSpec
+    results: list[torch.Tensor | None]
+
+    def replay(self) -> None:
+        """Run the function and copy its results to where the next graph reads them.
+
+        Raises:
+            CaptureError: a result has another shape or dtype than at capture.
+        """
+        args, kwargs = tree_unflatten(self.arguments, self.spec)
+        results, _ = tree_flatten(self.fn(*args, **kwargs))
+        if len(results) != len(self.results):
+            raise CaptureError(f"{_name(self.fn)} returned {len(results)} values, {len(self.results)} at capture")
+        for fixed, result in zip(self.results, results, strict=True):
+            if fixed is None:
+                continue
+            if not isinstance(result, torch.Tensor) or (result.shape, result.dtype) != (fixed.shape, fixed.dtype):
+                now = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, torch.Tensor) else repr(result)
+                raise CaptureError(
+                    f"{_name(self.fn)} runs outside the graph and returned {now}; at capture it was "
+                    f"{tuple(fixed.shape)} {fixed.dtype}. Results that graphs read must keep their shape: pad them"
+                )
+            if result.data_ptr() != fixed.data_ptr():
+                fixed.copy_(result)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What was recorded of one call of a function.
+
+    Attributes:
+        steps: graphs and the calls between them, in order.
+        outputs: the function's results, flat; every replay writes the same memory.
+        spec: the structure of the results.
+        guard: knows the memory that the graphs read from outside.
+    """
+
+    steps: Sequence[Graph | OutsideCall]
+    outputs: list[torch.Tensor]
+    spec: TreeSpec
+    guard: Guard
+
+    @property
+    def graphs(self) -> int:
+        """Number of graphs."""
+        return sum(not isinstance(step, OutsideCall) for step in self.steps)
+
+    def replay(self) -> None:
+        """Run every step in order on the current stream."""
+        with torch.inference_mode():
+            for step in self.steps:
+                step.replay()
+
+
+@dataclass
+class _Recorder:
+    """The state of the recording under way."""
+
+    backend: Backend
+    recording: Recording
+    guard: Guard
+    pool: Pool
+    steps: list[Graph | OutsideCall] = field(default_factory=list)
+    results: int = 0
+
+    def call_outside(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        graph = self.recording.end()
+        if not self.backend.capabilities.runs_while_capturing:
+            graph.replay()  # the function reads what the graph computes
+        self.steps.append(graph)
+        with self.guard.suspended():
+            leaves, spec = tree_flatten((args, kwargs))
+            returned, results_spec = tree_flatten(fn(*args, **kwargs))
+            results = [self._fix(fn, result) for result in returned]
+            self.steps.append(OutsideCall(fn, leaves, spec, results))
+        self.recording.begin()
+        return tree_unflatten(results, results_spec)
+
+    def _fix(self, fn: Callable[..., Any], result: Any) -> torch.Tensor | None:
+        if result is None:
+            return None
+        if not isinstance(result, torch.Tensor):
+            raise CaptureError(
+                f"{_name(fn)} runs outside the graph and returned {result!r}, a {type(result).__name__}, which the "
+                "next graph would hold for ever; return tensors or None"
+            )
+        fixed = self.pool.crossing(self.results, result)
+        self.results += 1
+        fixed.copy_(result)
+        return fixed
+
+
+_recorder: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
+_warm_up: ContextVar[Guard | None] = ContextVar("warm_up", default=None)
+
+
+def outside_graph(fn: Callable[P, R]) -> Callable[P, R]:
+    """Mark a function to run outside the graph: it breaks a capture into graph, call, graph, ...
+
+    The function may do what a graph cannot: read values on the host, choose by them, call a library that waits for the
+    device. It runs at every replay, in order. It takes anything and returns tensors or None, of the same shape each
+    time; arguments that are not tensors are those of the capture. Outside of a capture it is called as it is.
+    """
+
+    @wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if (recorder := _recorder.get()) is not None and recorder.guard.active:
+            return recorder.call_outside(fn, args, kwargs)  # type: ignore[no-any-return]
+        if (guard := _warm_up.get()) is not None:
+            with guard.suspended():
+                return fn(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    return wrapper
+
+
+def record(fn: Callable[..., Any], backend: Backend, pool: Pool, kwargs: dict[str, Any]) -> Program:
+    """Warm ``fn`` up, then capture ``fn(**kwargs)``.
+
+    Args:
+        fn: the function. Its tensors stay where they are; it returns tensors in any structure.
+        backend: the device.
+        pool: the memory that captures share.
+        kwargs: its arguments: tensors of fixed memory, and static values.
+
+    Raises:
+        UnsupportedOpError: an operator that no graph can hold, with its name and the line that called it.
+        CaptureError: anything else that broke the capture. The device is usable afterwards.
+    """
+    with backend.capture_stream(), torch.inference_mode(), _no_garbage_collection():
+        warm_up = Guard(backend.device)
+        with _errors_located(warm_up), _set(_warm_up, warm_up), warm_up.installed():
+            fn(**kwargs)
+        backend.synchronize()
+        guard = Guard(backend.device)
+        recording = backend.recording(pool.handle)
+        recorder = _Recorder(backend, recording, guard, pool)
+        with _errors_located(guard), recording.installed(warm_up.generators), _set(_recorder, recorder):
+            try:
+                with guard.installed():
+                    recording.begin()
+                    outputs, spec = tree_flatten(fn(**kwargs))
+                for output in outputs:
+                    if not isinstance(output, torch.Tensor):
+                        raise CaptureError(
+                            f"the function returned {output!r}, a {type(output).__name__}; a replay would return the "
+                            "same for ever. Return tensors"
+                        )
+                recorder.steps.append(recording.end())
+            except BaseException:
+                recording.abort()
+                raise
+        recording.finish()
+    return Program(recorder.steps, outputs, spec, guard)
+
+
+@contextmanager
+def _errors_located(guard: Guard) -> Iterator[None]:
+    """Give every error the operator and the user's line that it came from."""
+    try:
+        yield
+    except GraphModeError as error:
+        location = user_location(error)
+        if isinstance(error, CaptureError) and location:
+            kind = UnsupportedOpError if isinstance(error, UnsupportedOpError) else CaptureError
+            raise kind(f"{error}\n  at {location}", operator=error.operator, location=location) from error
+        raise
+    except Exception as error:
+        location = user_location(error)
+        raise CaptureError(
+            f"capture failed in or after {guard.operator}: {type(error).__name__}: {error}\n  at {location}\n  If the "
+            "code there must read values or wait for the device, move it into a function marked @outside_graph",
+            operator=guard.operator,
+            location=location,
+        ) from error
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep Python from freeing device memory in the middle of a capture, which would break it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return f"{fn.__module__}.{fn.__qualname__}"

@@ -1,0 +1,329 @@
+"""GraphRunner: any function as a set of graphs, one per bucket, with padding and dispatch."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from graphmode.graph.backends.base import Backend, get_backend
+from graphmode.graph.buckets import check_buckets, make_buckets
+from graphmode.graph.dispatch import Decision, DispatchPolicy, GraphKey, Mode, Reason, dispatch
+from graphmode.graph.errors import CaptureError, InputError, UnsupportedOpError
+from graphmode.graph.inputs import (
+    AxisSize,
+    BoundInputs,
+    Input,
+    InputBuffers,
+    check_fit,
+    resolve_axes,
+    true_sizes,
+)
+from graphmode.graph.program import Pool, Program, record
+from graphmode.graph.stats import RunnerStats
+
+log = logging.getLogger(__name__)
+
+DEFAULT_FAMILY = "default"
+Buckets = int | Sequence[int]
+
+
+class GraphRunner:
+    """A function of tensors as a set of graphs.
+
+    The function is captured once for each bucket, over persistent input buffers. A call finds the smallest bucket that
+    holds it, copies its values in, refills the padding and replays; a call that no graph serves runs the function
+    eagerly, and ``stats`` says why.
+
+    The function must be the same work each time: Python code, shapes and scalars are those of the capture, and only
+    what tensors hold changes. It must leave padding rows harmless: the declared padding values are how it knows them.
+
+    Example::
+
+        runner = GraphRunner(policy, [Input("state", torch.float32, ("batch", 64))], buckets=32)
+        runner.capture()
+        action = runner(state=state)
+
+    Args:
+        fn: takes the inputs by name (and ``family`` and the static arguments, where there are any) and returns tensors
+            in any structure.
+        inputs: the declarations. All axes but one have a size in ``axes``; the one left is bucketed.
+        buckets: the sizes that get a graph: a list, or the largest one, from which few are made. Or one of these for
+            each family, by name: then each call names its family, and ``fn`` takes it as ``family``.
+        axes: the sizes of the other axes: fixed, or a function of the bucket.
+        output_axes: for each output in flat order, the axis name (or None) of each dimension, to cut outputs to the
+            true size. Default: dimension 0 of each output is the bucketed axis.
+        static: Python arguments of ``fn`` by name, with all values they may take; each has graphs of its own.
+        backend: the device to run on, ``"auto"`` for the accelerator that is there, or a backend object.
+        enabled: False runs everything eagerly.
+        max_padding_ratio: a call whose padding is more than this share of its bucket runs eagerly.
+        capture_on_first_use: whether a call that needs a graph not there captures it; else it runs eagerly.
+        strict: whether a failed capture raises instead of leaving that bucket to run eagerly.
+
+    Raises:
+        InputError: the declarations do not fit together.
+        BackendError: the device has no backend.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        inputs: Sequence[Input],
+        buckets: Buckets | Mapping[str, Buckets],
+        *,
+        axes: Mapping[str, AxisSize] | None = None,
+        output_axes: Sequence[Sequence[str | None]] | None = None,
+        static: Mapping[str, Sequence[Hashable]] | None = None,
+        backend: str | torch.device | Backend = "auto",
+        enabled: bool = True,
+        max_padding_ratio: float | None = None,
+        capture_on_first_use: bool = True,
+        strict: bool = False,
+    ) -> None:
+        if max_padding_ratio is not None and not 0 <= max_padding_ratio <= 1:
+            raise InputError(f"max_padding_ratio is {max_padding_ratio}; it is a share, from 0 to 1")
+        self.backend = get_backend(backend) if isinstance(backend, (str, torch.device)) else backend
+        self.stats = RunnerStats()
+        self._fn = fn
+        self._inputs = tuple(inputs)
+        self._axes = resolve_axes(self._inputs, axes or {})
+        self._output_axes = output_axes
+        self._static = {name: tuple(values) for name, values in (static or {}).items()}
+        self._strict = strict
+        self._has_families = isinstance(buckets, Mapping)
+        families = buckets if isinstance(buckets, Mapping) else {DEFAULT_FAMILY: buckets}
+        self.policy = DispatchPolicy(
+            buckets={name: _bucket_sizes(sizes) for name, sizes in families.items()},
+            enabled=enabled,
+            max_padding_ratio=max_padding_ratio,
+            capture_on_first_use=capture_on_first_use,
+        )
+        self._programs: dict[GraphKey, Program] = {}
+        self._verified: set[GraphKey] = set()
+        self._failed: dict[GraphKey, Reason] = {}
+        self._bound: dict[int, BoundInputs] = {}
+        self._buffers = self._make_buffers()
+        self._pool = Pool(self.backend)
+
+    @property
+    def keys(self) -> list[GraphKey]:
+        """Every key that can have a graph, the largest first."""
+        names = list(self._static)
+        keys = [
+            GraphKey(family, size, tuple(zip(names, values, strict=True)))
+            for family, sizes in self.policy.buckets.items()
+            for size in sizes
+            for values in product(*self._static.values())
+        ]
+        return sorted(keys, key=lambda key: -key.size)
+
+    @property
+    def failed(self) -> Mapping[GraphKey, Reason]:
+        """The keys whose capture failed, and why."""
+        return self._failed
+
+    def capture(self, *, progress: bool = False) -> None:
+        """Capture every key that has no graph yet, the largest first, so that smaller ones fit the memory of larger.
+
+        Args:
+            progress: whether to show a progress bar on standard error.
+
+        Raises:
+            CaptureError: a capture failed and the runner is strict.
+        """
+        if not self.policy.enabled:
+            return
+        keys = [key for key in self.keys if key not in self._programs and key not in self._failed]
+        gc.collect()
+        gc.freeze()
+        try:
+            for key in _with_progress(keys) if progress else keys:
+                self._capture(key)
+        finally:
+            gc.unfreeze()
+
+    def decide(self, size: int, family: str = DEFAULT_FAMILY, **static: Hashable) -> Decision:
+        """Say how a call of ``size`` on the bucketed axis would run, and why. Changes nothing."""
+        return dispatch(size, self.policy, self._programs, self._failed, family, self._variant(family, static))
+
+    def __call__(self, *, family: str = DEFAULT_FAMILY, own: bool = False, **values: Any) -> Any:
+        """Run one step.
+
+        Args:
+            family: which family of graphs, where there are several.
+            own: whether to return tensors that stay. Otherwise outputs are views of memory that the **next call of
+                this runner overwrites**: use them, or copy them, before it.
+            **values: the inputs, on the host or on the device, at their true sizes; and the static arguments.
+
+        Returns:
+            What the function returns, cut to the true sizes.
+
+        Raises:
+            InputError: a value does not fit its declaration, or a size its limit.
+            CaptureError: the step needed a capture, it failed, and the runner is strict.
+            StaleAddressError: memory that the graph reads was freed or moved since capture.
+        """
+        static = {name: values.pop(name) for name in self._static if name in values}
+        variant = self._variant(family, static)
+        sizes = true_sizes(self._inputs, values, self.backend.device)
+        size = sizes[self._axes.bucketed]
+        if size < 1:
+            raise InputError(f"axis {self._axes.bucketed!r} has size {size}; a step has at least one row")
+        decision = dispatch(size, self.policy, self._programs, self._failed, family, variant)
+        if decision.mode is not Mode.EAGER and decision.key is not None:
+            check_fit(sizes, self._bind(decision.key.size).sizes)
+        if decision.mode is Mode.CAPTURE and decision.key is not None:
+            decision = self._capture_for(decision, decision.key)
+        self._count(decision, size)
+        if decision.mode is Mode.EAGER or decision.key is None:
+            on_device = {name: value.to(self.backend.device) for name, value in values.items()}
+            with torch.inference_mode():
+                return self._call(family, variant, on_device)
+        outputs = self._replay(decision.key, values, sizes)
+        return _clone(outputs) if own else outputs
+
+    def run_eagerly(self, key: GraphKey, **values: torch.Tensor) -> Any:
+        """Run the function without its graph, over the same padded buffers as the graph of ``key``.
+
+        What a replay of ``key`` returns for the same values is bitwise the same: this is what proves it.
+        Counts nothing. Outputs stay valid.
+
+        Raises:
+            InputError: as for a call.
+        """
+        sizes = true_sizes(self._inputs, values, self.backend.device)
+        bound = self._bind(key.size)
+        check_fit(sizes, bound.sizes)
+        self._buffers.load(bound, values)
+        with torch.inference_mode():
+            return self._cut(self._call(key.family, key.variant, bound.views), sizes, bound.sizes)
+
+    def _call(self, family: str, variant: Sequence[tuple[str, Hashable]], inputs: Mapping[str, torch.Tensor]) -> Any:
+        if self._has_families:
+            return self._fn(family=family, **dict(variant), **inputs)
+        return self._fn(**dict(variant), **inputs)
+
+    def _variant(self, family: str, static: Mapping[str, Hashable]) -> tuple[tuple[str, Hashable], ...]:
+        if family not in self.policy.buckets:
+            raise InputError(f"family {family!r} is not one of {sorted(self.policy.buckets)}")
+        if len(static) != len(self._static):
+            raise InputError(f"static arguments given: {sorted(static)}; declared are {sorted(self._static)}")
+        for name, value in static.items():
+            if value not in self._static[name]:
+                raise InputError(f"static argument {name!r} is {value!r}; declared values are {self._static[name]}")
+        return tuple((name, static[name]) for name in self._static)
+
+    def _make_buffers(self) -> InputBuffers:
+        largest = [sizes[-1] for sizes in self.policy.buckets.values()]
+        at_largest = [self._axes.at(size) for size in largest]
+        limits = {axis: max(sizes[axis] for sizes in at_largest) for axis in at_largest[0]}
+        return InputBuffers(self._inputs, limits, self.backend)
+
+    def _bind(self, bucket: int) -> BoundInputs:
+        if bucket not in self._bound:
+            self._bound[bucket] = self._buffers.bind(self._axes.at(bucket))
+        return self._bound[bucket]
+
+    def _capture_for(self, decision: Decision, key: GraphKey) -> Decision:
+        """Capture the key that a step needs and say how the step runs now."""
+        self._capture(key)
+        if key in self._programs:
+            return Decision(Mode.REPLAY, key, decision.padding, decision.reason)
+        return Decision(Mode.EAGER, key, 0, self._failed[key])
+
+    def _capture(self, key: GraphKey) -> None:
+        bound = self._bind(key.size)
+        self.backend.synchronize()
+        memory, start = self.backend.memory_used(self._pool.handle), time.perf_counter()
+        self._buffers.load(bound, {})
+        try:
+            program = record(
+                lambda **kwargs: self._call(key.family, key.variant, kwargs), self.backend, self._pool, bound.views
+            )
+            self._cut(tree_unflatten(program.outputs, program.spec), bound.sizes, bound.sizes)
+        except CaptureError as error:
+            if self._strict:
+                raise
+            unsupported = isinstance(error, UnsupportedOpError)
+            self._failed[key] = Reason.UNSUPPORTED_OP if unsupported else Reason.CAPTURE_FAILED
+            log.error("%s runs eagerly: %s", key, error)
+        else:
+            self._programs[key] = program
+            self.stats.captures += 1
+            self.stats.graphs += program.graphs
+        self.backend.synchronize()
+        self.stats.capture_seconds += time.perf_counter() - start
+        self.stats.graph_bytes += self.backend.memory_used(self._pool.handle) - memory
+
+    def _replay(self, key: GraphKey, values: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Any:
+        program, bound = self._programs[key], self._bind(key.size)
+        if key not in self._verified:
+            program.guard.check_addresses()
+            self._verified.add(key)
+        self._buffers.load(bound, values)
+        program.replay()
+        return self._cut(tree_unflatten(program.outputs, program.spec), sizes, bound.sizes)
+
+    def _cut(self, outputs: Any, sizes: Mapping[str, int], graph_sizes: Mapping[str, int]) -> Any:
+        """Cut outputs from the graph's sizes to the true ones."""
+        leaves, spec = tree_flatten(outputs)
+        output_axes = self._output_axes or [(self._axes.bucketed,)] * len(leaves)
+        if len(output_axes) != len(leaves):
+            raise CaptureError(f"the function returned {len(leaves)} tensors; output_axes declares {len(output_axes)}")
+        cut = []
+        for index, (leaf, axes) in enumerate(zip(leaves, output_axes, strict=True)):
+            expected = [
+                graph_sizes[axis] if axis is not None else size for axis, size in zip(axes, leaf.shape, strict=False)
+            ]
+            if leaf.dim() < len(axes) or list(leaf.shape[: len(axes)]) != expected:
+                raise CaptureError(
+                    f"output {index} has shape {tuple(leaf.shape)}, but its dimensions are taken to be the axes "
+                    f"{tuple(axes)} of sizes {expected}; declare them with output_axes"
+                )
+            cut.append(leaf[tuple(slice(None if axis is None else sizes[axis]) for axis in axes)])
+        return tree_unflatten(cut, spec)
+
+    def _count(self, decision: Decision, size: int) -> None:
+        stats = self.stats
+        stats.steps += 1
+        if decision.reason is not None:
+            stats.misses[decision.reason] += 1
+        if decision.mode is Mode.EAGER:
+            stats.eager_steps += 1
+        else:
+            stats.replays += 1
+            stats.rows += size
+            stats.padded_rows += decision.padding
+
+
+def _bucket_sizes(buckets: Buckets) -> tuple[int, ...]:
+    return make_buckets(buckets) if isinstance(buckets, int) else check_buckets(buckets)
+
+
+def _clone(outputs: Any) -> Any:
+    leaves, spec = tree_flatten(outputs)
+    return tree_unflatten([leaf.clone() for leaf in leaves], spec)
+
+
+@contextmanager
+def _progress_bar(total: int) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("capturing graphs", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _with_progress(keys: Sequence[GraphKey]) -> Iterator[GraphKey]:
+    with _progress_bar(len(keys)) as advance:
+        for key in keys:
+            yield key
+            advance()

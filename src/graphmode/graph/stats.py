@@ -1,0 +1,53 @@
+"""What a runner counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from graphmode.graph.dispatch import Reason
+
+
+@dataclass
+class RunnerStats:
+    """Counters of one runner, from its creation or the last :meth:`reset_steps`.
+
+    Attributes:
+        steps: calls of the runner.
+        replays: steps that replayed a graph.
+        eager_steps: steps that ran eagerly.
+        misses: steps that were no hit, by reason. A first use that captured and then replayed counts here too.
+        rows: true rows of the replayed steps.
+        padded_rows: padding rows of the replayed steps.
+        graphs: graphs held; a piecewise capture has several.
+        captures: keys captured.
+        capture_seconds: time spent in capture, warm-up included.
+        graph_bytes: memory that capture took on the device.
+    """
+
+    steps: int = 0
+    replays: int = 0
+    eager_steps: int = 0
+    misses: Counter[Reason] = field(default_factory=Counter)
+    rows: int = 0
+    padded_rows: int = 0
+    graphs: int = 0
+    captures: int = 0
+    capture_seconds: float = 0.0
+    graph_bytes: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of steps that were hits: replayed a graph that was there. 0 before the first step."""
+        return (self.steps - self.misses.total()) / self.steps if self.steps else 0.0
+
+    @property
+    def padding_ratio(self) -> float:
+        """Share of the replayed rows that were padding."""
+        total = self.rows + self.padded_rows
+        return self.padded_rows / total if total else 0.0
+
+    def reset_steps(self) -> None:
+        """Forget the steps; keep what is known of the graphs."""
+        self.steps = self.replays = self.eager_steps = self.rows = self.padded_rows = 0
+        self.misses.clear()

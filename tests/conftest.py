@@ -1,0 +1,26 @@
+"""Shared fixtures. Without a GPU, Triton kernels run in Triton's interpreter and tests marked gpu are skipped."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    without_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    slow = pytest.mark.skip(reason="slow; run with -m slow")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(without_gpu)
+        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+            item.add_marker(slow)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that has a backend here."""
+    torch.manual_seed(0)
+    return request.param

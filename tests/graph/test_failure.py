@@ -1,0 +1,124 @@
+"""A capture that fails says what and where, leaves the device usable, and that size runs eagerly."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from graphmode.graph import CaptureError, GraphRunner, Input, Reason, UnsupportedOpError
+
+INPUT = [Input("x", torch.float32, ("rows", 4), padding=1)]
+
+HOST_READS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "item": lambda x: x * x.sum().item(),
+    "bool": lambda x: x if x.sum() > 0 else -x,
+    "int": lambda x: x * int(x.sum()),
+    "tolist": lambda x: x * x.sum(1).tolist()[0],
+    "nonzero": lambda x: x + x.nonzero().sum(),
+    "mask": lambda x: x + x[x > 0].sum(),
+    "mask_put": lambda x: x.clone().index_put_((x > 0,), x.flatten()),
+    "unique": lambda x: x + x.unique().sum(),
+    "equal": lambda x: x * torch.equal(x, x),
+    "repeat": lambda x: x + x.repeat_interleave(torch.ones(4, dtype=torch.int64, device=x.device), dim=1),
+}
+
+
+@pytest.mark.parametrize("name", HOST_READS)
+def test_what_depends_on_data_is_refused_with_its_line(device: str, name: str) -> None:
+    runner = GraphRunner(HOST_READS[name], INPUT, [2], backend=device, strict=True)
+    with pytest.raises(UnsupportedOpError) as error:
+        runner.capture()
+    assert f'"{name}": lambda x' in str(error.value)
+    assert "outside_graph" in str(error.value)
+    assert __file__ in (error.value.location or "")
+    assert error.value.operator is not None
+
+
+@pytest.mark.parametrize("read", [np.asarray, str, torch.Tensor.numpy], ids=["asarray", "str", "numpy"])
+def test_reading_memory_on_the_cpu_is_refused_too(read: Callable[[torch.Tensor], object]) -> None:
+    runner = GraphRunner(lambda x: x * len(str(read(x))), INPUT, [2], backend="cpu", strict=True)
+    with pytest.raises(UnsupportedOpError):
+        runner.capture()
+
+
+def test_that_size_runs_eagerly_counted_and_logged_and_the_others_replay(
+    device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return x * (x.sum().item() if len(x) == 4 else 2)
+
+    runner = GraphRunner(fn, INPUT, [2, 4, 8], backend=device)
+    with caplog.at_level(logging.ERROR):
+        runner.capture()
+    assert "aten::_local_scalar_dense" in caplog.text
+    assert "return x * (x.sum().item()" in caplog.text
+    x = torch.ones(4, 4)
+    for _ in range(3):
+        assert torch.equal(runner(x=x).cpu(), x * 16)
+        assert torch.equal(runner(x=x[:2]).cpu(), x[:2] * 2)
+        assert torch.equal(runner(x=torch.ones(7, 4)).cpu(), torch.ones(7, 4) * 2)
+    assert runner.stats.misses == {Reason.UNSUPPORTED_OP: 3}
+    assert runner.stats.replays == 6
+    assert list(runner.failed.values()) == [Reason.UNSUPPORTED_OP]
+
+
+def test_any_other_error_is_located_too(device: str) -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        return y @ y  # [2, 4] @ [2, 4]
+
+    runner = GraphRunner(fn, INPUT, [2], backend=device, strict=True)
+    with pytest.raises(CaptureError, match="y @ y") as error:
+        runner.capture()
+    assert error.value.operator in ("aten::mm", "aten::sin")
+
+
+def test_failing_first_does_not_harm_later_captures(device: str) -> None:
+    """The failed capture is the first of its pool, and a piece of it was captured already."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        return y * y.sum().item() if len(x) == 8 else y + 1
+
+    runner = GraphRunner(fn, INPUT, [1, 2, 8], backend=device)
+    runner.capture()
+    assert runner.stats.captures == 2
+    for size in (1, 2, 8):
+        x = torch.randn(size, 4)
+        torch.testing.assert_close(runner(x=x).cpu(), fn(x))
+
+
+@pytest.mark.gpu
+def test_a_capture_that_cuda_itself_refuses_is_cleaned_up() -> None:
+    """The guard sees operators alone; a synchronising library call breaks the capture in the driver."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        if len(x) == 4 and torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return y + 1
+
+    runner = GraphRunner(fn, INPUT, [2, 4, 8], backend="cuda")
+    runner.capture()
+    assert list(runner.failed.values()) == [Reason.CAPTURE_FAILED]
+    for size in (2, 4, 8, 1, 4):
+        x = torch.randn(size, 4)
+        torch.testing.assert_close(runner(x=x).cpu(), x * 2 + 1)
+    before = torch.cuda.memory_allocated()
+    held = [torch.empty(1 << 20, device="cuda") for _ in range(4)]
+    del held
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_an_output_whose_axes_are_not_declared_is_an_error(device: str) -> None:
+    runner = GraphRunner(lambda x: x.T, INPUT, [2], backend=device, strict=True)
+    with pytest.raises(CaptureError, match="output_axes"):
+        runner.capture()
+
+
+def test_a_python_output_is_an_error(device: str) -> None:
+    runner = GraphRunner(lambda x: (x, 3), INPUT, [2], backend=device, strict=True)
+    with pytest.raises(CaptureError, match="returned 3, a int"):
+        runner.capture()
