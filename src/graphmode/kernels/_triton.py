@@ -1,0 +1,56 @@
+"""Triton where it is installed. Without it every module here still imports, and only launching a kernel fails."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+
+def _load(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+triton: Any = _load("triton")
+tl: Any = _load("triton.language")
+
+if TYPE_CHECKING:
+    constexpr: TypeAlias = Any
+else:
+    constexpr = tl and tl.constexpr  # annotates the compile-time parameters of kernels
+
+# Where Triton compiles to. On other devices the public functions take the PyTorch reference.
+_TRITON_DEVICES = frozenset({"cuda", "xpu"})
+
+
+class _MissingKernel:
+    """Stands for a kernel on an install without Triton: launching it says what to do."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        raise RuntimeError(f"{self._name} is a Triton kernel and Triton is not installed: pip install triton")
+
+
+def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """``triton.jit`` with its options; without Triton, the kernel raises RuntimeError when it is launched."""
+    if triton is None:
+        return lambda kernel: _MissingKernel(kernel.__name__)
+    decorator: Callable[[Callable[..., Any]], Any] = triton.jit(**options)
+    return decorator
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Return whether the public functions take the Triton kernel for tensors on this tensor's device."""
+    return triton is not None and tensor.device.type in _TRITON_DEVICES
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``, for ``n >= 1``."""
+    return 1 << (n - 1).bit_length()

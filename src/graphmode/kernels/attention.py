@@ -1,0 +1,596 @@
+"""Causal attention of packed, ragged queries over the paged KV cache.
+
+Every shape, grid and loop count comes from shapes alone, so that a captured call serves every batch of its number of
+tokens; lengths and block tables are read on the device. Two decompositions:
+
+- **decode** (``max_query_len == 1``): row ``i`` is sequence ``i``. A program takes one sequence and one key/value head;
+  small batches also split the keys (flash-decoding), and a second kernel combines the parts.
+- **mixed** (all else): the queries are cut into blocks of ``block_q`` rows of one sequence. Sequence ``s`` gets the
+  blocks from ``cu_query_lens[s] // block_q + s`` on, which is room enough whatever the lengths, so
+  ``tokens // block_q + seqs`` blocks always do and each finds its sequence by searching ``cu_query_lens``.
+
+The query heads that share a key/value head are rows of one matrix: keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from graphmode.kernels._arguments import FLOATS, require, require_cache, require_tensor
+from graphmode.kernels._triton import constexpr, jit, next_power_of_2, runs_triton, tl
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+) -> torch.Tensor:
+    """Attend from every new token to its sequence's tokens up to and with itself.
+
+    The new tokens' keys and values must be in the cache already. Query ``i`` of a sequence's ``n`` new ones sees keys
+    ``0 .. kv_len - n + i``. Scores, softmax and sums are float32.
+
+    Args:
+        q: ``[tokens, q_heads, head_dim]``, packed: one sequence's new tokens after the other's; float32, bfloat16 or
+            float16, any strides.
+        k_cache: ``[num_blocks, block_size, kv_heads, head_dim]`` in ``q``'s dtype, contiguous. ``q_heads`` is a
+            multiple of ``kv_heads``: query head ``h`` uses key/value head ``h // (q_heads // kv_heads)``.
+        v_cache: as ``k_cache``.
+        block_tables: int32 ``[seqs, max_blocks]``: the cache blocks of each sequence, in order. Entries beyond a
+            sequence's length are not used and may hold anything.
+        cu_query_lens: int32 ``[seqs + 1]``: where each sequence's new tokens start in ``q``, and after the last one
+            their number. A padding sequence has none, so the tail repeats the number. Decode does not read it.
+        kv_lens: int32 ``[seqs]``: each sequence's length with its new tokens; 0 for padding.
+        scale: factor of the scores.
+        max_query_len: the most new tokens that a sequence can have. 1 is decode: ``tokens == seqs``, one query each.
+
+    Returns:
+        ``[tokens, q_heads, head_dim]`` in ``q``'s dtype, contiguous; zero for padding tokens.
+
+    Raises:
+        ValueError: a shape, dtype, layout or device does not fit.
+    """
+    require_tensor("q", q, shape=(None, None, None), dtypes=FLOATS, like=q)
+    tokens, q_heads, head_dim = q.shape
+    require_cache("k_cache", k_cache, shape=(None, None, None, head_dim), like=q)
+    require_cache("v_cache", v_cache, shape=k_cache.shape, like=q)
+    kv_heads = k_cache.shape[2]
+    require(q_heads % kv_heads == 0, "q_heads", q_heads, f"a multiple of kv_heads, {kv_heads}")
+    require_tensor("block_tables", block_tables, shape=(None, None), dtypes=(torch.int32,), like=q)
+    require(block_tables.stride(1) == 1, "block_tables.stride(1)", block_tables.stride(1), "1")
+    seqs = block_tables.shape[0]
+    require_tensor("cu_query_lens", cu_query_lens, shape=(seqs + 1,), dtypes=(torch.int32,), like=q)
+    require_tensor("kv_lens", kv_lens, shape=(seqs,), dtypes=(torch.int32,), like=q)
+    require(max_query_len >= 1, "max_query_len", max_query_len, "1 or more")
+    require(max_query_len > 1 or tokens == seqs, "tokens", tokens, f"{seqs}, one for each sequence of a decode batch")
+    attend = paged_attention_triton if runs_triton(q) else paged_attention_reference
+    return attend(q, k_cache, v_cache, block_tables, cu_query_lens, kv_lens, scale=scale, max_query_len=max_query_len)
+
+
+# The reference in PyTorch, which is also the attention of the CPU engine.
+
+# What the loop over query blocks holds at a time, for each of keys, values and scores: larger tensors leave the cores'
+# caches, and fresh memory of that size costs more in page faults than the arithmetic does.
+_CHUNK_BYTES = 1 << 20
+# What gathering the keys and values of a query block costs, in rows of its score matrix.
+_GATHER_COST = 6
+
+
+def paged_attention_reference(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+) -> torch.Tensor:
+    """Do as :func:`paged_attention` in PyTorch with fixed shapes: each query block meets ``max_len`` gathered keys.
+
+    Keys beyond what a block sees are gathered from its sequence's first slot instead of their own, so that masking
+    them is enough: no weight of zero meets the NaN that an unused slot may hold.
+    """
+    tokens = q.shape[0]
+    if tokens == 0:
+        return torch.empty_like(q)
+    slots = _slots(block_tables, k_cache.shape[1])
+    lens = kv_lens.long()
+    first_slot = torch.where(lens > 0, slots[:, 0], 0)
+    if max_query_len == 1:
+        out = _attend_blocks(q.unsqueeze(1), (lens - 1).unsqueeze(1), slots, first_slot, k_cache, v_cache, scale)
+        real = lens > 0
+    else:
+        group = q.shape[1] // k_cache.shape[2]
+        block_q, num_blocks = _choose_blocks(tokens, block_tables.shape[0], group, max_query_len)
+        blocks = _find_blocks(cu_query_lens.long(), lens, tokens, block_q, num_blocks)
+        queries = q.index_select(0, blocks.token.view(-1)).view(num_blocks, block_q, *q.shape[1:])
+        slots, first_slot = slots.index_select(0, blocks.seq), first_slot.index_select(0, blocks.seq)
+        out = _attend_blocks(queries, blocks.last_key, slots, first_slot, k_cache, v_cache, scale)
+        out = out.flatten(0, 1).index_select(0, blocks.row_of_token)
+        real = blocks.real_token
+    return torch.where(real.view(-1, 1, 1), out.view(q.shape), 0.0).to(q.dtype)
+
+
+def _slots(block_tables: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Return the slot of each position of each sequence, ``[seqs, max_len]``."""
+    offset = torch.arange(block_size, device=block_tables.device)
+    return (block_tables.long().unsqueeze(2) * block_size + offset).flatten(1)
+
+
+def _choose_blocks(tokens: int, seqs: int, group: int, max_query_len: int) -> tuple[int, int]:
+    """Return the rows of a query block and the number of blocks: the cheapest, by shapes alone.
+
+    A sequence that fits one block gets one; ``tokens // block_q + seqs`` blocks do for any lengths.
+    """
+    longest = min(tokens, max_query_len)
+    choices = [(longest, seqs)]
+    choices += [(1 << i, (tokens >> i) + seqs) for i in range(longest.bit_length())]
+    return min(choices, key=lambda choice: choice[1] * (_GATHER_COST + choice[0] * group))
+
+
+class _QueryBlocks(NamedTuple):
+    """A mixed batch cut into query blocks. Unused blocks and rows point at some valid place."""
+
+    seq: torch.Tensor  # [blocks]: the sequence of each block
+    token: torch.Tensor  # [blocks, block_q]: the token in each row
+    last_key: torch.Tensor  # [blocks, block_q]: the last position that each row sees, rising; -1 for none
+    row_of_token: torch.Tensor  # [tokens]: where each token is among the blocks' rows
+    real_token: torch.Tensor  # [tokens]: False for padding
+
+
+def _find_blocks(
+    cu_query_lens: torch.Tensor, kv_lens: torch.Tensor, tokens: int, block_q: int, num_blocks: int
+) -> _QueryBlocks:
+    device = kv_lens.device
+    seqs = kv_lens.shape[0]
+    first_block = torch.arange(seqs, device=device)
+    if num_blocks > seqs:
+        first_block = first_block + cu_query_lens[:-1] // block_q
+    block = torch.arange(num_blocks, device=device)
+    seq = torch.searchsorted(first_block, block, right=True) - 1
+    first_row = ((block - first_block[seq]) * block_q).unsqueeze(1)
+    row = first_row + torch.arange(block_q, device=device)
+    start = cu_query_lens[seq].unsqueeze(1)
+    query_len = cu_query_lens[seq + 1].unsqueeze(1) - start
+    context = kv_lens[seq].unsqueeze(1) - query_len
+
+    token = torch.arange(tokens, device=device)
+    seq_of_token = (torch.searchsorted(cu_query_lens, token, right=True) - 1).clamp(max=seqs - 1)
+    row_of_token = first_block[seq_of_token] * block_q + token - cu_query_lens[seq_of_token]
+    return _QueryBlocks(
+        seq,
+        (start + row).clamp(max=tokens - 1),
+        context + torch.minimum(row, query_len - 1),
+        row_of_token.clamp(max=num_blocks * block_q - 1),
+        token < cu_query_lens[-1],
+    )
+
+
+def _attend_blocks(
+    queries: torch.Tensor,
+    last_key: torch.Tensor,
+    slots: torch.Tensor,
+    first_slot: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attend with each query block to the slots of its sequence.
+
+    Args:
+        queries: ``[blocks, block_q, q_heads, head_dim]``.
+        last_key: ``[blocks, block_q]``: the last position that each row sees, rising; the result is NaN for -1.
+        slots: ``[blocks, max_len]``: the slot of each position; anything beyond the length.
+        first_slot: ``[blocks]``: a slot that may be read in place of those not seen.
+        k_cache: as in :func:`paged_attention`.
+        v_cache: as ``k_cache``.
+        scale: of the scores.
+
+    Returns:
+        float32 ``[blocks, block_q, q_heads, head_dim]``.
+    """
+    blocks, block_q, q_heads, head_dim = queries.shape
+    kv_heads = k_cache.shape[2]
+    group = q_heads // kv_heads
+    max_len = slots.shape[1]
+    device = queries.device
+    position = torch.arange(max_len, device=device)
+    slots = torch.where(position <= last_key[:, -1:], slots, first_slot.unsqueeze(1))
+    # Rows of the caches as [slots * kv_heads, head_dim], in the order that makes one batched matrix product of them.
+    rows = slots.unsqueeze(1) * kv_heads + torch.arange(kv_heads, device=device).unsqueeze(1)
+    hidden = (position > last_key.unsqueeze(2)).view(blocks, 1, block_q, 1, max_len)
+    queries = (queries.float() * scale).view(blocks, block_q, kv_heads, group, head_dim).transpose(1, 2)
+    queries = queries.reshape(blocks, kv_heads, block_q * group, head_dim)
+
+    head_bytes = 4 * max_len * max(head_dim, block_q * group)
+    chunk_heads = min(max(_CHUNK_BYTES // head_bytes, 1), kv_heads)
+    chunk_blocks = max(_CHUNK_BYTES // (head_bytes * kv_heads), 1)
+    parts = []
+    for b in range(0, blocks, chunk_blocks):
+        for h in range(0, kv_heads, chunk_heads):
+            chunk = slice(b, b + chunk_blocks), slice(h, h + chunk_heads)
+            index = rows[chunk].reshape(-1)
+            keys = k_cache.view(-1, head_dim).index_select(0, index).view(-1, max_len, head_dim).float()
+            scores = torch.bmm(queries[chunk].flatten(0, 1), keys.transpose(1, 2))
+            scores.view(-1, min(chunk_heads, kv_heads - h), block_q, group, max_len).masked_fill_(
+                hidden[b : b + chunk_blocks], float("-inf")
+            )
+            values = v_cache.view(-1, head_dim).index_select(0, index).view(-1, max_len, head_dim).float()
+            parts.append(torch.bmm(scores.softmax(-1), values))
+    out = torch.cat(parts).view(blocks, kv_heads, block_q, group, head_dim)
+    return out.transpose(1, 2).reshape(blocks, block_q, q_heads, head_dim)
+
+
+# The kernels in Triton.
+
+# Programs that fill a large GPU: H100 and H200 have 132 multiprocessors, and two of these fit on each.
+_FULL_GRID = 256
+_MAX_SPLITS = 32
+# Keys that a part has at least when every sequence is as long as it can be: below, splitting does not pay.
+_MIN_SPLIT_KEYS = 256
+# Shared memory of one tile of keys or of values; three stages of both leave room for two programs.
+_TILE_BYTES = 16384
+
+
+def paged_attention_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """Do as :func:`paged_attention` in Triton. Decode cuts the keys into ``splits`` parts; default by shapes."""
+    tokens, q_heads, head_dim = q.shape
+    out = torch.empty((tokens, q_heads, head_dim), dtype=q.dtype, device=q.device)
+    if tokens == 0:
+        return out
+    _, block_size, kv_heads, _ = k_cache.shape
+    seqs, max_blocks = block_tables.shape
+    group = q_heads // kv_heads
+    block_d = max(16, next_power_of_2(head_dim))
+    block_n = min(max(_TILE_BYTES // (block_d * q.element_size()), 16), 128)
+    shapes = {
+        "kv_heads": kv_heads,
+        "group": group,
+        "head_dim": head_dim,
+        "block_size": block_size,
+        "block_d": block_d,
+        "block_n": block_n,
+    }
+    inputs = (q, *q.stride(), k_cache, v_cache, block_tables, block_tables.stride(0), kv_lens)
+    scale_log2 = scale * math.log2(math.e)
+    if max_query_len > 1:
+        rows = next_power_of_2(max(tokens * group // seqs, 1))
+        block_m = max(min(rows, 128 if q.element_size() == 2 else 16), next_power_of_2(group), 16)
+        block_q = block_m // group
+        _mixed_kernel[(tokens // block_q + seqs + 1, kv_heads)](
+            *inputs,
+            cu_query_lens,
+            out,
+            scale_log2,
+            tokens,
+            seqs,
+            **shapes,
+            block_q=block_q,
+            block_m=block_m,
+            block_seqs=next_power_of_2(seqs + 1),
+            num_warps=8 if block_m * max(block_d, 128) >= 128 * 128 else 4,
+            num_stages=3,
+        )
+        return out
+    if splits is None:
+        splits = _choose_splits(seqs, kv_heads, max_blocks * block_size)
+    block_m = max(next_power_of_2(group), 16)
+    if splits == 1:
+        parts, tops, sums = out, kv_lens, kv_lens  # the last two are not used
+    else:
+        parts = torch.empty((seqs, q_heads, splits, head_dim), dtype=torch.float32, device=q.device)
+        tops = torch.empty((seqs, q_heads, splits), dtype=torch.float32, device=q.device)
+        sums = torch.empty_like(tops)
+    _decode_kernel[(seqs, kv_heads, splits)](
+        *inputs, parts, tops, sums, scale_log2, **shapes, block_m=block_m, splits=splits, num_warps=4, num_stages=3
+    )
+    if splits > 1:
+        _combine_kernel[(seqs, q_heads)](
+            parts,
+            tops,
+            sums,
+            out,
+            head_dim=head_dim,
+            block_d=block_d,
+            splits=splits,
+            block_splits=next_power_of_2(splits),
+        )
+    return out
+
+
+def _choose_splits(seqs: int, kv_heads: int, max_len: int) -> int:
+    """Return into how many parts a decode batch's keys are split: enough to fill the device, by shapes alone."""
+    wanted = min(_FULL_GRID // (seqs * kv_heads), max_len // _MIN_SPLIT_KEYS, _MAX_SPLITS)
+    return 1 << (max(wanted, 1).bit_length() - 1)
+
+
+@jit()
+def _decode_kernel(  # type: ignore[no-untyped-def]
+    q,
+    q_stride_token,
+    q_stride_head,
+    q_stride_dim,
+    k_cache,
+    v_cache,
+    block_tables,
+    table_stride,
+    kv_lens,
+    parts,
+    tops,
+    sums,
+    scale_log2,
+    kv_heads: constexpr,
+    group: constexpr,
+    head_dim: constexpr,
+    block_size: constexpr,
+    block_d: constexpr,
+    block_n: constexpr,
+    block_m: constexpr,
+    splits: constexpr,
+):
+    """Attend with the query heads of one key/value head of one sequence to one part of its keys.
+
+    With one part, ``parts`` is the output. Else it takes the sums before division, with each row's largest score and
+    sum of weights; a part without keys says so by a sum of 0 and leaves ``parts`` as it is.
+    """
+    seq = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    kv_len = tl.load(kv_lens + seq)
+    tiles = tl.cdiv(kv_len, block_n)
+    split_keys = tl.cdiv(tiles, splits) * block_n
+    start = split * split_keys
+    end = tl.minimum(start + split_keys, kv_len)
+
+    member = tl.arange(0, block_m)
+    dim = tl.arange(0, block_d)
+    head = kv_head * group + member
+    inside = (member < group)[:, None] & (dim < head_dim)[None, :]
+    q_tile = tl.load(
+        q + seq * q_stride_token + head[:, None] * q_stride_head + dim[None, :] * q_stride_dim, mask=inside, other=0.0
+    )
+    top = tl.full([block_m], float("-inf"), tl.float32)
+    total = tl.zeros([block_m], tl.float32)
+    acc = tl.zeros([block_m, block_d], tl.float32)
+    last_key = tl.zeros([block_m], tl.int32) + (kv_len - 1)
+    top, total, acc = _attend(
+        q_tile,
+        top,
+        total,
+        acc,
+        start,
+        end,
+        last_key,
+        block_tables + seq * table_stride,
+        k_cache + kv_head * head_dim,
+        v_cache + kv_head * head_dim,
+        scale_log2,
+        kv_heads,
+        head_dim,
+        block_size,
+        block_d,
+        block_n,
+        True,
+    )
+    row = seq * (kv_heads * group) + head
+    if splits == 1:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(parts + row[:, None] * head_dim + dim[None, :], acc.to(parts.dtype.element_ty), mask=inside)
+    else:
+        part = row * splits + split
+        tl.store(tops + part, top, mask=member < group)
+        tl.store(sums + part, total, mask=member < group)
+        tl.store(parts + part[:, None] * head_dim + dim[None, :], acc, mask=inside & (total > 0.0)[:, None])
+
+
+@jit()
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    parts,
+    tops,
+    sums,
+    out,
+    head_dim: constexpr,
+    block_d: constexpr,
+    splits: constexpr,
+    block_splits: constexpr,
+):
+    """Combine the parts of one query head of one sequence."""
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    split = tl.arange(0, block_splits)
+    dim = tl.arange(0, block_d)
+    part = row * splits + split
+    total = tl.load(sums + part, mask=split < splits, other=0.0)
+    used = total > 0.0
+    top = tl.load(tops + part, mask=used, other=-1e38)
+    top_of_all = tl.max(top, 0)
+    weight = tl.where(used, tl.exp2(top - top_of_all), 0.0)
+    acc = tl.load(
+        parts + part[:, None] * head_dim + dim[None, :], mask=used[:, None] & (dim < head_dim)[None, :], other=0.0
+    )
+    total_of_all = tl.sum(total * weight, 0)
+    acc = tl.sum(acc * weight[:, None], 0) / tl.where(total_of_all == 0.0, 1.0, total_of_all)
+    tl.store(out + row * head_dim + dim, acc.to(out.dtype.element_ty), mask=dim < head_dim)
+
+
+@jit(do_not_specialize=["tokens", "seqs"])
+def _mixed_kernel(  # type: ignore[no-untyped-def]
+    q,
+    q_stride_token,
+    q_stride_head,
+    q_stride_dim,
+    k_cache,
+    v_cache,
+    block_tables,
+    table_stride,
+    kv_lens,
+    cu_query_lens,
+    out,
+    scale_log2,
+    tokens,
+    seqs,
+    kv_heads: constexpr,
+    group: constexpr,
+    head_dim: constexpr,
+    block_size: constexpr,
+    block_d: constexpr,
+    block_n: constexpr,
+    block_q: constexpr,
+    block_m: constexpr,
+    block_seqs: constexpr,
+):
+    """Attend with ``block_q`` queries of one sequence, in the query heads of one key/value head.
+
+    The padding tokens at the end are one more sequence, of length 0: it sees no key and gets zeros.
+    """
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    # First blocks rise strictly with the sequence, so that this block's sequence is the last that starts by it.
+    index = tl.arange(0, block_seqs)
+    first_block = tl.load(cu_query_lens + index, mask=index <= seqs, other=0) // block_q + index
+    seq = tl.sum(((first_block <= block) & (index <= seqs)).to(tl.int32), 0) - 1
+    query_start = tl.load(cu_query_lens + seq)
+    query_end = tl.load(cu_query_lens + seq + 1, mask=seq < seqs, other=tokens)
+    query_len = query_end - query_start
+    first_row = (block - (query_start // block_q + seq)) * block_q
+    if first_row >= query_len:
+        return
+    kv_len = tl.load(kv_lens + seq, mask=seq < seqs, other=0)
+    context = kv_len - query_len
+    last_row = tl.minimum(first_row + block_q, query_len) - 1
+
+    member = tl.arange(0, block_m)
+    dim = tl.arange(0, block_d)
+    row = first_row + member // group
+    head = kv_head * group + member % group
+    token = (query_start + row).to(tl.int64)
+    inside = ((member < block_q * group) & (row < query_len))[:, None] & (dim < head_dim)[None, :]
+    q_tile = tl.load(
+        q + token[:, None] * q_stride_token + head[:, None] * q_stride_head + dim[None, :] * q_stride_dim,
+        mask=inside,
+        other=0.0,
+    )
+    top = tl.full([block_m], float("-inf"), tl.float32)
+    total = tl.zeros([block_m], tl.float32)
+    acc = tl.zeros([block_m, block_d], tl.float32)
+    last_key = context + row
+    table = block_tables + seq.to(tl.int64) * table_stride
+    k_head = k_cache + kv_head * head_dim
+    v_head = v_cache + kv_head * head_dim
+    # Tiles that every row sees whole need no mask.
+    whole = tl.maximum(context + first_row + 1, 0) // block_n * block_n
+    end = tl.minimum(context + last_row + 1, kv_len)
+    top, total, acc = _attend(
+        q_tile,
+        top,
+        total,
+        acc,
+        0,
+        whole,
+        last_key,
+        table,
+        k_head,
+        v_head,
+        scale_log2,
+        kv_heads,
+        head_dim,
+        block_size,
+        block_d,
+        block_n,
+        False,
+    )
+    top, total, acc = _attend(
+        q_tile,
+        top,
+        total,
+        acc,
+        whole,
+        end,
+        last_key,
+        table,
+        k_head,
+        v_head,
+        scale_log2,
+        kv_heads,
+        head_dim,
+        block_size,
+        block_d,
+        block_n,
+        True,
+    )
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_row = token * (kv_heads * group) + head
+    tl.store(out + out_row[:, None] * head_dim + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@jit()
+def _attend(  # type: ignore[no-untyped-def]
+    q_tile,
+    top,
+    total,
+    acc,
+    start,
+    end,
+    last_key,
+    table,
+    k_head,
+    v_head,
+    scale_log2,
+    kv_heads: constexpr,
+    head_dim: constexpr,
+    block_size: constexpr,
+    block_d: constexpr,
+    block_n: constexpr,
+    masked: constexpr,
+):
+    """Take the keys ``start .. end - 1`` of one sequence into the online softmax of a tile of query rows.
+
+    Where ``masked``, row ``i`` sees keys up to ``last_key[i]``, and nothing at ``end`` or later is read; ``end`` ends a
+    tile or is past every row's last key. Else every row sees every key of every tile. A row must see a key in the first
+    tile that it ever meets.
+    """
+    dim = tl.arange(0, block_d)
+    for tile in range(start, end, block_n):
+        position = tile + tl.arange(0, block_n)
+        if masked:
+            key_inside = position < end
+            page = tl.load(table + position // block_size, mask=key_inside, other=0)
+            inside = key_inside[:, None] & (dim < head_dim)[None, :]
+        else:
+            page = tl.load(table + position // block_size)
+            inside = (dim < head_dim)[None, :]
+        slot = page.to(tl.int64) * block_size + position % block_size
+        offset = (slot * (kv_heads * head_dim))[:, None] + dim[None, :]
+        keys = tl.load(k_head + offset, mask=inside, other=0.0)
+        scores = tl.dot(q_tile, tl.trans(keys), input_precision="ieee") * scale_log2
+        if masked:
+            scores = tl.where(position[None, :] <= last_key[:, None], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        correction = tl.exp2(top - new_top)
+        values = tl.load(v_head + offset, mask=inside, other=0.0)
+        total = total * correction + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(values.dtype), values, acc * correction[:, None], input_precision="ieee")
+        top = new_top
+    return top, total, acc

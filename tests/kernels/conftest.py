@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from graphmode.kernels import attention, kv_cache, sampling
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernel_device() -> str:
+    """Where the Triton functions run: the GPU, or Triton's interpreter over CPU tensors where there is none."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["reference", "triton"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def write_kv(implementation: str):
+    return getattr(kv_cache, f"write_kv_{implementation}")
+
+
+@pytest.fixture
+def paged_attention(implementation: str):
+    return getattr(attention, f"paged_attention_{implementation}")
+
+
+@pytest.fixture
+def sample(implementation: str):
+    return getattr(sampling, f"sample_{implementation}")
+
+
+@pytest.fixture
+def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh float memory holds NaN, so that what is read without being written shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))

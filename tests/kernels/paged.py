@@ -1,0 +1,131 @@
+"""Paged batches whose every unused place is poisoned, and attention in float64, sequence by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+GARBAGE = 0x7FEDCBA9  # far beyond any cache
+
+
+@dataclass
+class PagedBatch:
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    block_tables: torch.Tensor
+    cu_query_lens: torch.Tensor
+    kv_lens: torch.Tensor
+    query_lens: list[int]  # of the real sequences
+
+    @property
+    def num_real_tokens(self) -> int:
+        return sum(self.query_lens)
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[-1] ** -0.5
+
+    @property
+    def is_decode(self) -> bool:
+        return all(n == 1 for n in self.query_lens)
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        return self.q, self.k_cache, self.v_cache, self.block_tables, self.cu_query_lens, self.kv_lens
+
+    def owned_slots(self) -> torch.Tensor:
+        """Where in the caches, as [slots], a real token is."""
+        slots = self.k_cache.shape[0] * self.k_cache.shape[1]
+        owned = torch.zeros(slots, dtype=torch.bool, device=self.q.device)
+        for seq in range(len(self.query_lens)):
+            owned[self.slots_of(seq)] = True
+        return owned
+
+    def slots_of(self, seq: int) -> torch.Tensor:
+        position = torch.arange(int(self.kv_lens[seq]), device=self.q.device)
+        block_size = self.k_cache.shape[1]
+        return self.block_tables[seq, position // block_size].long() * block_size + position % block_size
+
+    def with_unused(self, value: float, entry: int) -> PagedBatch:
+        """The same batch with other contents wherever no real token reads: padding queries, slots, table entries."""
+        changed = replace(
+            self,
+            q=self.q.clone(),
+            k_cache=self.k_cache.clone(),
+            v_cache=self.v_cache.clone(),
+            block_tables=self.block_tables.clone(),
+        )
+        changed.q[self.num_real_tokens :] = value
+        free = ~self.owned_slots()
+        for cache in (changed.k_cache, changed.v_cache):
+            cache.flatten(0, 1)[free] = value
+        block_size = self.k_cache.shape[1]
+        first = torch.arange(self.block_tables.shape[1], device=self.q.device) * block_size
+        changed.block_tables[first >= self.kv_lens.unsqueeze(1)] = entry
+        return changed
+
+
+def make_batch(
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    *,
+    tokens: int | None = None,
+    seqs: int | None = None,
+    q_heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    block_size: int = 16,
+    max_len: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> PagedBatch:
+    """A batch padded to ``tokens`` and ``seqs``; NaN and garbage wherever nothing is to be read."""
+    random = torch.Generator().manual_seed(seed)
+    tokens = sum(query_lens) if tokens is None else tokens
+    seqs = len(query_lens) if seqs is None else seqs
+    max_blocks = -(-max([max_len or 1, *kv_lens]) // block_size)
+    num_blocks = sum(-(-n // block_size) for n in kv_lens) + 3
+    free = torch.randperm(num_blocks, generator=random, dtype=torch.int32)
+    block_tables = torch.zeros((seqs, max_blocks), dtype=torch.int32)
+    for seq, kv_len in enumerate(kv_lens):
+        used = -(-kv_len // block_size)
+        block_tables[seq, :used], free = free[:used], free[used:]
+
+    noise = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=noise, device=device).to(dtype)
+
+    padding = seqs - len(query_lens)
+    batch = PagedBatch(
+        q=normal(tokens, q_heads, head_dim),
+        k_cache=normal(num_blocks, block_size, kv_heads, head_dim),
+        v_cache=normal(num_blocks, block_size, kv_heads, head_dim),
+        block_tables=block_tables.to(device),
+        cu_query_lens=torch.tensor([0, *query_lens, *[0] * padding], device=device).cumsum(0).int(),
+        kv_lens=torch.tensor([*kv_lens, *[0] * padding], dtype=torch.int32, device=device),
+        query_lens=list(query_lens),
+    )
+    return batch.with_unused(float("nan"), GARBAGE)
+
+
+def attend_one_by_one(batch: PagedBatch, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Attention of each sequence by itself, in ``dtype``: ``[real tokens, q_heads, head_dim]``."""
+    group = batch.q.shape[1] // batch.k_cache.shape[2]
+    outputs = []
+    start = 0
+    for seq, query_len in enumerate(batch.query_lens):
+        slots = batch.slots_of(seq)
+        keys = batch.k_cache.flatten(0, 1)[slots].to(dtype).repeat_interleave(group, dim=1)
+        values = batch.v_cache.flatten(0, 1)[slots].to(dtype).repeat_interleave(group, dim=1)
+        queries = batch.q[start : start + query_len].to(dtype)
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * batch.scale
+        kv_len = len(slots)
+        last_key = kv_len - query_len + torch.arange(query_len, device=slots.device)
+        scores.masked_fill_(torch.arange(kv_len, device=slots.device) > last_key.unsqueeze(1), float("-inf"))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        start += query_len
+    return torch.cat(outputs)

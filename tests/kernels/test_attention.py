@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphmode.kernels import paged_attention as public_paged_attention
+from graphmode.kernels.attention import (
+    _choose_blocks,
+    _choose_splits,
+    _find_blocks,
+    paged_attention_reference,
+    paged_attention_triton,
+)
+from tests.kernels.paged import PagedBatch, attend_one_by_one, make_batch
+
+# Absolute and relative, for values of order 1. The interpreter multiplies bfloat16 matrices wrongly: on a GPU only.
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def run(attend, batch: PagedBatch, **options) -> torch.Tensor:
+    tokens = batch.q.shape[0]
+    max_query_len = 1 if batch.is_decode and tokens == batch.kv_lens.shape[0] else max(tokens, 2)
+    return attend(*batch.inputs(), scale=batch.scale, max_query_len=max_query_len, **options)
+
+
+def check(attend, batch: PagedBatch, **options) -> None:
+    """Real rows are right although everything unused is poisoned; padding rows are zero."""
+    output = run(attend, batch, **options)
+    assert output.shape == batch.q.shape
+    assert output.dtype == batch.q.dtype
+    real = batch.num_real_tokens
+    expected = attend_one_by_one(batch)
+    tolerance = TOLERANCE[batch.q.dtype]
+    torch.testing.assert_close(output[:real].double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(output[real:], torch.zeros_like(output[real:]))
+
+
+HEADS = {  # q_heads, kv_heads, head_dim
+    "group 1": (2, 2, 32),
+    "group 2": (4, 2, 64),
+    "group 3, head_dim 80": (6, 2, 80),
+    "group 5, head_dim 96": (5, 1, 96),
+    "group 6": (6, 1, 32),
+    "group 7": (14, 2, 64),
+    "group 20": (20, 1, 32),
+    "head_dim 256": (2, 1, 256),
+}
+BATCHES = {  # new tokens and lengths of real sequences, padded tokens, padded sequences
+    "decode": ([1, 1, 1], [1, 70, 33], 3, 3),
+    "decode with padding": ([1, 1], [64, 65], 4, 4),
+    "prefill": ([19], [19], 19, 1),
+    "chunked prefill": ([9], [75], 16, 1),
+    "mixed": ([1, 12, 1, 5], [40, 12, 1, 66], 19, 4),
+    "mixed with padding": ([7, 1], [7, 130], 13, 5),
+    "mixed, one token each": ([1, 1], [20, 3], 7, 3),
+}
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
+@pytest.mark.usefixtures("nan_memory")
+def test_head_shapes(paged_attention, kernel_device: str, heads, lens) -> None:
+    query_lens, kv_lens, tokens, seqs = lens
+    q_heads, kv_heads, head_dim = heads
+    shape = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    check(paged_attention, make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, **shape, device=kernel_device))
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4, 16, 128])
+@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
+@pytest.mark.usefixtures("nan_memory")
+def test_block_sizes(paged_attention, kernel_device: str, block_size: int, lens) -> None:
+    query_lens, kv_lens, tokens, seqs = lens
+    options = {"block_size": block_size, "max_len": 200, "device": kernel_device}
+    check(paged_attention, make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
+@pytest.mark.usefixtures("nan_memory")
+def test_half_precision(paged_attention, implementation: str, kernel_device: str, dtype: torch.dtype, lens) -> None:
+    if (implementation, kernel_device, dtype) == ("triton", "cpu", torch.bfloat16):
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices wrongly")
+    query_lens, kv_lens, tokens, seqs = lens
+    batch = make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, head_dim=64, dtype=dtype, device=kernel_device)
+    check(paged_attention, batch)
+
+
+def test_queries_may_be_strided(paged_attention, kernel_device: str) -> None:
+    for query_lens, kv_lens in (([1, 1], [30, 5]), ([9, 1], [30, 5])):
+        batch = make_batch(query_lens, kv_lens, device=kernel_device)
+        expected = run(paged_attention, batch)
+        batch.q = batch.q.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(run(paged_attention, batch), expected)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 8, 32])
+@pytest.mark.usefixtures("nan_memory")
+def test_split_decode(kernel_device: str, splits: int) -> None:
+    """Also where a sequence has fewer tiles of keys than there are parts, and for padding sequences."""
+    batch = make_batch([1, 1, 1, 1], [700, 1, 129, 512], tokens=6, seqs=6, q_heads=6, device=kernel_device)
+    check(paged_attention_triton, batch, splits=splits)
+
+
+@pytest.mark.usefixtures("nan_memory")
+def test_splits_by_default(kernel_device: str) -> None:
+    batch = make_batch([1], [1030], max_len=1100, head_dim=64, device=kernel_device)
+    assert _choose_splits(1, 2, 1104) == 4
+    check(paged_attention_triton, batch)
+
+
+def test_long_contexts_and_many_rows_cross_tiles_and_chunks(paged_attention, kernel_device: str) -> None:
+    check(paged_attention, make_batch([150, 3], [500, 259], tokens=160, seqs=3, device=kernel_device))
+
+
+def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop over query blocks and heads gives the same with any limit on its memory, down to one head a turn."""
+    for query_lens, kv_lens in (([1] * 5, [3, 90, 41, 17, 64]), ([6, 1, 9], [60, 2, 33])):
+        batch = make_batch(query_lens, kv_lens, q_heads=12, kv_heads=3, tokens=None)
+        for limit in (1, 2 * 4 * 96 * 32, 5 * 4 * 96 * 32, 1 << 30):
+            monkeypatch.setattr("graphmode.kernels.attention._CHUNK_BYTES", limit)
+            check(paged_attention_reference, batch)
+
+
+@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
+def test_padding_does_not_matter(paged_attention, kernel_device: str, lens) -> None:
+    """Bitwise: whatever padding queries, unowned slots, the rest of owned blocks and unused table entries hold."""
+    query_lens, kv_lens, tokens, seqs = lens
+    batch = make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, head_dim=64, max_len=150, device=kernel_device)
+    expected = run(paged_attention, batch)
+    assert not expected.isnan().any()
+    for value, entry in ((0.0, 0), (1e30, -1), (float("inf"), -(2**31)), (-7.0, 1)):
+        assert torch.equal(run(paged_attention, batch.with_unused(value, entry)), expected)
+
+
+@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
+def test_same_bits_every_time(paged_attention, kernel_device: str, lens) -> None:
+    query_lens, kv_lens, tokens, seqs = lens
+    batch = make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, max_len=600, device=kernel_device)
+    expected = run(paged_attention, batch)
+    for _ in range(3):
+        assert torch.equal(run(paged_attention, batch), expected)
+
+
+def test_all_padding(paged_attention, kernel_device: str) -> None:
+    for tokens, seqs in ((4, 4), (9, 4)):
+        batch = make_batch([], [], tokens=tokens, seqs=seqs, device=kernel_device)
+        output = run(paged_attention, batch)
+        assert torch.equal(output, torch.zeros_like(output))
+
+
+def test_follows_the_lengths_in_the_buffers(paged_attention, kernel_device: str) -> None:
+    """As at replay: same tensors, new contents."""
+    options = {"tokens": 12, "seqs": 4, "max_len": 96, "device": kernel_device}
+    buffers = make_batch([9, 3], [90, 3], **options)
+    for seed, (query_lens, kv_lens) in enumerate([([1, 2, 3], [7, 96, 3]), ([12], [12]), ([1, 1, 1, 1], [1, 2, 3, 4])]):
+        batch = make_batch(query_lens, kv_lens, **options, seed=seed)
+        buffers.query_lens = batch.query_lens
+        buffers.k_cache, buffers.v_cache = batch.k_cache, batch.v_cache  # sized by the lengths here
+        for name in ("q", "block_tables", "cu_query_lens", "kv_lens"):
+            getattr(buffers, name).copy_(getattr(batch, name))
+        check(paged_attention, buffers)
+
+
+@st.composite
+def ragged(draw: st.DrawFn, max_seqs: int, max_query_len: int, max_context: int) -> PagedBatch:
+    query_lens = draw(st.lists(st.integers(1, max_query_len), min_size=1, max_size=max_seqs))
+    kv_lens = [n + draw(st.integers(0, max_context)) for n in query_lens]
+    kv_heads = draw(st.sampled_from([1, 2]))
+    return make_batch(
+        query_lens,
+        kv_lens,
+        tokens=sum(query_lens) + draw(st.integers(0, 9)),
+        seqs=len(query_lens) + draw(st.integers(0, 3)),
+        q_heads=kv_heads * draw(st.integers(1, 8)),
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([32, 48])),
+        block_size=draw(st.sampled_from([1, 2, 4, 16, 32])),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(ragged(max_seqs=6, max_query_len=24, max_context=90))
+def test_reference_on_any_lengths(batch: PagedBatch) -> None:
+    check(paged_attention_reference, batch)
+
+
+@settings(deadline=None, max_examples=15)
+@given(ragged(max_seqs=4, max_query_len=12, max_context=50))
+def test_triton_on_any_lengths(batch: PagedBatch) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, value in list(vars(batch).items()):
+        if isinstance(value, torch.Tensor):
+            setattr(batch, name, value.to(device))
+    check(paged_attention_triton, batch)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any),
+    st.integers(0, 10),
+    st.sampled_from([1, 2, 3, 8, 64]),
+)
+def test_every_real_token_has_a_row_of_its_own(query_lens: list[int], padding: int, block_q: int) -> None:
+    cu_query_lens = torch.tensor([0, *query_lens]).cumsum(0)
+    tokens, seqs = sum(query_lens) + padding, len(query_lens)
+    num_blocks = tokens // block_q + seqs
+    blocks = _find_blocks(cu_query_lens, torch.tensor(query_lens), tokens, block_q, num_blocks)
+    real = tokens - padding
+    rows = blocks.row_of_token[:real]
+    assert rows.unique().numel() == real
+    assert torch.equal(blocks.token.view(-1)[rows], torch.arange(real))
+    of_seq = torch.arange(seqs).repeat_interleave(torch.tensor(query_lens))
+    assert torch.equal(blocks.seq.repeat_interleave(block_q)[rows], of_seq)
+    assert blocks.real_token.sum() == real
+
+
+def test_query_blocks_are_chosen_by_cost() -> None:
+    assert _choose_blocks(tokens=32, seqs=8, group=2, max_query_len=4) == (4, 8)  # one block for each sequence
+    assert _choose_blocks(tokens=512, seqs=1, group=2, max_query_len=512) == (512, 1)
+    assert _choose_blocks(tokens=256, seqs=16, group=2, max_query_len=256) == (8, 48)
+
+
+def test_splits_are_chosen_by_shapes() -> None:
+    assert _choose_splits(seqs=1, kv_heads=8, max_len=131072) == 32
+    assert _choose_splits(seqs=1, kv_heads=8, max_len=2048) == 8
+    assert _choose_splits(seqs=12, kv_heads=8, max_len=131072) == 2
+    assert _choose_splits(seqs=64, kv_heads=8, max_len=131072) == 1
+    assert _choose_splits(seqs=1, kv_heads=1, max_len=16) == 1
+
+
+@pytest.mark.parametrize("max_query_len", [1, 4])
+def test_reference_reads_nothing_on_the_host(max_query_len: int) -> None:
+    tensors = [tensor.to("meta") for tensor in make_batch([1, 1], [30, 5]).inputs()]
+    output = paged_attention_reference(*tensors, scale=1.0, max_query_len=max_query_len)
+    assert output.shape == tensors[0].shape
+
+
+def test_public_function_takes_the_reference_on_cpu() -> None:
+    for batch in (make_batch([1, 1], [30, 5]), make_batch([4, 1], [30, 5], tokens=8)):
+        assert torch.equal(run(public_paged_attention, batch), run(paged_attention_reference, batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("q", torch.zeros(4, 64), r"q has shape \[4, 64\], expected \[any, any, any\]"),
+        ("q", torch.zeros(4, 4, 16, dtype=torch.float64), "q is torch.float64, expected torch.float32 or"),
+        ("q", torch.zeros(4, 3, 16), "q_heads is 3, expected a multiple of kv_heads, 2"),
+        ("q", torch.zeros(5, 4, 16), "tokens is 5, expected 4, one for each sequence of a decode batch"),
+        ("k_cache", torch.zeros(3, 8, 2, 32), r"k_cache has shape .*, expected \[any, any, any, 16\]"),
+        ("v_cache", torch.zeros(3, 8, 1, 16), r"v_cache has shape .*, expected \[3, 8, 2, 16\]"),
+        ("v_cache", torch.zeros(3, 8, 2, 16, dtype=torch.float16), "v_cache is torch.float16, expected torch.float32"),
+        ("v_cache", torch.zeros(3, 2, 8, 16).transpose(1, 2), "v_cache has strides .*, expected a contiguous tensor"),
+        ("block_tables", torch.zeros(4, 2, dtype=torch.int64), "block_tables is torch.int64, expected torch.int32"),
+        ("block_tables", torch.zeros(2, 4, dtype=torch.int32).T, r"block_tables.stride\(1\) is 4, expected 1"),
+        ("cu_query_lens", torch.zeros(4, dtype=torch.int32), r"cu_query_lens has shape \[4\], expected \[5\]"),
+        ("kv_lens", torch.zeros(5, dtype=torch.int32), r"kv_lens has shape \[5\], expected \[4\]"),
+        ("kv_lens", torch.zeros(4, dtype=torch.int32, device="meta"), "kv_lens is on meta, expected cpu"),
+        ("max_query_len", 0, "max_query_len is 0, expected 1 or more"),
+    ],
+)
+def test_refuses_what_does_not_fit(name: str, value: object, message: str) -> None:
+    arguments = {
+        "q": torch.zeros(4, 4, 16),
+        "k_cache": torch.zeros(3, 8, 2, 16),
+        "v_cache": torch.zeros(3, 8, 2, 16),
+        "block_tables": torch.zeros(4, 2, dtype=torch.int32),
+        "cu_query_lens": torch.zeros(5, dtype=torch.int32),
+        "kv_lens": torch.zeros(4, dtype=torch.int32),
+        "max_query_len": 1,
+    }
+    with pytest.raises(ValueError, match=message):
+        public_paged_attention(**{**arguments, name: value}, scale=1.0)
+
+
+def realistic(query_lens: list[int], tokens: int, seqs: int, seed: int) -> PagedBatch:
+    random = torch.Generator().manual_seed(seed)
+    kv_lens = [n + int(torch.randint(0, 4096 - n + 1, (1,), generator=random)) for n in query_lens]
+    options = {"q_heads": 16, "kv_heads": 8, "head_dim": 128, "max_len": 4096, "dtype": torch.bfloat16}
+    return make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, **options, device="cuda", seed=seed)
+
+
+REALISTIC = {
+    "64 decoding": ([1] * 64, 64, 64),
+    "50 decoding in 64": ([1] * 50, 64, 64),
+    "1 decoding": ([1], 1, 1),
+    "mixed": ([1] * 40 + [300, 77, 1000, 5], 2048, 64),
+    "prefill": ([2048], 2048, 1),
+    "few tokens": ([3, 1, 1], 8, 8),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lens", REALISTIC.values(), ids=REALISTIC)
+def test_realistic_sizes_on_a_gpu(lens) -> None:
+    query_lens, tokens, seqs = lens
+    batch = realistic(query_lens, tokens, seqs, seed=1)
+    output = run(public_paged_attention, batch)
+    expected = attend_one_by_one(batch, torch.float32)
+    real = batch.num_real_tokens
+    torch.testing.assert_close(output[:real].float(), expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(output[real:], torch.zeros_like(output[real:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lens", REALISTIC.values(), ids=REALISTIC)
+def test_replay_follows_new_lengths_on_a_gpu(lens) -> None:
+    """Captured with one batch's lengths, replayed with others': bitwise the eager result."""
+    query_lens, tokens, seqs = lens
+    first, second = realistic(query_lens, tokens, seqs, seed=1), realistic(query_lens, tokens, seqs, seed=2)
+    blocks = max(first.k_cache.shape[0], second.k_cache.shape[0])
+    for batch in (first, second):
+        more = blocks - batch.k_cache.shape[0]
+        batch.k_cache = torch.nn.functional.pad(batch.k_cache, (0, 0, 0, 0, 0, 0, 0, more))
+        batch.v_cache = torch.nn.functional.pad(batch.v_cache, (0, 0, 0, 0, 0, 0, 0, more))
+    expected = run(public_paged_attention, second)
+    run(public_paged_attention, first)  # compiles the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run(public_paged_attention, first)
+    for held, new in zip(first.inputs(), second.inputs(), strict=True):
+        held.copy_(new)
+    for _ in range(3):
+        output.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(output, expected)
