@@ -1,0 +1,220 @@
+"""The command line: ``graphmode generate``, ``graphmode info``."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graphmode import __version__
+from graphmode.graph.errors import GraphModeError
+
+app = typer.Typer(
+    name="graphmode",
+    help="LLM inference in graph mode: the device work of a step is captured once and replayed ever after.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DEFAULT_PROMPT = "ROMEO.\nBut soft! What light through yonder window breaks?\n"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graphmode {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str | None, typer.Option(help="A local folder or the hub name of a model. Default: the bundled one.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text to continue; may be given several times.", show_default=False)
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A file with one prompt a line.", exists=True, dir_okay=False)
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; higher is more varied.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of each prompt's random numbers.", show_default=False)] = None,
+    enable_graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--enable-graph/--no-enable-graph", help="Whether steps replay graphs. [default: yes]", show_default=False
+        ),
+    ] = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="The same as --no-enable-graph.")] = False,
+    graph_sizes: Annotated[
+        str | None, typer.Option(help="Sizes that get a graph, in tokens of a step: 1,2,4.", show_default=False)
+    ] = None,
+    max_graph_tokens: Annotated[
+        int | None,
+        typer.Option(help="Steps of more tokens run eagerly. [default: no step is larger]", show_default=False),
+    ] = None,
+    max_padding_ratio: Annotated[
+        float | None, typer.Option(help="Steps with a larger share of padding run eagerly.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Continue texts, every step one replay of a graph."""
+    prompts = _prompts(prompt, prompt_file, bundled=model is None)
+    if enforce_eager and enable_graph:
+        raise typer.BadParameter("--enable-graph and --enforce-eager contradict each other; choose one")
+    from transformers.utils.logging import disable_progress_bar
+
+    from graphmode.engine.llm import LLM
+    from graphmode.engine.sampling_params import SamplingParams
+
+    disable_progress_bar()
+    interactive = not as_json and sys.stderr.isatty()
+    try:
+        params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+        llm = LLM(
+            model,
+            progress=interactive,
+            enforce_eager=enforce_eager or enable_graph is False,
+            graph_sizes=_sizes(graph_sizes),
+            max_graph_tokens=max_graph_tokens,
+            max_padding_ratio=max_padding_ratio,
+            device=device,
+            dtype=dtype,
+        )
+        start = time.perf_counter()
+        if as_json:
+            outputs = llm.generate(prompts, params)
+            typer.echo(json.dumps(_report(outputs, llm.stats)))
+            return
+        if len(prompts) == 1:
+            _stream(llm, prompts[0], params)
+        else:
+            for output in llm.generate(prompts, params):
+                typer.echo(f"--- {output.prompt!r} ({output.outputs[0].finish_reason})\n{output.outputs[0].text}\n")
+        typer.echo(_summary(llm.stats, time.perf_counter() - start))
+    except GraphModeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Show devices, backends, what they can do, and versions."""
+    found = _info()
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, value in found["versions"].items():
+        typer.echo(f"{name:14} {value}")
+    typer.echo()
+    for device in found["devices"]:
+        abilities = ", ".join(name for name, able in device["capabilities"].items() if able)
+        typer.echo(f"{device['device']:8} {device['name']}: {abilities}")
+    typer.echo(f"\nbackends: {', '.join(found['backends'])}")
+
+
+def _prompts(prompts: list[str] | None, file: Path | None, *, bundled: bool) -> list[str]:
+    texts = list(prompts or [])
+    if file is not None:
+        texts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not texts and not bundled:
+        raise typer.BadParameter("nothing to continue; give --prompt TEXT or --prompt-file FILE")
+    return texts or [DEFAULT_PROMPT]
+
+
+def _sizes(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--graph-sizes {text!r} is not a list of numbers such as 1,2,4") from error
+
+
+def _stream(llm: Any, prompt: str, params: Any) -> None:
+    """Print a prompt and its continuation as it comes."""
+    typer.echo(prompt, nl=False)
+    shown = 0
+    for output in llm.stream(prompt, params):
+        text = output.outputs[0].text
+        typer.echo(text[shown:], nl=False)
+        sys.stdout.flush()
+        shown = len(text)
+    typer.echo("\n")
+
+
+def _report(outputs: Any, stats: Any) -> dict[str, Any]:
+    rows = [
+        {
+            "prompt": output.prompt,
+            "text": output.outputs[0].text,
+            "token_ids": output.outputs[0].token_ids,
+            "finish_reason": output.outputs[0].finish_reason,
+        }
+        for output in outputs
+    ]
+    return {"outputs": rows, "stats": stats.as_dict()}
+
+
+def _summary(stats: Any, seconds: float) -> str:
+    """Return the closing line: what it gave, what graphs cost, how often they served."""
+    speed = f"{stats.generated_tokens} tokens in {seconds:.2f} s, {stats.generated_tokens / seconds:.0f} tokens/s"
+    if stats.decode_ms_per_step is not None:
+        speed += f", {stats.decode_ms_per_step:.2f} ms a decode step"
+    if not stats.graphs:
+        graphs = "no graphs"
+    else:
+        graphs = (
+            f"{stats.graphs} graphs captured in {stats.capture_seconds:.1f} s, {stats.graph_bytes / 2**20:.1f} MiB; "
+            f"hit rate {stats.hit_rate:.3f}, {stats.padding_ratio:.0%} padding"
+        )
+    misses = ", ".join(f"{count} {reason}" for reason, count in stats.misses.items())
+    return f"{speed}; {graphs}; eager steps: {misses or 'none'}"
+
+
+def _info() -> dict[str, Any]:
+    import torch
+
+    from graphmode.graph import available_backends, get_backend
+
+    versions = {"graphmode": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "triton"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    found = [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type in available_backends():
+        found += [torch.device(accelerator.type, index) for index in range(torch.accelerator.device_count())]
+    devices = []
+    for device in found:
+        capabilities = get_backend(device).capabilities
+        name = platform.processor() or platform.machine()
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        devices.append({"device": str(device), "name": name, "capabilities": vars(capabilities)})
+    return {"versions": versions, "devices": devices, "backends": sorted(available_backends())}
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,142 @@
+"""The engine's options: what the user chose, checked and completed before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from graphmode.engine.scheduler import Limits
+from graphmode.graph import make_buckets
+from graphmode.graph.buckets import check_buckets
+from graphmode.graph.errors import InputError
+
+GraphMode = Literal["none", "piecewise", "full"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the user may choose; None means that the engine does.
+
+    Attributes:
+        device: ``"auto"``, or a device such as ``"cpu"`` or ``"cuda:1"``.
+        dtype: of the weights and the KV cache; ``"auto"`` takes the checkpoint's, on a CPU float32.
+        load_format: ``"auto"`` reads the weights, ``"dummy"`` makes random ones.
+        enforce_eager: run every step eagerly, as ``graph_mode="none"``.
+        graph_mode: ``full`` (one graph a step, the default), ``piecewise`` (attention outside the graphs), ``none``.
+        graph_sizes: the buckets, in tokens of a step. Default: few, up to the largest step.
+        max_graph_tokens: the threshold: larger steps run eagerly. Default: none is larger.
+        max_padding_ratio: steps with a larger share of padding run eagerly.
+        max_model_len: tokens of a sequence; default: what the model was made for.
+        max_num_seqs: sequences in a step; default 256, on a CPU 32.
+        max_num_batched_tokens: tokens in a step; default 2048, on a CPU 256.
+        kv_cache_memory: bytes of the KV cache; default: what all rows can use, if the device has it.
+        seed: of the requests that have none.
+        strict: a capture that fails ends the start-up, instead of leaving that size to run eagerly.
+    """
+
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
+    enforce_eager: bool = False
+    graph_mode: GraphMode | None = None
+    graph_sizes: Sequence[int] | None = None
+    max_graph_tokens: int | None = None
+    max_padding_ratio: float | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_memory: int | None = None
+    seed: int = 0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise InputError(f"dtype is {self.dtype!r}; it must be one of {', '.join(get_args(Dtype))}")
+        if self.load_format not in ("auto", "dummy"):
+            raise InputError(f"load_format is {self.load_format!r}; it must be auto or dummy")
+        if self.graph_mode is not None and self.graph_mode not in get_args(GraphMode):
+            raise InputError(f"graph_mode is {self.graph_mode!r}; it must be one of {', '.join(get_args(GraphMode))}")
+        if self.enforce_eager and self.graph_mode not in (None, "none"):
+            raise InputError(f"enforce_eager and graph_mode={self.graph_mode!r} contradict each other; choose one")
+        if self.resolved_graph_mode == "none":
+            for name in ("graph_sizes", "max_graph_tokens", "max_padding_ratio"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} is {getattr(self, name)}, but graphs are off; leave one of the two out")
+        if self.graph_sizes is not None and self.max_graph_tokens is not None:
+            raise InputError("graph_sizes and max_graph_tokens both set the largest graph; give one of them")
+        if self.max_padding_ratio is not None and not 0 <= self.max_padding_ratio <= 1:
+            raise InputError(f"max_padding_ratio is {self.max_padding_ratio}; it is a share, from 0 to 1")
+        for name in ("max_graph_tokens", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+
+    @property
+    def resolved_graph_mode(self) -> GraphMode:
+        """The graph mode after defaults."""
+        return "none" if self.enforce_eager else self.graph_mode or "full"
+
+
+def resolve_dtype(dtype: Dtype) -> torch.dtype | Literal["auto"]:
+    """Return torch's dtype of a name."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return "auto" if dtype == "auto" else named[dtype]
+
+
+def resolve_limits(options: EngineOptions, max_positions: int, device: torch.device) -> Limits:
+    """Complete the limits.
+
+    Args:
+        options: the user's.
+        max_positions: what the model was made for.
+        device: the device.
+
+    Raises:
+        InputError: a limit that the model or another limit does not allow.
+    """
+    on_cpu = device.type == "cpu"
+    max_num_seqs = options.max_num_seqs or (32 if on_cpu else 256)
+    max_num_batched_tokens = options.max_num_batched_tokens or max(256 if on_cpu else 2048, max_num_seqs)
+    if max_num_batched_tokens < max_num_seqs:
+        raise InputError(
+            f"max_num_batched_tokens is {max_num_batched_tokens}, less than max_num_seqs={max_num_seqs}; a step "
+            "must hold one token of every sequence. Raise the first or lower the second"
+        )
+    max_model_len = options.max_model_len or max_positions
+    if max_model_len > max_positions:
+        raise InputError(
+            f"max_model_len is {max_model_len}; the model was made for {max_positions} tokens. Lower it to that"
+        )
+    if max_model_len < 2:
+        raise InputError(f"max_model_len is {max_model_len}; a sequence needs at least 2, a prompt and an answer")
+    return Limits(max_num_seqs, max_num_batched_tokens, max_model_len)
+
+
+def resolve_buckets(options: EngineOptions, limits: Limits) -> dict[str, tuple[int, ...]]:
+    """Return the buckets of the two families, so that every step that the scheduler makes has one unless the user said
+    otherwise.
+
+    Raises:
+        InputError: a bucket larger than any step.
+    """
+    largest = limits.max_num_batched_tokens
+    if options.graph_sizes is not None:
+        sizes = check_buckets(options.graph_sizes)
+    else:
+        sizes = make_buckets(min(largest, options.max_graph_tokens or largest))
+    asked = options.max_graph_tokens or sizes[-1]
+    if max(asked, sizes[-1]) > largest:
+        raise InputError(
+            f"a graph of {max(asked, sizes[-1])} tokens was asked for; no step has more than "
+            f"max_num_batched_tokens={largest}. Lower the one or raise the other"
+        )
+    decode = [size for size in sizes if size < limits.max_num_seqs]
+    if sizes[-1] >= limits.max_num_seqs:
+        decode.append(limits.max_num_seqs)
+    return {"decode": tuple(decode), "mixed": sizes}

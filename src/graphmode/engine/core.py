@@ -1,0 +1,184 @@
+"""The engine: takes requests, steps them, hands back what changed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graphmode.engine.block_allocator import BlockAllocator
+from graphmode.engine.config import BLOCK_SIZE, EngineOptions, resolve_buckets, resolve_dtype, resolve_limits
+from graphmode.engine.kv_cache import choose_num_blocks, make_cache
+from graphmode.engine.sampling_params import SamplingParams
+from graphmode.engine.scheduler import Scheduler
+from graphmode.engine.sequence import Sequence
+from graphmode.engine.step_runner import StepRunner
+from graphmode.graph import InputError, get_backend
+from graphmode.models.loader import load_model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class EngineStats:
+    """What the engine's steps did and cost.
+
+    Attributes:
+        steps: steps run.
+        replays: of them, replays of a graph.
+        eager_steps: of them, eager ones.
+        hit_rate: share of the steps that found their graph captured.
+        misses: steps that did not, by reason.
+        padding_ratio: share of the replayed rows that were padding.
+        graphs: graphs held.
+        capture_seconds: time spent in capture.
+        graph_bytes: memory that capture took.
+        decode_ms_per_step: mean wall time of a decode step, scheduling and sampling included; None before the first.
+        generated_tokens: tokens generated.
+    """
+
+    steps: int
+    replays: int
+    eager_steps: int
+    hit_rate: float
+    misses: dict[str, int]
+    padding_ratio: float
+    graphs: int
+    capture_seconds: float
+    graph_bytes: int
+    decode_ms_per_step: float | None
+    generated_tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the stats as plain values."""
+        return asdict(self)
+
+
+@dataclass
+class _Clock:
+    """Times of the decode steps."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+@dataclass
+class Engine:
+    """Continuous batching on one device.
+
+    Args:
+        model: a local folder or hub name.
+        options: everything else.
+        progress: whether to show a progress bar while graphs are captured.
+
+    Raises:
+        ModelError: the model cannot be loaded or run.
+        InputError: an option out of range.
+        BackendError: the device is not there.
+    """
+
+    model: str | Path
+    options: EngineOptions
+    progress: bool = False
+    _next_id: int = field(default=0, init=False)
+    _clock: _Clock = field(default_factory=_Clock, init=False)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        backend = get_backend(options.device)
+        self.device = backend.device
+        self.loaded = load_model(
+            self.model, device=self.device, dtype=resolve_dtype(options.dtype), load_format=options.load_format
+        )
+        shape, dtype = self.loaded.shape, self.loaded.model.dtype
+        self.limits = resolve_limits(options, shape.max_positions, self.device)
+        mode = options.resolved_graph_mode
+        buckets = None if mode == "none" else resolve_buckets(options, self.limits)
+        num_blocks = choose_num_blocks(shape, dtype, self.limits, self.device, options.kv_cache_memory)
+        self.caches = make_cache(shape, dtype, num_blocks, self.device)
+        self.scheduler = Scheduler(self.limits, BlockAllocator(num_blocks, BLOCK_SIZE))
+        self.runner = StepRunner(
+            self.loaded,
+            self.caches,
+            backend,
+            self.limits,
+            buckets,
+            piecewise=mode == "piecewise",
+            max_padding_ratio=options.max_padding_ratio,
+            strict=options.strict,
+        )
+        log.info("graph mode %s on %s, %s, KV cache of %d blocks", mode, self.device, dtype, num_blocks)
+        self.runner.probe()
+        self.runner.graphs.capture(progress=self.progress)
+
+    def add(self, prompt_token_ids: list[int], params: SamplingParams) -> Sequence:
+        """Queue a request and return its sequence.
+
+        Raises:
+            InputError: the prompt holds a token that the model does not have, or does not fit the limits.
+        """
+        self.check(prompt_token_ids, params)
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        seed = _derived_seed(self.options.seed, request_id) if params.seed is None else params.seed
+        sequence = Sequence(request_id, list(prompt_token_ids), params, seed)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Check a request without queueing it.
+
+        Raises:
+            InputError: as for :meth:`add`.
+        """
+        self.scheduler.check(len(prompt_token_ids), params.max_tokens)
+        vocab_size = self.loaded.shape.vocab_size
+        for token in prompt_token_ids:
+            if not 0 <= token < vocab_size:
+                raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
+
+    def step(self) -> list[Sequence]:
+        """Run one step and return the sequences that got a token."""
+        start = time.perf_counter()
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        tokens = self.runner.run(batch)
+        changed = self.scheduler.update(batch, tokens, self.loaded.shape.eos_token_ids)
+        self._clock.tokens += len(changed)
+        if batch.family == "decode":
+            self._clock.steps += 1
+            self._clock.seconds += time.perf_counter() - start
+        return changed
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the steps did since the start or the last :meth:`reset_stats`."""
+        graphs, clock = self.runner.graphs.stats, self._clock
+        return EngineStats(
+            steps=graphs.steps,
+            replays=graphs.replays,
+            eager_steps=graphs.eager_steps,
+            hit_rate=graphs.hit_rate,
+            misses={str(reason): count for reason, count in graphs.misses.items()},
+            padding_ratio=graphs.padding_ratio,
+            graphs=graphs.graphs,
+            capture_seconds=graphs.capture_seconds,
+            graph_bytes=graphs.graph_bytes,
+            decode_ms_per_step=1e3 * clock.seconds / clock.steps if clock.steps else None,
+            generated_tokens=clock.tokens,
+        )
+
+    def reset_stats(self) -> None:
+        """Forget the steps so far; keep what is known of the graphs."""
+        self.runner.graphs.stats.reset_steps()
+        self._clock = _Clock()
+
+
+def _derived_seed(seed: int, request_id: int) -> int:
+    """Return a seed of a request's own, the same in each run."""
+    digest = hashlib.blake2b(f"{seed}/{request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

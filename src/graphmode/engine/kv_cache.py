@@ -1,0 +1,56 @@
+"""The paged KV cache: its memory and how much of it there is."""
+
+from __future__ import annotations
+
+import torch
+
+from graphmode.engine.config import BLOCK_SIZE
+from graphmode.engine.scheduler import Limits
+from graphmode.graph.errors import InputError
+from graphmode.models.attention import LayerCache
+from graphmode.models.loader import ModelShape
+
+# Left free beside the KV cache, for the graphs' pool and the libraries: a share of the device's memory.
+_RESERVE = 0.15
+_CPU_LIMIT = 2 << 30
+
+
+def block_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Return the bytes of one block in all layers."""
+    return 2 * shape.layers * BLOCK_SIZE * shape.kv_heads * shape.head_dim * dtype.itemsize
+
+
+def choose_num_blocks(
+    shape: ModelShape, dtype: torch.dtype, limits: Limits, device: torch.device, kv_cache_memory: int | None
+) -> int:
+    """Return the number of blocks: enough for every row at full length, or what the memory allows.
+
+    Raises:
+        InputError: not even one sequence of ``max_model_len`` fits.
+    """
+    each = -(-limits.max_model_len // BLOCK_SIZE)
+    wanted = each * limits.max_num_seqs
+    if kv_cache_memory is None:
+        if device.type == "cpu":
+            memory = _CPU_LIMIT
+        else:
+            free, total = torch.accelerator.get_memory_info(device)
+            memory = max(0, int(free - _RESERVE * total))
+    else:
+        memory = kv_cache_memory
+    blocks = min(wanted, memory // block_bytes(shape, dtype))
+    if blocks < each:
+        raise InputError(
+            f"the KV cache may take {memory} bytes, {blocks} blocks; one sequence of max_model_len="
+            f"{limits.max_model_len} needs {each * block_bytes(shape, dtype)} bytes, {each} blocks. Lower max_model_len"
+            + ("" if kv_cache_memory is None else ", or raise kv_cache_memory")
+        )
+    return blocks
+
+
+def make_cache(shape: ModelShape, dtype: torch.dtype, num_blocks: int, device: torch.device) -> list[LayerCache]:
+    """Return the zeroed cache of every layer."""
+    memory = torch.zeros(
+        (shape.layers, 2, num_blocks, BLOCK_SIZE, shape.kv_heads, shape.head_dim), dtype=dtype, device=device
+    )
+    return [LayerCache(layer[0], layer[1]) for layer in memory]

@@ -1,0 +1,37 @@
+"""How a request's tokens are chosen and when it ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from graphmode.graph.errors import InputError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling parameters of one request.
+
+    Attributes:
+        temperature: 0 takes the most likely token; otherwise logits are divided by it before sampling.
+        max_tokens: most tokens to make, at least 1.
+        seed: of the request's random numbers. The same seed gives the same tokens alone and in any batch. None: the
+            engine chooses, by its own seed and the request's number.
+        ignore_eos: go on after the end-of-text token.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int = 16
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if self.max_tokens < 1:
+            raise InputError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}; it must fit 64 bits with sign")

@@ -1,0 +1,46 @@
+"""A sequence: one prompt and what has been generated for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from graphmode.engine.outputs import FinishReason
+from graphmode.engine.sampling_params import SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The state of one sequence in the engine.
+
+    Attributes:
+        request_id: its number.
+        prompt_token_ids: the prompt, at least one token.
+        params: how to sample it.
+        seed: of its random numbers, resolved.
+        token_ids: prompt and generated tokens.
+        num_computed: tokens whose keys and values are in the cache.
+        blocks: its cache blocks, in order.
+        finish_reason: None while it runs.
+    """
+
+    request_id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    token_ids: list[int] = field(init=False)
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The generated tokens."""
+        return self.token_ids[len(self.prompt_token_ids) :]
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens known but not computed yet: the rest of the prompt, or the last generated token."""
+        return len(self.token_ids) - self.num_computed

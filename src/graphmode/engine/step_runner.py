@@ -1,0 +1,178 @@
+"""The step runner: a scheduled batch as inputs of a graph, and the graph's function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from graphmode.engine.config import BLOCK_SIZE
+from graphmode.engine.scheduler import Batch, Limits
+from graphmode.graph import GraphRunner, Input
+from graphmode.graph.backends.base import Backend
+from graphmode.kernels import sample
+from graphmode.models.attention import AttentionBatch, LayerCache
+from graphmode.models.loader import LoadedModel
+
+# A padding token has slot -1 and a padding sequence length 0: they write no KV and read none.
+INPUTS = (
+    Input("token_ids", torch.int64, ("tokens",), padding=0),
+    Input("positions", torch.int64, ("tokens",), padding=0),
+    Input("slot_mapping", torch.int64, ("tokens",), padding=-1),
+    Input("query_lens", torch.int32, ("seqs",), padding=0),
+    Input("kv_lens", torch.int32, ("seqs",), padding=0),
+    Input("logits_rows", torch.int64, ("seqs",), padding=0),
+    Input("temperature", torch.float32, ("seqs",), padding=0.0),
+    Input("seeds", torch.int64, ("seqs",), padding=0),
+    Input("block_tables", torch.int32, ("seqs", "blocks"), padding=0),
+)
+
+
+class StepRunner:
+    """Runs scheduled batches through the model, by graphs keyed by the number of tokens alone.
+
+    Args:
+        loaded: the model.
+        caches: the KV cache of each layer.
+        backend: the device.
+        limits: what a step may hold.
+        buckets: sizes of the ``decode`` and the ``mixed`` family; None runs everything eagerly.
+        piecewise: whether attention runs outside the graphs.
+        max_padding_ratio: as of :class:`~graphmode.graph.GraphRunner`.
+        strict: as of :class:`~graphmode.graph.GraphRunner`.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        caches: Sequence[LayerCache],
+        backend: Backend,
+        limits: Limits,
+        buckets: Mapping[str, tuple[int, ...]] | None,
+        *,
+        piecewise: bool = False,
+        max_padding_ratio: float | None = None,
+        strict: bool = False,
+    ) -> None:
+        self._model = loaded.model
+        self._caches = caches
+        self._piecewise = piecewise
+        self._max_blocks = -(-limits.max_model_len // BLOCK_SIZE)
+        self.graphs = GraphRunner(
+            self.forward,
+            INPUTS,
+            buckets or {"decode": limits.max_num_seqs, "mixed": limits.max_num_batched_tokens},
+            axes={"seqs": lambda tokens: min(tokens, limits.max_num_seqs), "blocks": self._max_blocks},
+            output_axes=[("seqs",)],
+            backend=backend,
+            enabled=buckets is not None,
+            max_padding_ratio=max_padding_ratio,
+            strict=strict,
+        )
+
+    def probe(self) -> None:
+        """Run one padding token eagerly, so that a model that cannot run says so before any capture.
+
+        Raises:
+            ModelError: the model asks its attention for something that is not supported.
+        """
+        device = self.graphs.backend.device
+        sizes = {"tokens": 1, "seqs": 1, "blocks": self._max_blocks}
+        inputs = {
+            spec.name: torch.full(
+                [sizes[str(axis)] for axis in spec.shape], spec.padding, dtype=spec.dtype, device=device
+            )
+            for spec in INPUTS
+        }
+        with torch.inference_mode():
+            self.forward("mixed", **inputs)
+
+    def run(self, batch: Batch) -> list[int]:
+        """Run one step and return the sampled token of every row; that of a row that does not sample means nothing."""
+        inputs: dict[str, Any] = step_inputs(batch, self._max_blocks)
+        tokens = self.graphs(family=batch.family, **inputs)
+        assert isinstance(tokens, torch.Tensor)
+        return tokens.tolist()
+
+    def forward(
+        self,
+        family: str,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        query_lens: torch.Tensor,
+        kv_lens: torch.Tensor,
+        logits_rows: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        block_tables: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute a step: the function that is captured. Shapes as in ``INPUTS``.
+
+        Returns:
+            The sampled tokens, int64 ``[seqs]``.
+        """
+        logits = self.logits(family, token_ids, positions, slot_mapping, query_lens, kv_lens, logits_rows, block_tables)
+        sampled: torch.Tensor = sample(logits, temperature, seeds, kv_lens.to(torch.int64))
+        return sampled
+
+    def logits(
+        self,
+        family: str,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        query_lens: torch.Tensor,
+        kv_lens: torch.Tensor,
+        logits_rows: torch.Tensor,
+        block_tables: torch.Tensor,
+    ) -> torch.Tensor:
+        """Compute the logits of ``logits_rows``, ``[seqs, vocab]`` in the model's dtype."""
+        cu_query_lens = torch.nn.functional.pad(torch.cumsum(query_lens, 0, dtype=torch.int32), (1, 0))
+        batch = AttentionBatch(
+            slot_mapping=slot_mapping,
+            block_tables=block_tables,
+            cu_query_lens=cu_query_lens,
+            kv_lens=kv_lens,
+            max_query_len=1 if family == "decode" else token_ids.shape[0],
+            caches=self._caches,
+            piecewise=self._piecewise,
+        )
+        output = self._model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=logits_rows,
+            attention_batch=batch,
+        )
+        logits = output.logits
+        assert isinstance(logits, torch.Tensor)
+        return logits[0]
+
+
+def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
+    """Return the inputs of a step at their true sizes, on the host."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    tables = torch.zeros(len(batch.rows), max_blocks, dtype=torch.int32)
+    for index, row in enumerate(batch.rows):
+        sequence, end = row.sequence, row.start + row.num_tokens
+        token_ids += sequence.token_ids[row.start : end]
+        positions += range(row.start, end)
+        blocks = sequence.blocks
+        slots += [blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(row.start, end)]
+        tables[index, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+    query_lens = torch.tensor([row.num_tokens for row in batch.rows], dtype=torch.int32)
+    return {
+        "token_ids": torch.tensor(token_ids),
+        "positions": torch.tensor(positions),
+        "slot_mapping": torch.tensor(slots),
+        "query_lens": query_lens,
+        "kv_lens": torch.tensor([row.start + row.num_tokens for row in batch.rows], dtype=torch.int32),
+        "logits_rows": torch.cumsum(query_lens, 0) - 1,
+        "temperature": torch.tensor([row.sequence.params.temperature for row in batch.rows], dtype=torch.float32),
+        "seeds": torch.tensor([row.sequence.seed for row in batch.rows]),
+        "block_tables": tables,
+    }

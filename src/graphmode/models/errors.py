@@ -1,0 +1,7 @@
+"""What loading a model raises."""
+
+from graphmode.graph.errors import GraphModeError
+
+
+class ModelError(GraphModeError, ValueError):
+    """A model that cannot be read, or that graphmode cannot run. The message names the file and what to do."""

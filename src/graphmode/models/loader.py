@@ -1,0 +1,151 @@
+"""Loading a causal language model and its tokenizer from a local folder or the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from graphmode.models.attention import ATTENTION_NAME
+from graphmode.models.errors import ModelError
+
+LoadFormat = Literal["auto", "dummy"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the engine must know of a model.
+
+    Attributes:
+        layers: decoder layers, each with a KV cache.
+        kv_heads: heads of keys and values.
+        head_dim: elements of a head.
+        vocab_size: rows of the embedding.
+        max_positions: tokens that the model was made for.
+        eos_token_ids: tokens that end a text.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        model: transformers' module, in evaluation mode, with our attention.
+        shape: its sizes.
+        tokenizer: None where the model comes without one; then prompts must be token ids.
+    """
+
+    model: PreTrainedModel
+    shape: ModelShape
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def load_model(
+    name: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"],
+    load_format: LoadFormat = "auto",
+) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        name: a local folder or the hub's name of a model.
+        device: where its weights go.
+        dtype: of its weights; ``"auto"`` takes the checkpoint's, on a CPU float32, which is faster there.
+        load_format: ``"dummy"`` makes random weights from the configuration alone, to measure speed.
+
+    Raises:
+        ModelError: it cannot be read, or graphmode cannot run it.
+    """
+    _check_folder(name, load_format)
+    config = _read(partial(AutoConfig.from_pretrained, name), name, "config.json")
+    if dtype == "auto":
+        dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
+    options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME}
+    if load_format == "dummy":
+        with device:
+            model = _read(partial(AutoModelForCausalLM.from_config, config, **options), name, "config.json")
+    else:
+        load = partial(AutoModelForCausalLM.from_pretrained, name, output_loading_info=True, **options)
+        model, report = _read(load, name, "the weights")
+        if report["missing_keys"]:
+            raise ModelError(
+                f"{name}: the weights lack {', '.join(sorted(report['missing_keys']))}, which config.json asks for; "
+                "the two are not of the same model"
+            )
+        model.to(device)
+    model.eval().requires_grad_(False)
+    if not model._supports_attention_backend:
+        raise ModelError(
+            f"{name}: {type(model).__name__} does not call transformers' attention interface, so its KV cache cannot "
+            "be paged"
+        )
+    tokenizer = None
+    if _has_tokenizer(name):
+        tokenizer = _read(partial(AutoTokenizer.from_pretrained, name), name, "the tokenizer")
+    return LoadedModel(model, _shape(model), tokenizer)
+
+
+def _check_folder(name: str | Path, load_format: LoadFormat) -> None:
+    """Give a local folder's faults their own words; the hub's names pass."""
+    path = Path(name)
+    if not path.exists():
+        if isinstance(name, Path) or path.is_absolute() or str(name).startswith((".", "~")):
+            raise ModelError(f"{name}: there is no such folder; give a folder with a config.json or a hub name")
+        return
+    if not path.is_dir():
+        raise ModelError(f"{name} is a file; give the folder that holds it and its config.json")
+    config = path / "config.json"
+    if not config.is_file():
+        raise ModelError(f"{config} is missing; {path} is not a model saved by transformers")
+    try:
+        json.loads(config.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{config} is not valid JSON ({error}); download or save the model again") from error
+    if load_format == "auto" and not any(path.glob("*.safetensors")):
+        raise ModelError(
+            f"{path} holds no *.safetensors file; convert the weights (save_pretrained), or use load_format='dummy' "
+            "for random ones"
+        )
+
+
+def _read(load: Callable[[], Any], name: str | Path, part: str) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        raise ModelError(f"{name}: {part} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _has_tokenizer(name: str | Path) -> bool:
+    return not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def _shape(model: PreTrainedModel) -> ModelShape:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
+    )

@@ -1,0 +1,161 @@
+"""The engine gives what transformers gives, token for token, however requests are batched."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from graphmode import LLM, SamplingParams
+from graphmode.graph import InputError
+from tests.engine.conftest import PASSAGE
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def expected(bundled: Path) -> list[tuple[list[int], list[int]]]:
+    """64 prompts of 1 to 200 tokens, and what transformers' own generate gives for each alone."""
+    model = AutoModelForCausalLM.from_pretrained(bundled, dtype=torch.float32).eval()
+    tokens = AutoTokenizer.from_pretrained(bundled)(PASSAGE)["input_ids"]
+    lengths = torch.linspace(1, 200, 64).long().tolist()
+    starts = [7 * index % (len(tokens) - length) for index, length in enumerate(lengths)]
+    prompts = [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    results = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        results.append((prompt, made[0, len(prompt) :].tolist()))
+    return results
+
+
+@pytest.mark.parametrize("mode", ["full", "piecewise", "none"])
+def test_64_prompts_together_are_token_for_token_transformers_one_by_one(
+    bundled: Path, device: str, expected: list, mode: str
+) -> None:
+    llm = LLM(bundled, device=device, dtype="float32", graph_mode=mode, strict=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in expected], GREEDY)
+    for output, (prompt, tokens) in zip(outputs, expected, strict=True):
+        assert output.prompt_token_ids == prompt
+        assert output.outputs[0].token_ids == tokens
+    stats = llm.stats
+    if mode == "none":
+        assert stats.misses == {"disabled": stats.steps}
+        assert stats.graphs == 0
+    else:
+        assert stats.hit_rate == 1.0
+        assert stats.eager_steps == 0
+    assert llm.engine.scheduler.allocator.num_free == llm.engine.scheduler.allocator.num_blocks
+
+
+@pytest.mark.parametrize("options", [{"graph_sizes": [1, 5]}, {"max_graph_tokens": 9}, {"max_padding_ratio": 0.1}])
+def test_steps_that_no_graph_serves_run_eagerly_counted_with_the_same_tokens(
+    tiny: Path, device: str, options: dict
+) -> None:
+    prompts = [{"prompt_token_ids": [token % 199 for token in range(3, 3 + 5 * n)]} for n in range(1, 8)]
+    params = SamplingParams(temperature=0, max_tokens=12)
+    reference = LLM(tiny, device=device, dtype="float32", enforce_eager=True).generate(prompts, params)
+    llm = LLM(tiny, device=device, dtype="float32", max_num_seqs=4, max_num_batched_tokens=24, **options)
+    outputs = llm.generate(prompts, params)
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in reference]
+    stats = llm.stats
+    reason = "padding_ratio" if "max_padding_ratio" in options else "above_threshold"
+    assert stats.misses.keys() == {reason}
+    assert 0 < stats.misses[reason] == stats.eager_steps < stats.steps
+    assert stats.replays == stats.steps - stats.eager_steps
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_any_batch(tiny: Path, device: str) -> None:
+    llm = LLM(tiny, device=device, dtype="float32", max_num_seqs=5, max_num_batched_tokens=32)
+    prompts = [{"prompt_token_ids": list(range(1, 2 + 3 * n))} for n in range(9)]
+    params = [SamplingParams(temperature=0.5 + 0.2 * n, seed=n, max_tokens=10) for n in range(9)]
+    together = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
+    alone = [llm.generate(p, s)[0].outputs[0].token_ids for p, s in zip(prompts, params, strict=True)]
+    backwards = [o.outputs[0].token_ids for o in llm.generate(prompts[::-1], params[::-1])][::-1]
+    assert together == alone == backwards
+    other = llm.generate(prompts[4], SamplingParams(temperature=1.3, seed=99, max_tokens=10))
+    assert other[0].outputs[0].token_ids != together[4]
+
+
+def test_requests_without_a_seed_differ_and_repeat_from_run_to_run(tiny: Path) -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=10)
+    prompts = [{"prompt_token_ids": [5, 6]}] * 4
+    runs = [
+        [o.outputs[0].token_ids for o in LLM(tiny, device="cpu", seed=seed).generate(prompts, params)]
+        for seed in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    assert len({tuple(tokens) for tokens in runs[0]}) == 4
+
+
+def test_texts_stream_in_whole_characters_and_end_as_generate_gives_them(bundled: Path) -> None:
+    llm = LLM(bundled, device="cpu", max_num_seqs=2)
+    params = SamplingParams(temperature=0, max_tokens=30)
+    whole = llm.generate("JULIET.\nO Romeo, Romeo", params)[0].outputs[0]
+    parts = [output.outputs[0] for output in llm.stream("JULIET.\nO Romeo, Romeo", params)]
+    assert parts[-1].text == whole.text != ""
+    assert parts[-1].token_ids == whole.token_ids
+    assert parts[-1].finish_reason == whole.finish_reason == "length"
+    for before, after in pairwise(parts):
+        assert after.text.startswith(before.text)
+        assert len(after.token_ids) == len(before.token_ids) + 1
+
+
+def test_a_stream_that_is_left_gives_its_blocks_back(tiny: Path) -> None:
+    llm = LLM(tiny, device="cpu", max_num_seqs=2)
+    stream = llm.stream({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=50))
+    next(stream)
+    stream.close()
+    assert not llm.engine.scheduler.has_work
+    assert llm.engine.scheduler.allocator.num_free == llm.engine.scheduler.allocator.num_blocks
+
+
+def test_limits_end_a_sequence_with_its_reason(tiny: Path) -> None:
+    llm = LLM(tiny, device="cpu", max_model_len=20, max_num_seqs=2, max_num_batched_tokens=8)
+    long = {"prompt_token_ids": list(range(15))}
+    (output,) = llm.generate(long, SamplingParams(temperature=0, max_tokens=100))
+    assert len(output.outputs[0].token_ids) == 5
+    assert output.outputs[0].finish_reason == "length"
+    token = output.outputs[0].token_ids[2]
+    llm.engine.loaded.__dict__["shape"] = type(llm.engine.loaded.shape)(
+        **{**vars(llm.engine.loaded.shape), "eos_token_ids": frozenset({token})}
+    )
+    (stopped,) = llm.generate(long, SamplingParams(temperature=0, max_tokens=100))
+    first = output.outputs[0].token_ids.index(token)
+    assert stopped.outputs[0].token_ids == output.outputs[0].token_ids[: first + 1]
+    assert stopped.outputs[0].finish_reason == "stop"
+    (ignored,) = llm.generate(long, SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    assert ignored.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ({"prompt_token_ids": []}, "no tokens"),
+        ({"prompt_token_ids": [199]}, "199.*0 to 198"),
+        ({"prompt_token_ids": [-1]}, "-1"),
+        ({"prompt_token_ids": list(range(128))}, "128 tokens.*127"),
+        ({"prompt_token_ids": "abc"}, "list of integers"),
+        ({"text": "abc"}, "prompt_token_ids"),
+        ("a text", "without a tokenizer"),
+    ],
+)
+def test_a_bad_prompt_is_refused_before_any_work(tiny: Path, prompt: object, words: str) -> None:
+    llm = LLM(tiny, device="cpu", max_num_seqs=2, max_num_batched_tokens=8)
+    with pytest.raises(InputError, match=words):
+        llm.generate([{"prompt_token_ids": [1]}, prompt])
+    assert llm.stats.steps == 0
+    assert not llm.engine.scheduler.has_work
+
+
+def test_a_cache_too_small_for_a_request_says_so_and_a_small_one_serves_in_turns(tiny: Path) -> None:
+    with pytest.raises(InputError, match="kv_cache_memory"):
+        LLM(tiny, device="cpu", kv_cache_memory=10_000)
+    each = 2 * 2 * 16 * 2 * 16 * 4
+    llm = LLM(tiny, device="cpu", kv_cache_memory=9 * each, max_num_seqs=8)
+    prompts = [{"prompt_token_ids": list(range(n, n + 40))} for n in range(10)]
+    params = SamplingParams(temperature=0, max_tokens=20)
+    roomy = LLM(tiny, device="cpu", enforce_eager=True).generate(prompts, params)
+    outputs = llm.generate(prompts, params)
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in roomy]

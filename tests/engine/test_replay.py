@@ -1,0 +1,176 @@
+"""A replayed step is bitwise the eager one of its bucket; padding and unowned memory play no part in it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graphmode.engine.config import EngineOptions
+from graphmode.engine.core import Engine
+from graphmode.engine.sampling_params import SamplingParams
+from graphmode.engine.scheduler import Batch, Row
+from graphmode.engine.sequence import Sequence
+from graphmode.engine.step_runner import INPUTS, step_inputs
+from graphmode.graph import GraphKey, GraphRunner, Input
+
+SEQS, TOKENS = 6, 24
+BUCKETS = {"decode": [1, 2, 4, 6], "mixed": [1, 2, 4, 8, 16, 24]}
+BLOCKS_A_SEQ = 8
+
+
+class Harness:
+    """An engine whose step returns logits beside tokens, and batches made by hand."""
+
+    def __init__(self, folder: Path, device: str, inputs: tuple[Input, ...] = INPUTS) -> None:
+        options = EngineOptions(device=device, dtype="float32", max_num_seqs=SEQS, max_num_batched_tokens=TOKENS)
+        self.engine = Engine(folder, options)
+        step = self.engine.runner
+
+        def fn(family: str, temperature: torch.Tensor, seeds: torch.Tensor, **rest: torch.Tensor) -> Any:
+            tokens = step.forward(family=family, temperature=temperature, seeds=seeds, **rest)
+            return tokens, step.logits(family=family, **rest)
+
+        self.graphs = GraphRunner(
+            fn,
+            inputs,
+            BUCKETS,
+            axes={"seqs": lambda tokens: min(tokens, SEQS), "blocks": BLOCKS_A_SEQ},
+            output_axes=[("seqs",), ("seqs", None)],
+            backend=device,
+            strict=True,
+        )
+        self.graphs.capture()
+        self.generator = torch.Generator().manual_seed(0)
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of the KV cache: [layers, 2, blocks, 16, heads, dim]."""
+        return torch.stack([torch.stack([cache.keys, cache.values]) for cache in self.engine.caches])
+
+    def random(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=self.generator))
+
+    def batch(self, family: str, num_tokens: int) -> Batch:
+        """A batch of ``num_tokens`` over sequences with random histories, in blocks of their own, canaries between."""
+        count = num_tokens if family == "decode" else self.random(1, min(SEQS, num_tokens) + 1)
+        cuts = sorted(self.random(0, num_tokens - count + 1) for _ in range(count - 1))
+        lengths = [after - before + 1 for before, after in zip([0, *cuts], [*cuts, num_tokens - count], strict=True)]
+        rows = []
+        for index, length in enumerate(lengths):
+            start = self.random(0, 40)
+            tokens = torch.randint(0, 199, (start + length,), generator=self.generator).tolist()
+            temperature = 0.0 if index % 2 else 0.8
+            sequence = Sequence(index, tokens, SamplingParams(temperature=temperature), seed=self.random(0, 9999))
+            sequence.num_computed = start
+            needed = -(-(start + length) // 16)
+            sequence.blocks = [1 + index * (BLOCKS_A_SEQ - 1) + block for block in range(needed)]
+            rows.append(Row(sequence, start, length, samples=True))
+        return Batch(family, tuple(rows), num_tokens)  # type: ignore[arg-type]
+
+    def fill_cache(self, batch: Batch) -> None:
+        """History for the batch's sequences; everything that no sequence has reached yet holds NaN."""
+        for cache in self.engine.caches:
+            for part in (cache.keys, cache.values):
+                part.fill_(float("nan"))
+                flat = part.flatten(0, 1)
+                for row in batch.rows:
+                    for at in range(row.start):
+                        slot = row.sequence.blocks[at // 16] * 16 + at % 16
+                        flat[slot] = torch.randn(flat[slot].shape, generator=self.generator).to(flat.device)
+
+
+def sizes() -> list[tuple[str, int]]:
+    cases = []
+    for family, buckets in BUCKETS.items():
+        for below, bucket in zip([0, *buckets], buckets, strict=False):
+            cases += [(family, size) for size in {below + 1, max(bucket - 1, 1), bucket} if below < size]
+    return sorted(set(cases))
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def harness(request: pytest.FixtureRequest, tiny: Path) -> Harness:
+    return Harness(tiny, request.param)
+
+
+def owned_slots(batch: Batch) -> set[int]:
+    """The slots that the batch's new tokens go to."""
+    return {
+        row.sequence.blocks[at // 16] * 16 + at % 16
+        for row in batch.rows
+        for at in range(row.start, row.start + row.num_tokens)
+    }
+
+
+@pytest.mark.parametrize(("family", "size"), sizes())
+def test_real_rows_are_bitwise_eager_and_nothing_else_is_written(harness: Harness, family: str, size: int) -> None:
+    for _ in range(3):
+        batch = harness.batch(family, size)
+        harness.fill_cache(batch)
+        before = harness.memory
+        values = step_inputs(batch, BLOCKS_A_SEQ)
+        key = harness.graphs.decide(size, family).key
+        assert key is not None
+        tokens, logits = harness.graphs(family=family, own=True, **values)
+        after = harness.memory
+        for cache, old in zip(harness.engine.caches, before, strict=True):
+            cache.keys.copy_(old[0])
+            cache.values.copy_(old[1])
+        eager_tokens, eager_logits = harness.graphs.run_eagerly(key, **values)
+        assert torch.isfinite(logits).all()
+        assert torch.equal(logits, eager_logits)
+        assert torch.equal(tokens, eager_tokens)
+        assert torch.equal(after.view(torch.int32), harness.memory.view(torch.int32))
+        changed = (after.view(torch.int32) != before.view(torch.int32)).flatten(2, 3).any(-1).any(-1)
+        written = {int(slot) for slot in changed.any(0).any(0).nonzero().flatten()}
+        assert written == owned_slots(batch), "a slot that is no new token's was written, or one was not"
+
+
+GARBAGE = {
+    "token_ids": 198,
+    "positions": 127,
+    "logits_rows": 0,
+    "temperature": float("nan"),
+    "seeds": -(2**63),
+    "block_tables": 2**31 - 1,
+}
+
+
+@pytest.mark.parametrize("family", ["decode", "mixed"])
+def test_garbage_in_padding_rows_changes_no_real_row(harness: Harness, tiny: Path, family: str) -> None:
+    """All that a padding row may hold, NaN included; its slot -1 and length 0 alone make it harmless."""
+    device = harness.engine.device.type
+    dirty_inputs = tuple(
+        Input(spec.name, spec.dtype, spec.shape, GARBAGE.get(spec.name, spec.padding)) for spec in INPUTS
+    )
+    dirty = Harness(tiny, device, dirty_inputs)
+    for case, size in sizes():
+        if case != family:
+            continue
+        batch = harness.batch(family, size)
+        harness.fill_cache(batch)
+        for cache, source in zip(dirty.engine.caches, harness.engine.caches, strict=True):
+            cache.keys.copy_(source.keys)
+            cache.values.copy_(source.values)
+        values = step_inputs(batch, BLOCKS_A_SEQ)
+        clean = harness.graphs(family=family, own=True, **values)
+        result = dirty.graphs(family=family, own=True, **values)
+        assert torch.equal(clean[0], result[0])
+        assert torch.equal(clean[1], result[1])
+        assert torch.equal(harness.memory.view(torch.int32), dirty.memory.view(torch.int32))
+
+
+def test_200_interleaved_replays_stay_right(harness: Harness) -> None:
+    cases = sizes()
+    for step in range(200):
+        family, size = cases[(step * 7) % len(cases)]
+        batch = harness.batch(family, size)
+        harness.fill_cache(batch)
+        values = step_inputs(batch, BLOCKS_A_SEQ)
+        tokens, logits = harness.graphs(family=family, own=True, **values)
+        key = harness.graphs.decide(size, family).key
+        assert isinstance(key, GraphKey)
+        eager_tokens, eager_logits = harness.graphs.run_eagerly(key, **values)
+        assert torch.equal(logits, eager_logits)
+        assert torch.equal(tokens, eager_tokens)
+    assert harness.graphs.stats.hit_rate == 1.0

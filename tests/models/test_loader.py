@@ -1,0 +1,105 @@
+"""Models that cannot be read or run are refused in words; the bundled one is what it should be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Qwen3Config
+
+from graphmode import LLM, SamplingParams, bundled_model
+from graphmode.models.errors import ModelError
+from graphmode.models.loader import load_model
+
+CPU = torch.device("cpu")
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+}
+
+
+def load(folder: Path | str, **options: str) -> object:
+    return load_model(folder, device=CPU, dtype="auto", **options)  # type: ignore[arg-type]
+
+
+def test_the_bundled_model_is_small_and_recognisable() -> None:
+    folder = bundled_model()
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 16 << 20
+    loaded = load_model(folder, device=CPU, dtype="auto")
+    assert 4e6 < sum(parameter.numel() for parameter in loaded.model.parameters()) < 8e6
+    assert loaded.model.dtype == torch.float32
+    assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
+    text = (
+        LLM(folder, device="cpu", enforce_eager=True)
+        .generate(
+            "HAMLET.\nTo be, or not to be",
+            SamplingParams(temperature=0.8, seed=0, max_tokens=200, ignore_eos=True),
+        )[0]
+        .outputs[0]
+        .text
+    )
+    speakers = [line for line in text.splitlines() if line.isupper() and line.endswith(".")]
+    assert len(speakers) >= 2, text
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "config.json is missing"),
+        ({"config.json": "{not json"}, "not valid JSON"),
+        ({"config.json": '{"model_type": "qwen3"}'}, r"no \*\.safetensors"),
+        ({"config.json": '{"model_type": "nonesuch"}', "model.safetensors": ""}, "nonesuch"),
+        ({"config.json": json.dumps({"model_type": "qwen3", **SMALL}), "model.safetensors": "broken"}, "the weights"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused_in_words(tmp_path: Path, files: dict[str, str], words: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match=words) as error:
+        load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_path_that_is_not_there_or_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(ModelError, match="is a file"):
+        load(tmp_path / "model.safetensors")
+
+
+def test_weights_that_do_not_match_the_configuration_are_refused(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(Qwen3Config(**SMALL)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(ModelError, match="the weights"):
+        load(tmp_path)
+
+
+def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(Qwen3Config(**SMALL)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"model\.layers\.1"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_attention_that_the_kernel_does_not_do_is_refused_at_start(tmp_path: Path, enforce_eager: bool) -> None:
+    MistralConfig(**SMALL, sliding_window=8, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="sliding_window=8"):
+        LLM(tmp_path, device="cpu", load_format="dummy", enforce_eager=enforce_eager)
+
+
+def test_a_model_without_the_attention_interface_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "rwkv", "architectures": ["RwkvForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 50, "attention_hidden_size": 32}))
+    with pytest.raises(ModelError, match="attention"):
+        load(tmp_path, load_format="dummy")
