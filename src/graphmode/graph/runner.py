@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,11 +130,11 @@ class GraphRunner:
         """The keys whose capture failed, and why."""
         return self._failed
 
-    def capture(self, *, progress: bool = False) -> None:
+    def capture(self, *, progress: bool | None = None) -> None:
         """Capture every key that has no graph yet, the largest first, so that smaller ones fit the memory of larger.
 
         Args:
-            progress: whether to show a progress bar on standard error.
+            progress: whether to show a progress bar on standard error. Default: where that is a terminal.
 
         Raises:
             CaptureError: a capture failed and the runner is strict.
@@ -144,7 +145,8 @@ class GraphRunner:
         gc.collect()
         gc.freeze()
         try:
-            for key in _with_progress(keys) if progress else keys:
+            show = sys.stderr.isatty() if progress is None else progress
+            for key in _with_progress(keys) if show else keys:
                 self._capture(key)
         finally:
             gc.unfreeze()
