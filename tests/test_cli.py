@@ -23,6 +23,7 @@ STATS = {
     "graph_bytes",
     "decode_ms_per_step",
     "generated_tokens",
+    "preemptions",
 }
 CPU = ["generate", "--device", "cpu", "--max-tokens", "8", "--graph-sizes", "1,2,4,16"]
 

@@ -46,7 +46,7 @@ def test_64_prompts_together_are_token_for_token_transformers_one_by_one(
     else:
         assert stats.hit_rate == 1.0
         assert stats.eager_steps == 0
-    assert llm.engine.scheduler.allocator.num_free == llm.engine.scheduler.allocator.num_blocks
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
 
 
 @pytest.mark.parametrize("options", [{"graph_sizes": [1, 5]}, {"max_graph_tokens": 9}, {"max_padding_ratio": 0.1}])
@@ -108,7 +108,7 @@ def test_a_stream_that_is_left_gives_its_blocks_back(tiny: Path) -> None:
     next(stream)
     stream.close()
     assert not llm.engine.scheduler.has_work
-    assert llm.engine.scheduler.allocator.num_free == llm.engine.scheduler.allocator.num_blocks
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
 
 
 def test_limits_end_a_sequence_with_its_reason(tiny: Path) -> None:
@@ -159,3 +159,54 @@ def test_a_cache_too_small_for_a_request_says_so_and_a_small_one_serves_in_turns
     roomy = LLM(tiny, device="cpu", enforce_eager=True).generate(prompts, params)
     outputs = llm.generate(prompts, params)
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in roomy]
+
+
+def test_preemption_and_eviction_change_no_token(tiny: Path, device: str) -> None:
+    """A cache so small that sequences are preempted and cached prefixes evicted gives what each request gives alone."""
+    each = 2 * 2 * 16 * 2 * 16 * 4
+    common = {"device": device, "dtype": "float32", "max_num_seqs": 6, "max_num_batched_tokens": 24}
+    llm = LLM(tiny, kv_cache_memory=12 * each, **common)
+    torch.manual_seed(1)
+    shared = torch.randint(0, 199, (40,)).tolist()
+    lengths = torch.randint(1, 45, (40,)).tolist()
+    prompts = [
+        {"prompt_token_ids": shared[:length] if n % 3 else shared[::-1][:length]} for n, length in enumerate(lengths)
+    ]
+    params = [SamplingParams(temperature=0.9 * (n % 2), seed=n, max_tokens=1 + 7 * n % 50) for n in range(40)]
+    together = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    roomy = LLM(tiny, enforce_eager=True, enable_prefix_caching=False, **common)
+    alone = [roomy.generate(p, s)[0].outputs[0].token_ids for p, s in zip(prompts, params, strict=True)]
+    assert together == alone
+    assert llm.stats.preemptions > 0
+    assert llm.stats.hit_rate == 1.0
+    assert llm.engine.scheduler.pool.num_free == 12
+
+
+def test_a_chat_with_its_prefix_cached_equals_the_uncached_one(bundled: Path, device: str) -> None:
+    """Each turn's prompt is all that was said before: the cached run computes only what is new."""
+    answers, computed = {}, {}
+    for caching in (True, False):
+        llm = LLM(bundled, device=device, dtype="float32", max_num_seqs=2, enable_prefix_caching=caching)
+        said, answers[caching] = PASSAGE[:400], []
+        for turn in ("\n\nOPHELIA.\n", "\n\nHAMLET.\n", "\n\nHORATIO.\n", "\n\nKING.\n"):
+            (output,) = llm.generate(said + turn, SamplingParams(temperature=0, max_tokens=40))
+            answers[caching].append(output.outputs[0].token_ids)
+            said += turn + output.outputs[0].text
+        computed[caching] = llm.engine.runner.graphs.stats.rows
+    assert answers[True] == answers[False]
+    assert computed[True] < computed[False] / 2
+
+
+@pytest.mark.gpu
+def test_no_call_of_a_steady_step_waits_for_the_device(tiny: Path) -> None:
+    """The host waits for a step's event alone: torch's sync debug mode raises at any other wait."""
+    llm = LLM(tiny, device="cuda", max_num_seqs=4, max_num_batched_tokens=24)
+    prompts = [{"prompt_token_ids": list(range(1, 2 + 9 * n))} for n in range(6)]
+    params = SamplingParams(temperature=0.7, seed=3, max_tokens=20)
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outputs = llm.generate(prompts, params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [output.outputs[0].token_ids for output in outputs] == expected

@@ -27,9 +27,11 @@ class Harness:
         self.engine = Engine(folder, options)
         step = self.engine.runner
 
-        def fn(family: str, temperature: torch.Tensor, seeds: torch.Tensor, **rest: torch.Tensor) -> Any:
-            tokens = step.forward(family=family, temperature=temperature, seeds=seeds, **rest)
-            return tokens, step.logits(family=family, **rest)
+        def fn(family: str, **inputs: torch.Tensor) -> Any:
+            tokens = step.forward(family=family, **inputs)
+            for name in ("temperature", "seeds", "token_sources"):
+                del inputs[name]
+            return tokens, step.logits(family=family, **inputs)
 
         self.graphs = GraphRunner(
             fn,
@@ -128,6 +130,7 @@ def test_real_rows_are_bitwise_eager_and_nothing_else_is_written(harness: Harnes
 
 GARBAGE = {
     "token_ids": 198,
+    "token_sources": SEQS - 1,
     "positions": 127,
     "logits_rows": 0,
     "temperature": float("nan"),

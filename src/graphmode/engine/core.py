@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graphmode.engine.block_allocator import BlockAllocator
+from graphmode.engine.block_pool import BlockPool
 from graphmode.engine.config import BLOCK_SIZE, EngineOptions, resolve_buckets, resolve_dtype, resolve_limits
 from graphmode.engine.kv_cache import choose_num_blocks, make_cache
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.scheduler import Scheduler
 from graphmode.engine.sequence import Sequence
-from graphmode.engine.step_runner import StepRunner
+from graphmode.engine.step_runner import StepRunner, StepUnderWay
 from graphmode.graph import InputError, get_backend
 from graphmode.models.loader import load_model
 
@@ -38,6 +38,7 @@ class EngineStats:
         graph_bytes: memory that capture took.
         decode_ms_per_step: mean wall time of a decode step, scheduling and sampling included; None before the first.
         generated_tokens: tokens generated.
+        preemptions: times that a sequence gave up its blocks for want of memory, to be computed again.
     """
 
     steps: int
@@ -51,6 +52,7 @@ class EngineStats:
     graph_bytes: int
     decode_ms_per_step: float | None
     generated_tokens: int
+    preemptions: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return the stats as plain values."""
@@ -86,6 +88,7 @@ class Engine:
     progress: bool = False
     _next_id: int = field(default=0, init=False)
     _clock: _Clock = field(default_factory=_Clock, init=False)
+    _under_way: StepUnderWay | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         options = self.options
@@ -100,7 +103,9 @@ class Engine:
         buckets = None if mode == "none" else resolve_buckets(options, self.limits)
         num_blocks = choose_num_blocks(shape, dtype, self.limits, self.device, options.kv_cache_memory)
         self.caches = make_cache(shape, dtype, num_blocks, self.device)
-        self.scheduler = Scheduler(self.limits, BlockAllocator(num_blocks, BLOCK_SIZE))
+        self.scheduler = Scheduler(
+            self.limits, BlockPool(num_blocks, BLOCK_SIZE), prefix_caching=options.enable_prefix_caching
+        )
         self.runner = StepRunner(
             self.loaded,
             self.caches,
@@ -140,16 +145,25 @@ class Engine:
             if not 0 <= token < vocab_size:
                 raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
 
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is not finished or any step is under way."""
+        return self.scheduler.has_work or self._under_way is not None
+
     def step(self) -> list[Sequence]:
-        """Run one step and return the sequences that got a token."""
+        """Launch the next step, then take in the one before; return the sequences that got a token from it.
+
+        The device computes a step while the host reads the one before: what ends a sequence is known a step late, and
+        what that step made for it is dropped.
+        """
         start = time.perf_counter()
         batch = self.scheduler.schedule()
-        if batch is None:
+        before, self._under_way = self._under_way, None if batch is None else self.runner.launch(batch)
+        if before is None:
             return []
-        tokens = self.runner.run(batch)
-        changed = self.scheduler.update(batch, tokens, self.loaded.shape.eos_token_ids)
+        changed = self.scheduler.update(before.batch, before.tokens(), self.loaded.shape.eos_token_ids)
         self._clock.tokens += len(changed)
-        if batch.family == "decode":
+        if batch is not None and batch.family == before.batch.family == "decode":
             self._clock.steps += 1
             self._clock.seconds += time.perf_counter() - start
         return changed
@@ -170,6 +184,7 @@ class Engine:
             graph_bytes=graphs.graph_bytes,
             decode_ms_per_step=1e3 * clock.seconds / clock.steps if clock.steps else None,
             generated_tokens=clock.tokens,
+            preemptions=self.scheduler.preemptions,
         )
 
     def reset_stats(self) -> None:

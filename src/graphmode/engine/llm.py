@@ -116,7 +116,7 @@ class LLM:
     def _run(self, count: int) -> None:
         """Step until everything is finished."""
         with _Progress(count, self._progress) as progress:
-            while self.engine.scheduler.has_work:
+            while self.engine.has_work:
                 changed = self.engine.step()
                 progress.advance(sum(sequence.finish_reason is not None for sequence in changed))
 

@@ -1,4 +1,8 @@
-"""The scheduler: which sequences compute how many tokens in the next step. Pure bookkeeping, no device."""
+"""The scheduler: which sequences compute how many tokens in the next step. Pure bookkeeping, no device.
+
+It runs one step ahead: a step is scheduled while the one before is still under way, so the token that the earlier one
+makes is known to exist but not by value. The scheduler needs lengths; values arrive with :meth:`Scheduler.update`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from graphmode.engine.block_allocator import BlockAllocator
+from graphmode.engine.block_pool import BlockPool, block_keys
+from graphmode.engine.outputs import FinishReason
 from graphmode.engine.sequence import Sequence
 from graphmode.graph.errors import InputError
 
@@ -36,13 +41,15 @@ class Row:
         sequence: whose.
         start: its first token that the step computes.
         num_tokens: how many it computes.
-        samples: whether the step ends at the sequence's last known token, so that it makes the next one.
+        samples: whether the step ends at the sequence's last token, so that it makes the next one.
+        source: where the last token is still in flight: the row of the step before that makes it; else -1.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
+    source: int = -1
 
 
 @dataclass(frozen=True)
@@ -61,22 +68,26 @@ class Batch:
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill.
+    """Continuous batching with chunked prefill, prefix caching and preemption.
 
     Running sequences come first, one token each where they decode; what is left of the token budget goes to prompts, in
-    the order of submission, the last one cut to a chunk. A sequence starts when a row is free and blocks for the
-    whole of it (prompt and ``max_tokens``) are, so that it never has to stop for want of memory.
+    the order of submission, the last one cut to a chunk. Blocks are taken as tokens need them. When none are left, the
+    sequence that was admitted last gives up its own and is computed again later; the one admitted first never does, so
+    every sequence ends.
 
     Args:
         limits: what a step may hold.
-        allocator: the cache's blocks.
+        pool: the cache's blocks.
+        prefix_caching: whether a prompt uses the blocks of earlier sequences that begin alike.
     """
 
-    def __init__(self, limits: Limits, allocator: BlockAllocator) -> None:
+    def __init__(self, limits: Limits, pool: BlockPool, *, prefix_caching: bool = True) -> None:
         self.limits = limits
-        self.allocator = allocator
+        self.pool = pool
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: dict[Sequence, None] = {}
+        self.preemptions = 0
+        self._prefix_caching = prefix_caching
 
     @property
     def has_work(self) -> bool:
@@ -97,11 +108,11 @@ class Scheduler:
                 f"the prompt has {prompt_tokens} tokens; with max_model_len={limit} it may have {limit - 1}, one less, "
                 "so that there is room for an answer. Shorten it, or raise max_model_len if the model allows it"
             )
-        needed = self.allocator.blocks_for(min(prompt_tokens + max_tokens, limit))
-        if needed > self.allocator.num_blocks:
+        needed = self.pool.blocks_for(min(prompt_tokens + max_tokens, limit))
+        if needed > self.pool.num_blocks:
             raise InputError(
                 f"a prompt of {prompt_tokens} tokens with max_tokens={max_tokens} needs {needed} KV blocks; the cache "
-                f"has {self.allocator.num_blocks}. Lower max_tokens, or raise kv_cache_memory"
+                f"has {self.pool.num_blocks}. Lower max_tokens, or raise kv_cache_memory"
             )
 
     def add(self, sequence: Sequence) -> None:
@@ -114,71 +125,142 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> Batch | None:
-        """Choose the next step, admitting waiting sequences; None where there is nothing to do."""
+        """Choose the next step, admitting waiting sequences; None where there is nothing to compute now."""
+        rows: dict[Sequence, Row] = {}
         budget = self.limits.max_num_batched_tokens
-        rows = []
+        preemptions = self.preemptions
         # Decoding sequences before prompts: a long prompt must not hold up those that are already answering.
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_pending > 1):
-            if budget > 0:
-                rows.append(_row(sequence, budget))
-                budget -= rows[-1].num_tokens
-        while self.waiting and budget > 0 and self._admit(self.waiting[0]):
+            if budget == 0 or sequence not in self.running or sequence.num_computed >= self._max_len(sequence) - 1:
+                continue
+            tokens = min(sequence.num_pending, budget)
+            while not self._make_room(sequence, tokens):
+                if (row := rows.pop(victim := self._preempt(), None)) is not None:
+                    budget += row.num_tokens
+                if victim is sequence:
+                    break
+            else:
+                rows[sequence] = _row(sequence, tokens)
+                budget -= tokens
+        # Whoever gave up its blocks in this step waits for the next one.
+        while self.waiting and budget > 0 and self.preemptions == preemptions:
+            if not (tokens := self._admit(self.waiting[0], budget)):
+                break
             sequence = self.waiting.popleft()
-            self.running.append(sequence)
-            rows.append(_row(sequence, budget))
-            budget -= rows[-1].num_tokens
+            self.running[sequence] = None
+            rows[sequence] = _row(sequence, tokens)
+            budget -= tokens
         if not rows:
             return None
-        num_tokens = sum(row.num_tokens for row in rows)
-        return Batch("decode" if num_tokens == len(rows) else "mixed", tuple(rows), num_tokens)
+        for index, row in enumerate(rows.values()):
+            row.sequence.num_computed += row.num_tokens
+            if row.samples:
+                row.sequence.in_flight += 1
+                row.sequence.last_row = index
+        num_tokens = sum(row.num_tokens for row in rows.values())
+        return Batch("decode" if num_tokens == len(rows) else "mixed", tuple(rows.values()), num_tokens)
 
     def update(self, batch: Batch, tokens: list[int], eos_token_ids: frozenset[int]) -> list[Sequence]:
-        """Take in what a step made and return the sequences that it changed.
+        """Take in what a step made and return the sequences that got a token.
 
         Args:
             batch: the step.
-            tokens: the sampled token of each row; those of rows that do not sample are ignored.
+            tokens: the sampled token of each row; those of rows that do not sample are ignored, and those of
+                sequences that ended while the step was under way.
             eos_token_ids: tokens that end a text.
         """
         changed = []
         for row, token in zip(batch.rows, tokens, strict=True):
             sequence = row.sequence
-            sequence.num_computed += row.num_tokens
-            if not row.samples:
-                continue
-            sequence.token_ids.append(token)
-            changed.append(sequence)
-            if token in eos_token_ids and not sequence.params.ignore_eos:
-                sequence.finish_reason = "stop"
-            elif len(sequence.token_ids) >= self._max_len(sequence):
-                sequence.finish_reason = "length"
-            if sequence.finish_reason is not None:
-                self.running.remove(sequence)
-                self.allocator.free(sequence.blocks)
-                sequence.blocks = []
+            if row.samples:
+                sequence.in_flight -= 1
+                if not self._holds(sequence):
+                    continue
+                sequence.token_ids.append(token)
+                changed.append(sequence)
+            self._publish(sequence)
+            if reason := self._reason_to_end(sequence, eos_token_ids) if row.samples else None:
+                sequence.finish_reason = reason
+                self._drop(sequence)
         return changed
 
     def abort(self, sequence: Sequence) -> None:
         """Drop a sequence, waiting or running, and take its blocks back. A finished one is left as it is."""
+        if self._holds(sequence):
+            self._drop(sequence)
+
+    def _holds(self, sequence: Sequence) -> bool:
+        return sequence in self.running or sequence in self.waiting
+
+    def _drop(self, sequence: Sequence) -> None:
         if sequence in self.running:
-            self.running.remove(sequence)
-            self.allocator.free(sequence.blocks)
-            sequence.blocks = []
-        elif sequence in self.waiting:
+            del self.running[sequence]
+        else:
             self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
 
     def _max_len(self, sequence: Sequence) -> int:
         return min(len(sequence.prompt_token_ids) + sequence.params.max_tokens, self.limits.max_model_len)
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give ``sequence`` its blocks, if there is a row and memory for it."""
-        needed = self.allocator.blocks_for(self._max_len(sequence))
-        if len(self.running) >= self.limits.max_num_seqs or needed > self.allocator.num_free:
+    def _reason_to_end(self, sequence: Sequence, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        if sequence.token_ids[-1] in eos_token_ids and not sequence.params.ignore_eos:
+            return "stop"
+        return "length" if len(sequence.token_ids) >= self._max_len(sequence) else None
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make the full blocks that the sequence has computed findable."""
+        if not self._prefix_caching or sequence.blocks == []:
+            return
+        known = sequence.token_ids[: sequence.num_computed]
+        first = len(sequence.block_keys)
+        if len(known) // self.pool.block_size > first:
+            sequence.block_keys = block_keys(known, self.pool.block_size, sequence.block_keys)
+            for block, key in zip(sequence.blocks[first:], sequence.block_keys[first:], strict=False):
+                self.pool.publish(block, key)
+
+    def _make_room(self, sequence: Sequence, tokens: int) -> bool:
+        """Give ``sequence`` blocks for ``tokens`` more, if there are as many."""
+        needed = self.pool.blocks_for(sequence.num_computed + tokens) - len(sequence.blocks)
+        if needed > self.pool.num_free:
             return False
-        sequence.blocks = self.allocator.allocate(needed)
+        if needed > 0:
+            sequence.blocks += self.pool.allocate(needed)
         return True
 
+    def _preempt(self) -> Sequence:
+        """Take the blocks of the sequence that was admitted last, which waits to be computed again; return it."""
+        victim, _ = self.running.popitem()
+        self._release(victim)
+        self.waiting.appendleft(victim)
+        self.preemptions += 1
+        return victim
 
-def _row(sequence: Sequence, budget: int) -> Row:
-    num_tokens = min(sequence.num_pending, budget)
-    return Row(sequence, sequence.num_computed, num_tokens, samples=num_tokens == sequence.num_pending)
+    def _admit(self, sequence: Sequence, budget: int) -> int:
+        """Give a waiting sequence the blocks of its first step and return its tokens; 0 where there is no room."""
+        if len(self.running) >= self.limits.max_num_seqs:
+            return 0
+        # One token at least is computed, so that there is something to sample from.
+        keys = block_keys(sequence.token_ids[:-1], self.pool.block_size) if self._prefix_caching else []
+        found = self.pool.find(keys)
+        self.pool.share(found)
+        cached = len(found) * self.pool.block_size
+        tokens = min(sequence.num_tokens - cached, budget)
+        needed = self.pool.blocks_for(cached + tokens) - len(found)
+        if needed > self.pool.num_free:
+            self.pool.free(found)
+            return 0
+        sequence.blocks = found + self.pool.allocate(needed)
+        sequence.block_keys = keys[: len(found)]
+        sequence.num_computed = sequence.num_cached = cached
+        return tokens
+
+
+def _row(sequence: Sequence, num_tokens: int) -> Row:
+    start, end = sequence.num_computed, sequence.num_computed + num_tokens
+    source = sequence.last_row if end > len(sequence.token_ids) else -1
+    return Row(sequence, start, num_tokens, end == sequence.num_tokens, source)

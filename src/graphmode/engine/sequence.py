@@ -17,9 +17,13 @@ class Sequence:
         prompt_token_ids: the prompt, at least one token.
         params: how to sample it.
         seed: of its random numbers, resolved.
-        token_ids: prompt and generated tokens.
-        num_computed: tokens whose keys and values are in the cache.
+        token_ids: prompt and generated tokens, as far as the host knows them.
+        in_flight: tokens that steps under way are making: one for each that samples it.
+        last_row: its row in the last step that did.
+        num_computed: tokens whose keys and values are in the cache, or will be when the steps under way are done.
+        num_cached: of them, those that another sequence had computed.
         blocks: its cache blocks, in order.
+        block_keys: keys of its full blocks, as far as they are computed.
         finish_reason: None while it runs.
     """
 
@@ -28,8 +32,12 @@ class Sequence:
     params: SamplingParams
     seed: int
     token_ids: list[int] = field(init=False)
+    in_flight: int = 0
+    last_row: int = -1
     num_computed: int = 0
+    num_cached: int = 0
     blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -41,6 +49,11 @@ class Sequence:
         return self.token_ids[len(self.prompt_token_ids) :]
 
     @property
+    def num_tokens(self) -> int:
+        """All tokens, those in flight included."""
+        return len(self.token_ids) + self.in_flight
+
+    @property
     def num_pending(self) -> int:
-        """Tokens known but not computed yet: the rest of the prompt, or the last generated token."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens not computed yet: the rest of the prompt, or the last generated token."""
+        return self.num_tokens - self.num_computed

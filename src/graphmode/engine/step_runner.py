@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from graphmode.engine.config import BLOCK_SIZE
 from graphmode.engine.scheduler import Batch, Limits
 from graphmode.graph import GraphRunner, Input
 from graphmode.graph.backends.base import Backend
+from graphmode.graph.staging import Event, StagingRing
 from graphmode.kernels import sample
 from graphmode.models.attention import AttentionBatch, LayerCache
 from graphmode.models.loader import LoadedModel
@@ -18,6 +20,7 @@ from graphmode.models.loader import LoadedModel
 # A padding token has slot -1 and a padding sequence length 0: they write no KV and read none.
 INPUTS = (
     Input("token_ids", torch.int64, ("tokens",), padding=0),
+    Input("token_sources", torch.int64, ("tokens",), padding=-1),
     Input("positions", torch.int64, ("tokens",), padding=0),
     Input("slot_mapping", torch.int64, ("tokens",), padding=-1),
     Input("query_lens", torch.int32, ("seqs",), padding=0),
@@ -27,6 +30,30 @@ INPUTS = (
     Input("seeds", torch.int64, ("seqs",), padding=0),
     Input("block_tables", torch.int32, ("seqs", "blocks"), padding=0),
 )
+
+
+@dataclass(frozen=True)
+class StepUnderWay:
+    """A step that the device computes.
+
+    Attributes:
+        batch: what was scheduled.
+        on_host: where its sampled tokens arrive, int64 ``[rows]``.
+        event: when they have.
+    """
+
+    batch: Batch
+    on_host: torch.Tensor
+    event: Event
+
+    def tokens(self) -> list[int]:
+        """Wait for the step and return the sampled token of every row; of one that does not sample, anything.
+
+        To be called before two more steps are launched.
+        """
+        self.event.synchronize()
+        tokens: list[int] = self.on_host.tolist()
+        return tokens
 
 
 class StepRunner:
@@ -59,6 +86,9 @@ class StepRunner:
         self._caches = caches
         self._piecewise = piecewise
         self._max_blocks = -(-limits.max_model_len // BLOCK_SIZE)
+        self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=backend.device)
+        # Two steps are under way at most: one being read, one computed.
+        self._results = StagingRing(8 * limits.max_num_seqs, 3, backend.host_buffer, backend.event)
         self.graphs = GraphRunner(
             self.forward,
             INPUTS,
@@ -68,6 +98,8 @@ class StepRunner:
             backend=backend,
             enabled=buckets is not None,
             max_padding_ratio=max_padding_ratio,
+            # A capture between two steps would overwrite the tokens that the one leaves for the other.
+            capture_on_first_use=False,
             strict=strict,
         )
 
@@ -88,17 +120,22 @@ class StepRunner:
         with torch.inference_mode():
             self.forward("mixed", **inputs)
 
-    def run(self, batch: Batch) -> list[int]:
-        """Run one step and return the sampled token of every row; that of a row that does not sample means nothing."""
+    def launch(self, batch: Batch) -> StepUnderWay:
+        """Put one step on the device and return without waiting for it."""
         inputs: dict[str, Any] = step_inputs(batch, self._max_blocks)
         tokens = self.graphs(family=batch.family, **inputs)
         assert isinstance(tokens, torch.Tensor)
-        return tokens.tolist()
+        slot = self._results.acquire()
+        on_host = slot.memory.view(torch.int64)[: len(batch.rows)]
+        on_host.copy_(tokens, non_blocking=True)
+        self._results.release(slot)
+        return StepUnderWay(batch, on_host, slot.event)
 
     def forward(
         self,
         family: str,
         token_ids: torch.Tensor,
+        token_sources: torch.Tensor,
         positions: torch.Tensor,
         slot_mapping: torch.Tensor,
         query_lens: torch.Tensor,
@@ -110,11 +147,16 @@ class StepRunner:
     ) -> torch.Tensor:
         """Compute a step: the function that is captured. Shapes as in ``INPUTS``.
 
+        A token whose value the host does not know yet is taken from the row of the step before that sampled it
+        (``token_sources``); the tokens sampled here are left for the next step.
+
         Returns:
             The sampled tokens, int64 ``[seqs]``.
         """
+        token_ids = torch.where(token_sources < 0, token_ids, self._sampled[token_sources.clamp(min=0)])
         logits = self.logits(family, token_ids, positions, slot_mapping, query_lens, kv_lens, logits_rows, block_tables)
         sampled: torch.Tensor = sample(logits, temperature, seeds, kv_lens.to(torch.int64))
+        self._sampled[: len(sampled)].copy_(sampled)
         return sampled
 
     def logits(
@@ -154,12 +196,18 @@ class StepRunner:
 def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
     """Return the inputs of a step at their true sizes, on the host."""
     token_ids: list[int] = []
+    sources: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     tables = torch.zeros(len(batch.rows), max_blocks, dtype=torch.int32)
     for index, row in enumerate(batch.rows):
         sequence, end = row.sequence, row.start + row.num_tokens
-        token_ids += sequence.token_ids[row.start : end]
+        known = sequence.token_ids[row.start : end]
+        token_ids += known
+        sources += [-1] * len(known)
+        if row.source >= 0:
+            token_ids.append(0)
+            sources.append(row.source)
         positions += range(row.start, end)
         blocks = sequence.blocks
         slots += [blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(row.start, end)]
@@ -167,6 +215,7 @@ def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
     query_lens = torch.tensor([row.num_tokens for row in batch.rows], dtype=torch.int32)
     return {
         "token_ids": torch.tensor(token_ids),
+        "token_sources": torch.tensor(sources),
         "positions": torch.tensor(positions),
         "slot_mapping": torch.tensor(slots),
         "query_lens": query_lens,
