@@ -62,6 +62,12 @@ def generate(
         ),
     ] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="The same as --no-enable-graph.")] = False,
+    graph_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="full, piecewise, full_decode_only, full_and_piecewise or none. [default: full]", show_default=False
+        ),
+    ] = None,
     graph_sizes: Annotated[
         str | None, typer.Option(help="Sizes that get a graph, in tokens of a step: 1,2,4.", show_default=False)
     ] = None,
@@ -93,6 +99,7 @@ def generate(
             model,
             progress=interactive,
             enforce_eager=enforce_eager or enable_graph is False,
+            graph_mode=graph_mode,
             graph_sizes=_sizes(graph_sizes),
             max_graph_tokens=max_graph_tokens,
             max_padding_ratio=max_padding_ratio,

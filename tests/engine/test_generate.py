@@ -30,7 +30,7 @@ def expected(bundled: Path) -> list[tuple[list[int], list[int]]]:
     return results
 
 
-@pytest.mark.parametrize("mode", ["full", "piecewise", "none"])
+@pytest.mark.parametrize("mode", ["full", "piecewise", "full_decode_only", "full_and_piecewise", "none"])
 def test_64_prompts_together_are_token_for_token_transformers_one_by_one(
     bundled: Path, device: str, expected: list, mode: str
 ) -> None:
@@ -43,9 +43,17 @@ def test_64_prompts_together_are_token_for_token_transformers_one_by_one(
     if mode == "none":
         assert stats.misses == {"disabled": stats.steps}
         assert stats.graphs == 0
+    elif mode == "full_decode_only":
+        assert stats.misses.keys() == {"disabled"}
+        assert stats.replays == stats.steps - stats.misses["disabled"] > 0
     else:
         assert stats.hit_rate == 1.0
         assert stats.eager_steps == 0
+        decode, mixed = (len(llm.engine.runner.graphs.policy.buckets[name]) for name in ("decode", "mixed"))
+        pieces = 1 + llm.engine.loaded.shape.layers
+        assert stats.graphs == (
+            decode * (pieces if mode == "piecewise" else 1) + mixed * (1 if mode == "full" else pieces)
+        )
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
 
 

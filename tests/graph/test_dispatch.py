@@ -53,6 +53,11 @@ def test_the_smallest_bucket_that_holds_the_step_serves_it(sizes: set[int], size
         assert size > max(sizes) or ratio is not None
 
 
+def test_a_family_without_buckets_runs_eagerly() -> None:
+    policy = DispatchPolicy({"a": (4,), "b": ()})
+    assert dispatch(1, policy, {}, {}, "b") == Decision(Mode.EAGER, None, 0, Reason.DISABLED)
+
+
 def test_families_and_variants_do_not_serve_each_other() -> None:
     policy = DispatchPolicy({"a": (4,), "b": (4,)}, capture_on_first_use=False)
     captured = {GraphKey("a", 4, (("x", 1),)): None}

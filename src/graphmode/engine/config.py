@@ -8,12 +8,12 @@ from typing import Literal, get_args
 
 import torch
 
-from graphmode.engine.scheduler import Limits
+from graphmode.engine.scheduler import Family, Limits
 from graphmode.graph import make_buckets
 from graphmode.graph.buckets import check_buckets
 from graphmode.graph.errors import InputError
 
-GraphMode = Literal["none", "piecewise", "full"]
+GraphMode = Literal["none", "piecewise", "full", "full_decode_only", "full_and_piecewise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 BLOCK_SIZE = 16
@@ -28,7 +28,8 @@ class EngineOptions:
         dtype: of the weights and the KV cache; ``"auto"`` takes the checkpoint's, on a CPU float32.
         load_format: ``"auto"`` reads the weights, ``"dummy"`` makes random ones.
         enforce_eager: run every step eagerly, as ``graph_mode="none"``.
-        graph_mode: ``full`` (one graph a step, the default), ``piecewise`` (attention outside the graphs), ``none``.
+        graph_mode: ``full`` (one graph a step, the default), ``piecewise`` (attention outside the graphs),
+            ``full_decode_only`` (mixed steps run eagerly), ``full_and_piecewise`` (mixed steps piecewise), ``none``.
         graph_sizes: the buckets, in tokens of a step. Default: few, up to the largest step.
         max_graph_tokens: the threshold: larger steps run eagerly. Default: none is larger.
         max_padding_ratio: steps with a larger share of padding run eagerly.
@@ -121,8 +122,7 @@ def resolve_limits(options: EngineOptions, max_positions: int, device: torch.dev
 
 
 def resolve_buckets(options: EngineOptions, limits: Limits) -> dict[str, tuple[int, ...]]:
-    """Return the buckets of the two families, so that every step that the scheduler makes has one unless the user said
-    otherwise.
+    """Return the buckets of the two families: every step of the scheduler's has one unless the user said otherwise.
 
     Raises:
         InputError: a bucket larger than any step.
@@ -141,4 +141,11 @@ def resolve_buckets(options: EngineOptions, limits: Limits) -> dict[str, tuple[i
     decode = [size for size in sizes if size < limits.max_num_seqs]
     if sizes[-1] >= limits.max_num_seqs:
         decode.append(limits.max_num_seqs)
-    return {"decode": tuple(decode), "mixed": sizes}
+    return {"decode": tuple(decode), "mixed": () if options.resolved_graph_mode == "full_decode_only" else sizes}
+
+
+def piecewise_families(mode: GraphMode) -> frozenset[Family]:
+    """Return the families whose attention runs outside their graphs."""
+    if mode == "piecewise":
+        return frozenset({"decode", "mixed"})
+    return frozenset({"mixed"} if mode == "full_and_piecewise" else ())

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from graphmode.engine.block_pool import BlockPool
-from graphmode.engine.config import BLOCK_SIZE, EngineOptions, resolve_buckets, resolve_dtype, resolve_limits
+from graphmode.engine.config import (
+    BLOCK_SIZE,
+    EngineOptions,
+    piecewise_families,
+    resolve_buckets,
+    resolve_dtype,
+    resolve_limits,
+)
 from graphmode.engine.kv_cache import choose_num_blocks, make_cache
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.scheduler import Scheduler
@@ -112,7 +119,7 @@ class Engine:
             backend,
             self.limits,
             buckets,
-            piecewise=mode == "piecewise",
+            piecewise=piecewise_families(mode),
             max_padding_ratio=options.max_padding_ratio,
             strict=options.strict,
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graphmode.engine.config import BLOCK_SIZE
-from graphmode.engine.scheduler import Batch, Limits
+from graphmode.engine.scheduler import Batch, Family, Limits
 from graphmode.graph import GraphRunner, Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.staging import Event, StagingRing
@@ -65,7 +65,7 @@ class StepRunner:
         backend: the device.
         limits: what a step may hold.
         buckets: sizes of the ``decode`` and the ``mixed`` family; None runs everything eagerly.
-        piecewise: whether attention runs outside the graphs.
+        piecewise: the families whose attention runs outside their graphs.
         max_padding_ratio: as of :class:`~graphmode.graph.GraphRunner`.
         strict: as of :class:`~graphmode.graph.GraphRunner`.
     """
@@ -78,7 +78,7 @@ class StepRunner:
         limits: Limits,
         buckets: Mapping[str, tuple[int, ...]] | None,
         *,
-        piecewise: bool = False,
+        piecewise: frozenset[Family] = frozenset(),
         max_padding_ratio: float | None = None,
         strict: bool = False,
     ) -> None:
@@ -133,7 +133,7 @@ class StepRunner:
 
     def forward(
         self,
-        family: str,
+        family: Family,
         token_ids: torch.Tensor,
         token_sources: torch.Tensor,
         positions: torch.Tensor,
@@ -161,7 +161,7 @@ class StepRunner:
 
     def logits(
         self,
-        family: str,
+        family: Family,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         slot_mapping: torch.Tensor,
@@ -179,7 +179,7 @@ class StepRunner:
             kv_lens=kv_lens,
             max_query_len=1 if family == "decode" else token_ids.shape[0],
             caches=self._caches,
-            piecewise=self._piecewise,
+            piecewise=family in self._piecewise,
         )
         output = self._model(
             input_ids=token_ids.unsqueeze(0),

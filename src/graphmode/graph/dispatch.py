@@ -65,7 +65,7 @@ class DispatchPolicy:
     """What the user chose.
 
     Attributes:
-        buckets: sorted sizes of each family. The last one is the family's threshold.
+        buckets: sorted sizes of each family. The last one is the family's threshold; one with none runs eagerly.
         enabled: False runs every step eagerly.
         max_padding_ratio: a step whose padding is more than this share of its bucket runs eagerly; None allows any.
         capture_on_first_use: whether a key without a graph is captured when a step first needs it.
@@ -95,9 +95,9 @@ def dispatch(
         family: one of ``policy.buckets``.
         variant: the step's static arguments.
     """
-    if not policy.enabled:
-        return Decision(Mode.EAGER, None, 0, Reason.DISABLED)
     buckets = policy.buckets[family]
+    if not policy.enabled or not buckets:
+        return Decision(Mode.EAGER, None, 0, Reason.DISABLED)
     index = bisect_left(buckets, size)
     if index == len(buckets):
         return Decision(Mode.EAGER, None, 0, Reason.ABOVE_THRESHOLD)

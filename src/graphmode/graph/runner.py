@@ -57,7 +57,8 @@ class GraphRunner:
             in any structure.
         inputs: the declarations. All axes but one have a size in ``axes``; the one left is bucketed.
         buckets: the sizes that get a graph: a list, or the largest one, from which few are made. Or one of these for
-            each family, by name: then each call names its family, and ``fn`` takes it as ``family``.
+            each family, by name: then each call names its family, and ``fn`` takes it as ``family``. A family with
+            ``()`` runs eagerly.
         axes: the sizes of the other axes: fixed, or a function of the bucket.
         output_axes: for each output in flat order, the axis name (or None) of each dimension, to cut outputs to the
             true size. Default: dimension 0 of each output is the bucketed axis.
@@ -101,7 +102,7 @@ class GraphRunner:
         self._has_families = isinstance(buckets, Mapping)
         families = buckets if isinstance(buckets, Mapping) else {DEFAULT_FAMILY: buckets}
         self.policy = DispatchPolicy(
-            buckets={name: _bucket_sizes(sizes) for name, sizes in families.items()},
+            buckets={name: _bucket_sizes(sizes) if sizes != () else () for name, sizes in families.items()},
             enabled=enabled,
             max_padding_ratio=max_padding_ratio,
             capture_on_first_use=capture_on_first_use,
@@ -223,7 +224,9 @@ class GraphRunner:
         return tuple((name, static[name]) for name in self._static)
 
     def _make_buffers(self) -> InputBuffers:
-        largest = [sizes[-1] for sizes in self.policy.buckets.values()]
+        largest = [sizes[-1] for sizes in self.policy.buckets.values() if sizes]
+        if not largest:
+            raise InputError("no family has buckets; give at least one, or enabled=False to run everything eagerly")
         at_largest = [self._axes.at(size) for size in largest]
         limits = {axis: max(sizes[axis] for sizes in at_largest) for axis in at_largest[0]}
         return InputBuffers(self._inputs, limits, self.backend)
