@@ -69,8 +69,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-@pytest.mark.parametrize("vocab", [1, 2, 13, 300, 4097])
+@pytest.mark.parametrize(("vocab", "temperature"), [(1, 1.0), (2, 0.3), (13, 1.0), (300, 2.0), (4097, 0.7)])
 def test_keeps_what_sorting_keeps(threshold, kernel_device: str, vocab: int, temperature: float) -> None:
     logits = torch.randn(len(CASES), vocab) * 2
     device_logits = logits.to(kernel_device)
@@ -91,8 +90,7 @@ def test_draws_from_the_filtered_softmax(case: tuple[int, float, float], tempera
     check_drawn_from(probabilities_by_sorting(logits, temperature, *case), tokens)
 
 
-@pytest.mark.parametrize("vocab", [1, 7, 1000, 5003])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocab", "dtype"), [(7, torch.float16), (1000, torch.float32), (5003, torch.bfloat16)])
 def test_same_tokens_in_both(kernel_device: str, vocab: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(len(CASES), vocab, device=kernel_device) * 3).to(dtype)
     parameters = make_rows([0.0, 0.3, 0.7, 1.0, 1.0, 1.5, 3.0, 100.0, 0.0, 1.0, 1.0, 1.0, 1.0], 13, kernel_device)

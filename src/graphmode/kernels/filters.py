@@ -85,7 +85,7 @@ def _largest_reaching(keys: torch.Tensor, weights: torch.Tensor, target: torch.T
 
     Args:
         keys: int64 ``[rows, vocab]``: 32 bits in the order of the values.
-        weights: int64 ``[rows, vocab]``, none negative.
+        weights: int64 ``[rows, vocab]``, none negative; overwritten.
         target: int64 ``[rows, 1]``.
 
     Returns:
@@ -101,7 +101,7 @@ def _largest_reaching(keys: torch.Tensor, weights: torch.Tensor, target: torch.T
         digit = (reaching >= target).sum(dim=1, keepdim=True).sub_(1).clamp_(min=0)
         above = (reaching - by_digit).gather(1, digit)
         found = found | (digit << shift)
-        weights = weights * (digits == digit)
+        weights.mul_(digits == digit)
     return _flip_back((found.clamp_(min=_LOWEST_KEY) - (1 << 31)).int())
 
 
