@@ -1,9 +1,11 @@
 """Sample the next tokens from logits, with noise that belongs to the request and not to the batch.
 
 A row's token is ``argmax(logits / temperature + noise)`` with Gumbel noise, which draws from the softmax of
-``logits / temperature`` without computing it. The noise is no random state but a hash of the request's seed, the
-token's position and the vocabulary index. So a seeded request gets the same tokens alone, in any row of any batch, in
-any bucket, captured or not, and replay cannot repeat it: the position moves on.
+``logits / temperature`` without computing it. Filters leave out the logits below a row's threshold
+(:mod:`graphmode.kernels.filters`), which draws from the softmax over the others with the same noise. The noise is no
+random state but a hash of the request's seed, the token's position and the vocabulary index. So a seeded request gets
+the same tokens alone, in any row of any batch, in any bucket, captured or not, and replay cannot repeat it: the
+position moves on.
 
 The hash: seed and position become a 64-bit key by splitmix64's finaliser. Half of the key multiplies the vocabulary
 index (made odd) and half is added, modulo 2**32; a 32-bit finaliser then mixes the sum. The top 23 of its bits are a
@@ -16,13 +18,21 @@ import torch
 
 from graphmode.kernels._arguments import FLOATS, require_tensor
 from graphmode.kernels._triton import constexpr, jit, next_power_of_2, runs_triton, tl
-
-# Lower temperatures mean greedy: dividing by them leaves nothing to noise.
-MIN_TEMPERATURE = 1e-5
+from graphmode.kernels.filters import (
+    MIN_TEMPERATURE,
+    Filters,
+    require_filters,
+    threshold_reference,
+    threshold_triton,
+)
 
 
 def sample(
-    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    filters: Filters | None = None,
 ) -> torch.Tensor:
     """Draw one token for each row.
 
@@ -33,6 +43,8 @@ def sample(
             among equals.
         seeds: int64 ``[seqs]``: all bits count.
         positions: int64 ``[seqs]``: the position in its sequence of the token that is drawn.
+        filters: the rows' top-k, top-p and min-p. A row whose filters are all off gets the token that it gets without
+            them. None spares their work where no row will ever filter.
 
     Returns:
         int64 ``[seqs]``: always in the vocabulary, for padding rows too, whatever they hold.
@@ -47,12 +59,18 @@ def sample(
     require_tensor("positions", positions, shape=rows, dtypes=(torch.int64,), like=logits)
     if logits.shape[1] == 0:
         raise ValueError(f"logits has shape {list(logits.shape)}, expected a vocabulary of at least one token")
+    if filters is not None:
+        require_filters(filters, logits)
     draw = sample_triton if runs_triton(logits) else sample_reference
-    return draw(logits, temperature, seeds, positions)
+    return draw(logits, temperature, seeds, positions, filters)
 
 
 def sample_reference(
-    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    filters: Filters | None = None,
 ) -> torch.Tensor:
     """Do as :func:`sample` in PyTorch."""
     random = (temperature >= MIN_TEMPERATURE).unsqueeze(1)
@@ -60,6 +78,9 @@ def sample_reference(
     log_rate = uniform_reference(seeds, positions, logits.shape[1]).log_().neg_().log_()
     scores = torch.addcmul(scores, log_rate, random.float(), value=-1.0)
     infinity = float("inf")
+    if filters is not None:
+        threshold = threshold_reference(logits, temperature, filters).unsqueeze(1)
+        scores = torch.where(logits >= threshold, scores, -infinity)
     return scores.nan_to_num_(nan=-infinity, posinf=infinity, neginf=-infinity).argmax(dim=1)
 
 
@@ -92,9 +113,16 @@ _FULL_GRID = 512
 
 
 def sample_triton(
-    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    filters: Filters | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`sample` in Triton: one pass over the logits, in parts, then a small kernel picks the best part."""
+    """Do as :func:`sample` in Triton: one pass over the logits, in parts, then a small kernel picks the best part.
+
+    With filters, another kernel finds the rows' thresholds first.
+    """
     seqs, vocab = logits.shape
     tokens = torch.empty(seqs, dtype=torch.int64, device=logits.device)
     if seqs == 0:
@@ -110,6 +138,7 @@ def sample_triton(
         temperature,
         seeds,
         positions,
+        None if filters is None else threshold_triton(logits, temperature, filters),
         best_score,
         best_index,
         vocab,
@@ -136,6 +165,7 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
     temperature,
     seeds,
     positions,
+    threshold,
     best_score,
     best_index,
     vocab,
@@ -163,6 +193,8 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
         )
         log_rate = tl.log(-tl.log(_uniform(key, index)))
         score = value.to(tl.float32) * factor - tl.where(random, log_rate, 0.0)
+        if threshold is not None:
+            score = tl.where(value.to(tl.float32) >= tl.load(threshold + row), score, float("-inf"))
         better = score > best  # False for NaN
         best = tl.where(better, score, best)
         best_at = tl.where(better, index, best_at)
