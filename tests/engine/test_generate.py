@@ -218,3 +218,44 @@ def test_no_call_of_a_steady_step_waits_for_the_device(tiny: Path) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path) -> None:
+    llm = LLM(bundled, device="cpu", max_num_seqs=2)
+    prompt, plain = "JULIET.\nO Romeo, Romeo", SamplingParams(temperature=0, max_tokens=40)
+    text = llm.generate(prompt, plain)[0].outputs[0].text
+    for stop in (text[10:13], text[17], text[5:25]):
+        at = text.index(stop)
+        params = SamplingParams(temperature=0, max_tokens=40, stop=["never said", stop])
+        (output,) = llm.generate(prompt, params)
+        assert output.outputs[0].text == text[:at]
+        assert output.outputs[0].finish_reason == "stop"
+        streamed = [output.outputs[0].text for output in llm.stream(prompt, params)]
+        assert streamed[-1] == text[:at]
+        assert all(text[:at].startswith(part) for part in streamed)
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+    with pytest.raises(InputError, match="stop"):
+        SamplingParams(stop="a text, not a list")
+
+
+def test_stop_tokens_end_the_answer_and_stay_in_it(tiny: Path) -> None:
+    llm = LLM(tiny, device="cpu", max_num_seqs=2)
+    prompt = {"prompt_token_ids": [5, 6, 7]}
+    tokens = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=20))[0].outputs[0].token_ids
+    params = SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[tokens[4]], ignore_eos=True)
+    (output,) = llm.generate(prompt, params)
+    assert output.outputs[0].token_ids == tokens[: tokens.index(tokens[4]) + 1]
+    assert output.outputs[0].finish_reason == "stop"
+    with pytest.raises(InputError, match="stop_token_ids"):
+        llm.generate(prompt, SamplingParams(stop=["a"]))
+
+
+def test_n_completions_differ_and_the_first_is_that_of_the_seed(tiny: Path) -> None:
+    llm = LLM(tiny, device="cpu", max_num_seqs=4)
+    prompt = {"prompt_token_ids": [5, 6, 7]}
+    one = llm.generate(prompt, SamplingParams(seed=3, max_tokens=12))[0]
+    many = llm.generate(prompt, SamplingParams(seed=3, max_tokens=12, n=6))[0]
+    assert [completion.index for completion in many.outputs] == list(range(6))
+    assert many.outputs[0].token_ids == one.outputs[0].token_ids
+    assert len({tuple(completion.token_ids) for completion in many.outputs}) == 6
+    assert many.finished

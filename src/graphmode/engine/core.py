@@ -127,8 +127,8 @@ class Engine:
         self.runner.probe()
         self.runner.graphs.capture(progress=self.progress)
 
-    def add(self, prompt_token_ids: list[int], params: SamplingParams) -> Sequence:
-        """Queue a request and return its sequence.
+    def add(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Sequence]:
+        """Queue a request and return its sequences, ``params.n`` of them.
 
         Raises:
             InputError: the prompt holds a token that the model does not have, or does not fit the limits.
@@ -136,9 +136,11 @@ class Engine:
         self.check(prompt_token_ids, params)
         request_id, self._next_id = self._next_id, self._next_id + 1
         seed = _derived_seed(self.options.seed, request_id) if params.seed is None else params.seed
-        sequence = Sequence(request_id, list(prompt_token_ids), params, seed)
-        self.scheduler.add(sequence)
-        return sequence
+        seeds = [seed, *(_derived_seed(seed, index) for index in range(1, params.n))]
+        sequences = [Sequence(request_id, list(prompt_token_ids), params, each) for each in seeds]
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        return sequences
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Check a request without queueing it.
@@ -151,11 +153,6 @@ class Engine:
         for token in prompt_token_ids:
             if not 0 <= token < vocab_size:
                 raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is not finished or any step is under way."""
-        return self.scheduler.has_work or self._under_way is not None
 
     def step(self) -> list[Sequence]:
         """Launch the next step, then take in the one before; return the sequences that got a token from it.
@@ -200,7 +197,7 @@ class Engine:
         self._clock = _Clock()
 
 
-def _derived_seed(seed: int, request_id: int) -> int:
-    """Return a seed of a request's own, the same in each run."""
-    digest = hashlib.blake2b(f"{seed}/{request_id}".encode(), digest_size=8).digest()
+def _derived_seed(seed: int, index: int) -> int:
+    """Return the seed of a request, or of a further completion, by its index: the same in each run."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
 
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine, EngineStats
@@ -82,43 +83,60 @@ class LLM:
                 raise InputError(
                     f"{len(prompts)} prompts, but {len(params)} sampling parameters; give one, or one each"
                 )
-        requests = [(prompt, self._token_ids(prompt), each) for prompt, each in zip(prompts, params, strict=True)]
-        for _, token_ids, each in requests:
-            self.engine.check(token_ids, each)
-        sequences = [self.engine.add(token_ids, each) for _, token_ids, each in requests]
-        try:
-            self._run(len(sequences))
-        finally:
-            for sequence in sequences:
-                self.engine.scheduler.abort(sequence)
-        return [self._output(prompt, sequence) for (prompt, _, _), sequence in zip(requests, sequences, strict=True)]
+        requests = [(self._checked(prompt, each), each) for prompt, each in zip(prompts, params, strict=True)]
+        answers = [
+            [_Answer(sequence, self._tokenizer) for sequence in self.engine.add(token_ids, each)]
+            for token_ids, each in requests
+        ]
+        self._run([answer for completions in answers for answer in completions])
+        return [_output(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generate for one prompt, yielding its output after every token.
 
-        Each output's text and token ids hold all that is generated so far; text waits for whole characters.
+        Each output's texts and token ids hold all that is generated so far. A text waits for whole characters, and
+        where its end may be the beginning of a stop text, for what follows.
 
         Raises:
             InputError: the prompt does not fit.
         """
-        sequence = self.engine.add(self._token_ids(prompt), sampling_params or SamplingParams())
-        decoder, text = DecodeStream(skip_special_tokens=True), ""
-        try:
-            while sequence.finish_reason is None:
-                if sequence not in self.engine.step():
-                    continue
-                if self._tokenizer is not None:
-                    text += decoder.step(self._tokenizer.backend_tokenizer, sequence.token_ids[-1]) or ""
-                yield self._output(prompt, sequence, None if sequence.finish_reason else text)
-        finally:
-            self.engine.scheduler.abort(sequence)
+        params = sampling_params or SamplingParams()
+        answers = [_Answer(each, self._tokenizer) for each in self.engine.add(self._checked(prompt, params), params)]
+        for changed in self._steps(answers):
+            if changed:
+                yield _output(prompt, answers)
 
-    def _run(self, count: int) -> None:
+    def _run(self, answers: Sequence[_Answer]) -> None:
         """Step until everything is finished."""
-        with _Progress(count, self._progress) as progress:
-            while self.engine.has_work:
-                changed = self.engine.step()
-                progress.advance(sum(sequence.finish_reason is not None for sequence in changed))
+        with _Progress(len(answers), self._progress) as progress:
+            for changed in self._steps(answers):
+                progress.advance(sum(answer.sequence.finish_reason is not None for answer in changed))
+
+    def _steps(self, answers: Sequence[_Answer]) -> Iterator[list[_Answer]]:
+        """Step until all answers are finished, yielding those that got a token. Left early, it aborts the rest."""
+        of = {answer.sequence: answer for answer in answers}
+        try:
+            while any(answer.sequence.finish_reason is None for answer in answers):
+                changed = [of[sequence] for sequence in self.engine.step() if sequence in of]
+                for answer in changed:
+                    if answer.read():
+                        self.engine.scheduler.stop(answer.sequence)
+                yield changed
+        finally:
+            for answer in answers:
+                self.engine.scheduler.abort(answer.sequence)
+
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """Return the tokens of a prompt that can run.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if params.stop and self._tokenizer is None:
+            raise InputError("the model comes without a tokenizer, so stop texts cannot be found; use stop_token_ids")
+        token_ids = self._token_ids(prompt)
+        self.engine.check(token_ids, params)
+        return token_ids
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, Mapping):
@@ -134,18 +152,55 @@ class LLM:
         assert isinstance(token_ids, list)
         return token_ids
 
-    def _output(self, prompt: Prompt, sequence: TokenSequence, text: str | None = None) -> RequestOutput:
-        """Return the output of ``sequence``; ``text`` is what its tokens stand for, where that is known."""
-        token_ids = sequence.output_token_ids
-        if text is None:
-            text = "" if self._tokenizer is None else str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
-        return RequestOutput(
-            request_id=sequence.request_id,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=sequence.prompt_token_ids,
-            outputs=[CompletionOutput(0, text, token_ids, sequence.finish_reason)],
-            finished=sequence.finish_reason is not None,
-        )
+
+class _Answer:
+    """A sequence and its text so far."""
+
+    def __init__(self, sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.sequence = sequence
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+
+    def read(self) -> bool:
+        """Take in the sequence's last token; return whether the text has come to a stop text, where it is cut."""
+        if self._tokenizer is None:
+            return False
+        new = self._decoder.step(self._tokenizer.backend_tokenizer, self.sequence.token_ids[-1]) or ""
+        if self.sequence.finish_reason is not None:
+            new = str(self._tokenizer.decode(self.sequence.output_token_ids, skip_special_tokens=True))[
+                len(self.text) :
+            ]
+        before, self.text = len(self.text), self.text + new
+        stops = self.sequence.params.stop
+        longest = max(map(len, stops), default=0)
+        found = [at for stop in stops if (at := self.text.find(stop, max(0, before - longest + 1))) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+        return bool(found)
+
+    def shown(self) -> str:
+        """Return the text, without an end that may become a stop text."""
+        if self.sequence.finish_reason is None:
+            for stop in self.sequence.params.stop:
+                for size in range(min(len(stop) - 1, len(self.text)), 0, -1):
+                    if self.text.endswith(stop[:size]):
+                        return self.text[:-size]
+        return self.text
+
+
+def _output(prompt: Prompt, answers: Sequence[_Answer]) -> RequestOutput:
+    first = answers[0].sequence
+    return RequestOutput(
+        request_id=first.request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=first.prompt_token_ids,
+        outputs=[
+            CompletionOutput(index, answer.shown(), answer.sequence.output_token_ids, answer.sequence.finish_reason)
+            for index, answer in enumerate(answers)
+        ],
+        finished=all(answer.sequence.finish_reason is not None for answer in answers),
+    )
 
 
 class _Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from graphmode.graph.errors import InputError
@@ -18,6 +19,9 @@ class SamplingParams:
         seed: of the request's random numbers. The same seed gives the same tokens alone and in any batch. None: the
             engine chooses, by its own seed and the request's number.
         ignore_eos: go on after the end-of-text token.
+        stop: texts that end the answer, which is cut before them. Not empty.
+        stop_token_ids: tokens that end the answer; they stay in it.
+        n: completions of the prompt. The first has ``seed``, the others have seeds derived from it.
 
     Raises:
         InputError: a value out of range.
@@ -27,10 +31,17 @@ class SamplingParams:
     max_tokens: int = 16
     seed: int | None = None
     ignore_eos: bool = False
+    stop: Sequence[str] = ()
+    stop_token_ids: Collection[int] = ()
+    n: int = 1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if self.n < 1:
+            raise InputError(f"n is {self.n}; it must be at least 1")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise InputError(f"stop is {self.stop!r}; it must be a list of texts that are not empty")
         if self.max_tokens < 1:
             raise InputError(f"max_tokens is {self.max_tokens}; it must be at least 1")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:

@@ -184,6 +184,11 @@ class Scheduler:
                 self._drop(sequence)
         return changed
 
+    def stop(self, sequence: Sequence) -> None:
+        """End a sequence whose text has come to one of its stop texts."""
+        sequence.finish_reason = "stop"
+        self.abort(sequence)
+
     def abort(self, sequence: Sequence) -> None:
         """Drop a sequence, waiting or running, and take its blocks back. A finished one is left as it is."""
         if self._holds(sequence):
@@ -208,7 +213,8 @@ class Scheduler:
         return min(len(sequence.prompt_token_ids) + sequence.params.max_tokens, self.limits.max_model_len)
 
     def _reason_to_end(self, sequence: Sequence, eos_token_ids: frozenset[int]) -> FinishReason | None:
-        if sequence.token_ids[-1] in eos_token_ids and not sequence.params.ignore_eos:
+        token, params = sequence.token_ids[-1], sequence.params
+        if token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos):
             return "stop"
         return "length" if len(sequence.token_ids) >= self._max_len(sequence) else None
 
