@@ -97,10 +97,11 @@ def load_model(
             f"{name}: {type(model).__name__} does not call transformers' attention interface, so its KV cache cannot "
             "be paged"
         )
+    shape: ModelShape = _read(partial(_shape, model), name, "the shape of its KV cache")
     tokenizer = None
     if _has_tokenizer(name):
         tokenizer = _read(partial(AutoTokenizer.from_pretrained, name), name, "the tokenizer")
-    return LoadedModel(model, _shape(model), tokenizer)
+    return LoadedModel(model, shape, tokenizer)
 
 
 def _check_folder(name: str | Path, load_format: LoadFormat) -> None:
