@@ -89,16 +89,17 @@ def continue_greedily(model: PreTrainedModel, prompt: list[int]) -> tuple[list[i
 def compute_logits(engine: Engine, tokens: list[int], prompt_len: int) -> torch.Tensor:
     """The engine's logits for every token after the prompt: the prompt as one mixed step, the rest by decode steps."""
     sequence = Sequence(0, tokens, SamplingParams(temperature=0), 0)
-    sequence.blocks = engine.scheduler.allocator.allocate(-(-len(tokens) // 16))
+    sequence.blocks = engine.scheduler.pool.allocate(-(-len(tokens) // 16))
     steps = [Batch("mixed", (Row(sequence, 0, prompt_len, True),), prompt_len)]
     steps += [Batch("decode", (Row(sequence, at, 1, True),), 1) for at in range(prompt_len, len(tokens))]
     logits = []
     for batch in steps:
         values = step_inputs(batch, -(-engine.limits.max_model_len // 16))
-        del values["temperature"], values["seeds"]
+        del values["temperature"], values["seeds"], values["token_sources"]
+        values = {name: value.to(engine.device) for name, value in values.items()}
         with torch.inference_mode():
             logits.append(engine.runner.logits(batch.family, **values))
-    engine.scheduler.allocator.free(sequence.blocks)
+    engine.scheduler.pool.free(sequence.blocks)
     return torch.cat(logits)
 
 
@@ -122,3 +123,25 @@ def test_family_is_token_for_token_transformers(folder: Path) -> None:
     for prompt, (tokens, logits) in zip(PROMPTS, expected, strict=True):
         ours = compute_logits(llm.engine, [*prompt, *tokens[:-1]], len(prompt))
         torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_family_on_a_gpu_is_as_exact_as_transformers_bf16(folder: Path) -> None:
+    """Every step replays a graph, and logits are about as far from float32 as those of transformers in bf16 are."""
+    prompt = max(PROMPTS, key=len)
+    exact, theirs = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval().cuda()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 64, "graph_sizes": [1, 4, 24]}
+    llm = LLM(folder, device="cuda", dtype="bfloat16", strict=True, **options)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    outputs = llm.generate([{"prompt_token_ids": each} for each in PROMPTS], params)
+    assert all(len(output.outputs[0].token_ids) == NEW_TOKENS for output in outputs)
+    assert llm.stats.hit_rate == 1.0
+    with torch.inference_mode():
+        reference = exact(torch.tensor([prompt], device="cuda"), use_cache=False).logits[0, -1]
+        bf16 = theirs(torch.tensor([prompt], device="cuda"), use_cache=False).logits[0, -1].float()
+    ours = compute_logits(llm.engine, prompt, len(prompt))[-1].float()
+    error, their_error = (float((logits - reference).norm() / reference.norm()) for logits in (ours, bf16))
+    assert error <= 2 * their_error + 0.01, (error, their_error)
