@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from graphmode.models.attention import ATTENTION_NAME
 from graphmode.models.errors import ModelError
+from graphmode.models.experts import EXPERTS_NAME, share_real_rows
 
 LoadFormat = Literal["auto", "dummy"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -46,7 +47,7 @@ class LoadedModel:
     """A model ready to run.
 
     Attributes:
-        model: transformers' module, in evaluation mode, with our attention.
+        model: transformers' module, in evaluation mode, with our attention and experts.
         shape: its sizes.
         tokenizer: None where the model comes without one; then prompts must be token ids.
     """
@@ -78,7 +79,7 @@ def load_model(
     config = _read(partial(AutoConfig.from_pretrained, name), name, "config.json")
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
-    options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME}
+    options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME, "experts_implementation": EXPERTS_NAME}
     if load_format == "dummy":
         with device:
             model = _read(partial(AutoModelForCausalLM.from_config, config, **options), name, "config.json")
@@ -97,6 +98,7 @@ def load_model(
             f"{name}: {type(model).__name__} does not call transformers' attention interface, so its KV cache cannot "
             "be paged"
         )
+    share_real_rows(model)
     tokenizer = None
     if _has_tokenizer(name):
         tokenizer = _read(partial(AutoTokenizer.from_pretrained, name), name, "the tokenizer")
