@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ class PagedBatch:
     cu_query_lens: torch.Tensor
     kv_lens: torch.Tensor
     query_lens: list[int]  # of the real sequences
+    options: dict[str, Any] = field(default_factory=dict)  # window, soft_cap, sinks
 
     @property
     def num_real_tokens(self) -> int:
@@ -35,16 +37,22 @@ class PagedBatch:
     def inputs(self) -> tuple[torch.Tensor, ...]:
         return self.q, self.k_cache, self.v_cache, self.block_tables, self.cu_query_lens, self.kv_lens
 
-    def owned_slots(self) -> torch.Tensor:
-        """Where in the caches, as [slots], a real token is."""
+    def first_key(self, seq: int) -> int:
+        """The first position that a new token of the sequence sees."""
+        window = self.options.get("window")
+        return 0 if window is None else max(0, int(self.kv_lens[seq]) - self.query_lens[seq] + 1 - window)
+
+    def seen_slots(self) -> torch.Tensor:
+        """Where in the caches, as [slots], a token is that a new one sees."""
         slots = self.k_cache.shape[0] * self.k_cache.shape[1]
-        owned = torch.zeros(slots, dtype=torch.bool, device=self.q.device)
+        seen = torch.zeros(slots, dtype=torch.bool, device=self.q.device)
         for seq in range(len(self.query_lens)):
-            owned[self.slots_of(seq)] = True
-        return owned
+            seen[self.slots_of(seq)] = True
+        return seen
 
     def slots_of(self, seq: int) -> torch.Tensor:
-        position = torch.arange(int(self.kv_lens[seq]), device=self.q.device)
+        """The slots of the sequence's positions from the first on that a new token sees."""
+        position = torch.arange(self.first_key(seq), int(self.kv_lens[seq]), device=self.q.device)
         block_size = self.k_cache.shape[1]
         return self.block_tables[seq, position // block_size].long() * block_size + position % block_size
 
@@ -58,12 +66,14 @@ class PagedBatch:
             block_tables=self.block_tables.clone(),
         )
         changed.q[self.num_real_tokens :] = value
-        free = ~self.owned_slots()
+        unseen = ~self.seen_slots()
         for cache in (changed.k_cache, changed.v_cache):
-            cache.flatten(0, 1)[free] = value
+            cache.flatten(0, 1)[unseen] = value
         block_size = self.k_cache.shape[1]
         first = torch.arange(self.block_tables.shape[1], device=self.q.device) * block_size
         changed.block_tables[first >= self.kv_lens.unsqueeze(1)] = entry
+        for seq in range(len(self.query_lens)):
+            changed.block_tables[seq, : self.first_key(seq) // block_size] = entry
         return changed
 
 
@@ -81,6 +91,9 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    with_sinks: bool = False,
 ) -> PagedBatch:
     """A batch padded to ``tokens`` and ``seqs``; NaN and garbage wherever nothing is to be read."""
     random = torch.Generator().manual_seed(seed)
@@ -108,6 +121,7 @@ def make_batch(
         cu_query_lens=torch.tensor([0, *query_lens, *[0] * padding], device=device).cumsum(0).int(),
         kv_lens=torch.tensor([*kv_lens, *[0] * padding], dtype=torch.int32, device=device),
         query_lens=list(query_lens),
+        options={"window": window, "soft_cap": soft_cap, "sinks": normal(q_heads) * 2 if with_sinks else None},
     )
     return batch.with_unused(float("nan"), GARBAGE)
 
@@ -123,9 +137,16 @@ def attend_one_by_one(batch: PagedBatch, dtype: torch.dtype = torch.float64) -> 
         values = batch.v_cache.flatten(0, 1)[slots].to(dtype).repeat_interleave(group, dim=1)
         queries = batch.q[start : start + query_len].to(dtype)
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * batch.scale
-        kv_len = len(slots)
-        last_key = kv_len - query_len + torch.arange(query_len, device=slots.device)
-        scores.masked_fill_(torch.arange(kv_len, device=slots.device) > last_key.unsqueeze(1), float("-inf"))
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        window, soft_cap, sinks = (batch.options.get(name) for name in ("window", "soft_cap", "sinks"))
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        key = torch.arange(len(slots), device=slots.device)
+        position = key[len(slots) - query_len :].unsqueeze(1)
+        hidden = key > position if window is None else (key > position) | (key <= position - window)
+        scores.masked_fill_(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(dtype).view(-1, 1, 1).expand(-1, query_len, 1)], -1)
+        weights = scores.softmax(-1)[..., : len(slots)]
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values))
         start += query_len
     return torch.cat(outputs)

@@ -10,10 +10,14 @@ from graphmode.kernels.attention import (
     _choose_blocks,
     _choose_splits,
     _find_blocks,
+    _num_keys,
     paged_attention_reference,
     paged_attention_triton,
 )
 from tests.kernels.paged import PagedBatch, attend_one_by_one, make_batch
+
+# A sink above all scores overflows in Triton's interpreter, and is meant to.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 
 # Absolute and relative, for values of order 1. The interpreter multiplies bfloat16 matrices wrongly: on a GPU only.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -22,7 +26,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 def run(attend, batch: PagedBatch, **options) -> torch.Tensor:
     tokens = batch.q.shape[0]
     max_query_len = 1 if batch.is_decode and tokens == batch.kv_lens.shape[0] else max(tokens, 2)
-    return attend(*batch.inputs(), scale=batch.scale, max_query_len=max_query_len, **options)
+    return attend(*batch.inputs(), scale=batch.scale, max_query_len=max_query_len, **batch.options, **options)
 
 
 def check(attend, batch: PagedBatch, **options) -> None:
@@ -96,12 +100,59 @@ def test_queries_may_be_strided(paged_attention, kernel_device: str) -> None:
         assert torch.equal(run(paged_attention, batch), expected)
 
 
+EXTRAS = {  # what models ask of attention beyond causality
+    "plain": {},
+    "window 1": {"window": 1},
+    "window 5": {"window": 5},
+    "window 64": {"window": 64},
+    "window beyond every length": {"window": 10_000},
+    "soft cap": {"soft_cap": 1.5},
+    "sinks": {"with_sinks": True},
+    "all": {"window": 21, "soft_cap": 3.0, "with_sinks": True},
+    "all, window 1": {"window": 1, "soft_cap": 0.5, "with_sinks": True},
+}
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
+@pytest.mark.usefixtures("nan_memory")
+def test_windows_soft_caps_and_sinks(paged_attention, kernel_device: str, lens, extras) -> None:
+    """What no query of a sequence sees is poisoned too, table entries included."""
+    query_lens, kv_lens, tokens, seqs = lens
+    shape = {"q_heads": 6, "max_len": 200, "device": kernel_device}
+    check(paged_attention, make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, **shape, block_size=4, **extras))
+
+
+@pytest.mark.parametrize("extras", [{}, {"window": 200}, EXTRAS["all"]], ids=["plain", "window", "all"])
 @pytest.mark.parametrize("splits", [1, 2, 3, 8, 32])
 @pytest.mark.usefixtures("nan_memory")
-def test_split_decode(kernel_device: str, splits: int) -> None:
+def test_split_decode(kernel_device: str, splits: int, extras) -> None:
     """Also where a sequence has fewer tiles of keys than there are parts, and for padding sequences."""
-    batch = make_batch([1, 1, 1, 1], [700, 1, 129, 512], tokens=6, seqs=6, q_heads=6, device=kernel_device)
+    shape = {"tokens": 6, "seqs": 6, "q_heads": 6, "device": kernel_device}
+    batch = make_batch([1, 1, 1, 1], [700, 1, 129, 512], **shape, **extras)
     check(paged_attention_triton, batch, splits=splits)
+
+
+@pytest.mark.parametrize("window", [1, 100, 130, 400])
+def test_windows_cross_tiles(paged_attention, kernel_device: str, window: int) -> None:
+    """Several tiles of rows and of keys: whole ones, those that the window cuts and those that causality cuts."""
+    options = {"tokens": 160, "seqs": 3, "device": kernel_device, "window": window}
+    check(paged_attention, make_batch([150, 3], [500, 259], **options))
+
+
+@pytest.mark.parametrize("sink", [-float("inf"), -1e4, 300.0, 1e4])
+def test_sinks_far_from_every_score(paged_attention, kernel_device: str, sink: float) -> None:
+    for query_lens, kv_lens in (([1, 1], [30, 5]), ([9, 1], [30, 5])):
+        batch = make_batch(query_lens, kv_lens, seqs=3, tokens=sum(query_lens) + 1, device=kernel_device)
+        batch.options["sinks"] = torch.full((4,), sink, device=kernel_device)
+        check(paged_attention, batch)
+
+
+def test_scores_far_beyond_the_soft_cap(paged_attention, kernel_device: str) -> None:
+    for query_lens, kv_lens in (([1, 1], [30, 5]), ([9, 1], [30, 5])):
+        batch = make_batch(query_lens, kv_lens, device=kernel_device, soft_cap=2.0)
+        batch.q *= 1e4
+        check(paged_attention, batch)
 
 
 @pytest.mark.usefixtures("nan_memory")
@@ -115,20 +166,23 @@ def test_long_contexts_and_many_rows_cross_tiles_and_chunks(paged_attention, ker
     check(paged_attention, make_batch([150, 3], [500, 259], tokens=160, seqs=3, device=kernel_device))
 
 
-def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("extras", [EXTRAS["plain"], EXTRAS["all"]], ids=["plain", "all extras"])
+def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch, extras) -> None:
     """The loop over query blocks and heads gives the same with any limit on its memory, down to one head a turn."""
     for query_lens, kv_lens in (([1] * 5, [3, 90, 41, 17, 64]), ([6, 1, 9], [60, 2, 33])):
-        batch = make_batch(query_lens, kv_lens, q_heads=12, kv_heads=3, tokens=None)
+        batch = make_batch(query_lens, kv_lens, q_heads=12, kv_heads=3, **extras)
         for limit in (1, 2 * 4 * 96 * 32, 5 * 4 * 96 * 32, 1 << 30):
             monkeypatch.setattr("graphmode.kernels.attention._CHUNK_BYTES", limit)
             check(paged_attention_reference, batch)
 
 
+@pytest.mark.parametrize("extras", [EXTRAS["plain"], EXTRAS["all"]], ids=["plain", "all extras"])
 @pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
-def test_padding_does_not_matter(paged_attention, kernel_device: str, lens) -> None:
-    """Bitwise: whatever padding queries, unowned slots, the rest of owned blocks and unused table entries hold."""
+def test_padding_does_not_matter(paged_attention, kernel_device: str, lens, extras) -> None:
+    """Bitwise: whatever padding queries, unseen slots and unused table entries hold."""
     query_lens, kv_lens, tokens, seqs = lens
-    batch = make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, head_dim=64, max_len=150, device=kernel_device)
+    shape = {"head_dim": 64, "max_len": 150, "device": kernel_device}
+    batch = make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, **shape, **extras)
     expected = run(paged_attention, batch)
     assert not expected.isnan().any()
     for value, entry in ((0.0, 0), (1e30, -1), (float("inf"), -(2**31)), (-7.0, 1)):
@@ -179,6 +233,9 @@ def ragged(draw: st.DrawFn, max_seqs: int, max_query_len: int, max_context: int)
         head_dim=draw(st.sampled_from([32, 48])),
         block_size=draw(st.sampled_from([1, 2, 4, 16, 32])),
         seed=draw(st.integers(0, 99)),
+        window=draw(st.none() | st.integers(1, max_query_len + max_context)),
+        soft_cap=draw(st.none() | st.sampled_from([0.5, 4.0])),
+        with_sinks=draw(st.booleans()),
     )
 
 
@@ -192,9 +249,8 @@ def test_reference_on_any_lengths(batch: PagedBatch) -> None:
 @given(ragged(max_seqs=4, max_query_len=12, max_context=50))
 def test_triton_on_any_lengths(batch: PagedBatch) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, value in list(vars(batch).items()):
-        if isinstance(value, torch.Tensor):
-            setattr(batch, name, value.to(device))
+    for held in (vars(batch), batch.options):
+        held.update({name: value.to(device) for name, value in held.items() if isinstance(value, torch.Tensor)})
     check(paged_attention_triton, batch)
 
 
@@ -219,28 +275,39 @@ def test_every_real_token_has_a_row_of_its_own(query_lens: list[int], padding: i
 
 
 def test_query_blocks_are_chosen_by_cost() -> None:
-    assert _choose_blocks(tokens=32, seqs=8, group=2, max_query_len=4) == (4, 8)  # one block for each sequence
-    assert _choose_blocks(tokens=512, seqs=1, group=2, max_query_len=512) == (512, 1)
-    assert _choose_blocks(tokens=256, seqs=16, group=2, max_query_len=256) == (8, 48)
+    # One block for each sequence.
+    assert _choose_blocks(tokens=32, seqs=8, group=2, max_query_len=4, window=None, max_len=64) == (4, 8)
+    assert _choose_blocks(tokens=512, seqs=1, group=2, max_query_len=512, window=None, max_len=512) == (512, 1)
+    assert _choose_blocks(tokens=256, seqs=16, group=2, max_query_len=256, window=None, max_len=256) == (8, 48)
+    # A window makes large blocks dear: they gather more keys.
+    assert _choose_blocks(tokens=512, seqs=1, group=2, max_query_len=512, window=64, max_len=512) == (16, 33)
+
+
+def test_keys_of_a_query_block_are_those_its_window_can_see() -> None:
+    assert _num_keys(block_q=1, window=None, max_len=512) == 512
+    assert _num_keys(block_q=1, window=8, max_len=512) == 8
+    assert _num_keys(block_q=4, window=8, max_len=512) == 11
+    assert _num_keys(block_q=4, window=510, max_len=512) == 512
 
 
 def test_splits_are_chosen_by_shapes() -> None:
-    assert _choose_splits(seqs=1, kv_heads=8, max_len=131072) == 32
-    assert _choose_splits(seqs=1, kv_heads=8, max_len=2048) == 8
-    assert _choose_splits(seqs=12, kv_heads=8, max_len=131072) == 2
-    assert _choose_splits(seqs=64, kv_heads=8, max_len=131072) == 1
-    assert _choose_splits(seqs=1, kv_heads=1, max_len=16) == 1
+    assert _choose_splits(seqs=1, kv_heads=8, max_keys=131072) == 32
+    assert _choose_splits(seqs=1, kv_heads=8, max_keys=2048) == 8
+    assert _choose_splits(seqs=12, kv_heads=8, max_keys=131072) == 2
+    assert _choose_splits(seqs=64, kv_heads=8, max_keys=131072) == 1
+    assert _choose_splits(seqs=1, kv_heads=1, max_keys=16) == 1
 
 
 @pytest.mark.parametrize("max_query_len", [1, 4])
 def test_reference_reads_nothing_on_the_host(max_query_len: int) -> None:
     tensors = [tensor.to("meta") for tensor in make_batch([1, 1], [30, 5]).inputs()]
-    output = paged_attention_reference(*tensors, scale=1.0, max_query_len=max_query_len)
+    extras = {"window": 3, "soft_cap": 1.0, "sinks": torch.zeros(4, device="meta")}
+    output = paged_attention_reference(*tensors, scale=1.0, max_query_len=max_query_len, **extras)
     assert output.shape == tensors[0].shape
 
 
 def test_public_function_takes_the_reference_on_cpu() -> None:
-    for batch in (make_batch([1, 1], [30, 5]), make_batch([4, 1], [30, 5], tokens=8)):
+    for batch in (make_batch([1, 1], [30, 5]), make_batch([4, 1], [30, 5], tokens=8, **EXTRAS["all"])):
         assert torch.equal(run(public_paged_attention, batch), run(paged_attention_reference, batch))
 
 
@@ -261,6 +328,11 @@ def test_public_function_takes_the_reference_on_cpu() -> None:
         ("kv_lens", torch.zeros(5, dtype=torch.int32), r"kv_lens has shape \[5\], expected \[4\]"),
         ("kv_lens", torch.zeros(4, dtype=torch.int32, device="meta"), "kv_lens is on meta, expected cpu"),
         ("max_query_len", 0, "max_query_len is 0, expected 1 or more"),
+        ("window", 0, "window is 0, expected 1 or more"),
+        ("soft_cap", 0.0, r"soft_cap is 0\.0, expected more than 0"),
+        ("sinks", torch.zeros(2), r"sinks has shape \[2\], expected \[4\]"),
+        ("sinks", torch.zeros(4, dtype=torch.float64), "sinks is torch.float64, expected torch.float32 or"),
+        ("sinks", torch.zeros(8)[::2], r"sinks.stride\(0\) is 2, expected 1"),
     ],
 )
 def test_refuses_what_does_not_fit(name: str, value: object, message: str) -> None:
@@ -277,11 +349,11 @@ def test_refuses_what_does_not_fit(name: str, value: object, message: str) -> No
         public_paged_attention(**{**arguments, name: value}, scale=1.0)
 
 
-def realistic(query_lens: list[int], tokens: int, seqs: int, seed: int) -> PagedBatch:
+def realistic(query_lens: list[int], tokens: int, seqs: int, seed: int, extras: dict) -> PagedBatch:
     random = torch.Generator().manual_seed(seed)
     kv_lens = [n + int(torch.randint(0, 4096 - n + 1, (1,), generator=random)) for n in query_lens]
     options = {"q_heads": 16, "kv_heads": 8, "head_dim": 128, "max_len": 4096, "dtype": torch.bfloat16}
-    return make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, **options, device="cuda", seed=seed)
+    return make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, **options, **extras, device="cuda", seed=seed)
 
 
 REALISTIC = {
@@ -292,13 +364,19 @@ REALISTIC = {
     "prefill": ([2048], 2048, 1),
     "few tokens": ([3, 1, 1], 8, 8),
 }
+REALISTIC_EXTRAS = {
+    "plain": {},
+    "window": {"window": 1024},
+    "all": {"window": 100, "soft_cap": 30.0, "with_sinks": True},
+}
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("extras", REALISTIC_EXTRAS.values(), ids=REALISTIC_EXTRAS)
 @pytest.mark.parametrize("lens", REALISTIC.values(), ids=REALISTIC)
-def test_realistic_sizes_on_a_gpu(lens) -> None:
+def test_realistic_sizes_on_a_gpu(lens, extras) -> None:
     query_lens, tokens, seqs = lens
-    batch = realistic(query_lens, tokens, seqs, seed=1)
+    batch = realistic(query_lens, tokens, seqs, 1, extras)
     output = run(public_paged_attention, batch)
     expected = attend_one_by_one(batch, torch.float32)
     real = batch.num_real_tokens
@@ -307,11 +385,13 @@ def test_realistic_sizes_on_a_gpu(lens) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("extras", REALISTIC_EXTRAS.values(), ids=REALISTIC_EXTRAS)
 @pytest.mark.parametrize("lens", REALISTIC.values(), ids=REALISTIC)
-def test_replay_follows_new_lengths_on_a_gpu(lens) -> None:
+def test_replay_follows_new_lengths_on_a_gpu(lens, extras) -> None:
     """Captured with one batch's lengths, replayed with others': bitwise the eager result."""
     query_lens, tokens, seqs = lens
-    first, second = realistic(query_lens, tokens, seqs, seed=1), realistic(query_lens, tokens, seqs, seed=2)
+    first, second = (realistic(query_lens, tokens, seqs, seed, extras) for seed in (1, 2))
+    second.options = first.options
     blocks = max(first.k_cache.shape[0], second.k_cache.shape[0])
     for batch in (first, second):
         more = blocks - batch.k_cache.shape[0]

@@ -65,6 +65,7 @@ def check(config: PretrainedConfig) -> AttentionShape:
         (GemmaConfig(**{**SMALL, "head_dim": 24}), AttentionShape(2, 2, 24)),
         (GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50, n_positions=64), AttentionShape(3, 4, 8)),
         (MistralConfig(**SMALL, sliding_window=8), AttentionShape(2, 2, 8)),
+        (PhimoeConfig(**SMALL, num_local_experts=2, sliding_window=8), AttentionShape(2, 2, 8)),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
@@ -82,9 +83,8 @@ def test_the_shape_is_what_attention_gets(config: PretrainedConfig, shape: Atten
         (BertConfig(**{**SMALL, "head_dim": None}), "not causal"),
         (DiffLlamaConfig(**SMALL), "not once each"),
         (DogeConfig(**SMALL), "a mask of its own"),
-        (PhimoeConfig(**SMALL, num_local_experts=2, sliding_window=8), "a mask of its own|cache forgets"),
-        (MoshiConfig(**{**SMALL, "num_codebooks": 2}, sliding_window=8), "cache forgets"),
-        (Llama4TextConfig(**SMALL, attention_chunk_size=8, num_local_experts=2), "cache forgets|a mask of its own"),
+        (MoshiConfig(**{**SMALL, "num_codebooks": 2}, sliding_window=8), "do not agree on how far a token sees"),
+        (Llama4TextConfig(**SMALL, attention_chunk_size=8, num_local_experts=2), "chunked_attention"),
         (NemotronConfig(**SMALL), "keyword arguments"),
         (
             LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
@@ -132,6 +132,13 @@ def number_tokens(model: PreTrainedModel) -> None:
     model.model.rotary_emb.register_forward_pre_hook(positions, with_kwargs=True)
 
 
+def limit_by_mask(model: PreTrainedModel) -> None:
+    """A window that only the mask has, and the configuration of the attention does not."""
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": torch.full((1, 1, 3, 3), 8)}), with_kwargs=True
+    )
+
+
 def vary_heads(model: PreTrainedModel) -> None:
     model.model.layers[1].self_attn.v_proj = torch.nn.Linear(32, 8, bias=False)
     model.model.layers[1].self_attn.k_proj = torch.nn.Linear(32, 8, bias=False)
@@ -143,6 +150,7 @@ def vary_heads(model: PreTrainedModel) -> None:
         (mix_tokens, "mixes tokens outside of attention"),
         (look_ahead, "mixes tokens outside of attention"),
         (number_tokens, "numbers positions by itself"),
+        (limit_by_mask, "a mask of its own"),
         (vary_heads, r"differ in \(kv_heads, head_dim\)"),
     ],
 )

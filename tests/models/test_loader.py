@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    Llama4TextConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from graphmode import LLM, SamplingParams, bundled_model
 from graphmode.models.errors import ModelError
@@ -92,9 +100,29 @@ def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False])
-def test_attention_that_the_kernel_does_not_do_is_refused_at_start(tmp_path: Path, enforce_eager: bool) -> None:
-    MistralConfig(**SMALL, sliding_window=8, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="sliding_window=8"):
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            Gemma3TextConfig(**SMALL, use_bidirectional_attention=True, architectures=["Gemma3ForCausalLM"]),
+            "its attention is not causal",
+        ),
+        (
+            Llama4TextConfig(**SMALL, num_local_experts=2, architectures=["Llama4ForCausalLM"]),
+            "chunked_attention",
+        ),
+        (
+            Gemma4TextConfig(**{**SMALL, "num_hidden_layers": 6}, architectures=["Gemma4ForCausalLM"]),
+            r"its layers differ in \(kv_heads, head_dim\)",
+        ),
+    ],
+    ids=["sees later tokens", "sees its chunk only", "heads differ by layer"],
+)
+def test_attention_that_the_kernel_does_not_do_is_refused_at_start(
+    tmp_path: Path, config: PreTrainedConfig, words: str, enforce_eager: bool
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=words):
         LLM(tmp_path, device="cpu", load_format="dummy", enforce_eager=enforce_eager)
 
 

@@ -10,6 +10,9 @@ tokens; lengths and block tables are read on the device. Two decompositions:
   ``tokens // block_q + seqs`` blocks always do and each finds its sequence by searching ``cu_query_lens``.
 
 The query heads that share a key/value head are rows of one matrix: keys and values are never repeated.
+
+A sliding window cuts the keys that are read, not only those that count: a program starts at the first key that one of
+its queries sees, which it finds from the lengths on the device.
 """
 
 from __future__ import annotations
@@ -33,11 +36,15 @@ def paged_attention(
     *,
     scale: float,
     max_query_len: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from every new token to its sequence's tokens up to and with itself.
 
-    The new tokens' keys and values must be in the cache already. Query ``i`` of a sequence's ``n`` new ones sees keys
-    ``0 .. kv_len - n + i``. Scores, softmax and sums are float32.
+    The new tokens' keys and values must be in the cache already. Query ``i`` of a sequence's ``n`` new ones stands at
+    position ``p = kv_len - n + i`` and sees keys ``0 .. p``, or the last ``window`` of these. Scores, softmax and sums
+    are float32.
 
     Args:
         q: ``[tokens, q_heads, head_dim]``, packed: one sequence's new tokens after the other's; float32, bfloat16 or
@@ -52,12 +59,17 @@ def paged_attention(
         kv_lens: int32 ``[seqs]``: each sequence's length with its new tokens; 0 for padding.
         scale: factor of the scores.
         max_query_len: the most new tokens that a sequence can have. 1 is decode: ``tokens == seqs``, one query each.
+        window: of sliding-window attention: the keys that a query sees at most, its own among them. What no query of a
+            sequence sees is not read: neither its slots nor its table entries.
+        soft_cap: bounds the scaled scores: ``soft_cap * tanh(scores / soft_cap)``.
+        sinks: ``[q_heads]``, float32, bfloat16 or float16, contiguous: a logit of each head that joins the softmax's
+            denominator and has no value, neither scaled nor capped.
 
     Returns:
         ``[tokens, q_heads, head_dim]`` in ``q``'s dtype, contiguous; zero for padding tokens.
 
     Raises:
-        ValueError: a shape, dtype, layout or device does not fit.
+        ValueError: a shape, dtype, layout or device does not fit, or a number is out of range.
     """
     require_tensor("q", q, shape=(None, None, None), dtypes=FLOATS, like=q)
     tokens, q_heads, head_dim = q.shape
@@ -72,8 +84,25 @@ def paged_attention(
     require_tensor("kv_lens", kv_lens, shape=(seqs,), dtypes=(torch.int32,), like=q)
     require(max_query_len >= 1, "max_query_len", max_query_len, "1 or more")
     require(max_query_len > 1 or tokens == seqs, "tokens", tokens, f"{seqs}, one for each sequence of a decode batch")
+    require(window is None or window >= 1, "window", window, "1 or more")
+    require(soft_cap is None or soft_cap > 0, "soft_cap", soft_cap, "more than 0")
+    if sinks is not None:
+        require_tensor("sinks", sinks, shape=(q_heads,), dtypes=FLOATS, like=q)
+        require(sinks.is_contiguous(), "sinks.stride(0)", sinks.stride(0), "1")
     attend = paged_attention_triton if runs_triton(q) else paged_attention_reference
-    return attend(q, k_cache, v_cache, block_tables, cu_query_lens, kv_lens, scale=scale, max_query_len=max_query_len)
+    return attend(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        cu_query_lens,
+        kv_lens,
+        scale=scale,
+        max_query_len=max_query_len,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+    )
 
 
 # The reference in PyTorch, which is also the attention of the CPU engine.
@@ -95,10 +124,13 @@ def paged_attention_reference(
     *,
     scale: float,
     max_query_len: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`paged_attention` in PyTorch with fixed shapes: each query block meets ``max_len`` gathered keys.
+    """Do as :func:`paged_attention` in PyTorch with fixed shapes: each query block meets the same number of keys.
 
-    Keys beyond what a block sees are gathered from its sequence's first slot instead of their own, so that masking
+    Keys beyond what a block sees are gathered from the first slot that it sees instead of their own, so that masking
     them is enough: no weight of zero meets the NaN that an unused slot may hold.
     """
     tokens = q.shape[0]
@@ -106,20 +138,30 @@ def paged_attention_reference(
         return torch.empty_like(q)
     slots = _slots(block_tables, k_cache.shape[1])
     lens = kv_lens.long()
-    first_slot = torch.where(lens > 0, slots[:, 0], 0)
+    scoring = _Scoring(scale, window, soft_cap, None if sinks is None else sinks.float())
     if max_query_len == 1:
-        out = _attend_blocks(q.unsqueeze(1), (lens - 1).unsqueeze(1), slots, first_slot, k_cache, v_cache, scale)
+        out = _attend_blocks(q.unsqueeze(1), (lens - 1).unsqueeze(1), slots, k_cache, v_cache, scoring)
         real = lens > 0
     else:
+        seqs, max_len = slots.shape
         group = q.shape[1] // k_cache.shape[2]
-        block_q, num_blocks = _choose_blocks(tokens, block_tables.shape[0], group, max_query_len)
+        block_q, num_blocks = _choose_blocks(tokens, seqs, group, max_query_len, window, max_len)
         blocks = _find_blocks(cu_query_lens.long(), lens, tokens, block_q, num_blocks)
         queries = q.index_select(0, blocks.token.view(-1)).view(num_blocks, block_q, *q.shape[1:])
-        slots, first_slot = slots.index_select(0, blocks.seq), first_slot.index_select(0, blocks.seq)
-        out = _attend_blocks(queries, blocks.last_key, slots, first_slot, k_cache, v_cache, scale)
+        slots = slots.index_select(0, blocks.seq)
+        out = _attend_blocks(queries, blocks.last_key, slots, k_cache, v_cache, scoring)
         out = out.flatten(0, 1).index_select(0, blocks.row_of_token)
         real = blocks.real_token
     return torch.where(real.view(-1, 1, 1), out.view(q.shape), 0.0).to(q.dtype)
+
+
+class _Scoring(NamedTuple):
+    """How scores come about; as in :func:`paged_attention`, ``sinks`` in float32."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    sinks: torch.Tensor | None
 
 
 def _slots(block_tables: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -128,7 +170,9 @@ def _slots(block_tables: torch.Tensor, block_size: int) -> torch.Tensor:
     return (block_tables.long().unsqueeze(2) * block_size + offset).flatten(1)
 
 
-def _choose_blocks(tokens: int, seqs: int, group: int, max_query_len: int) -> tuple[int, int]:
+def _choose_blocks(
+    tokens: int, seqs: int, group: int, max_query_len: int, window: int | None, max_len: int
+) -> tuple[int, int]:
     """Return the rows of a query block and the number of blocks: the cheapest, by shapes alone.
 
     A sequence that fits one block gets one; ``tokens // block_q + seqs`` blocks do for any lengths.
@@ -136,7 +180,17 @@ def _choose_blocks(tokens: int, seqs: int, group: int, max_query_len: int) -> tu
     longest = min(tokens, max_query_len)
     choices = [(longest, seqs)]
     choices += [(1 << i, (tokens >> i) + seqs) for i in range(longest.bit_length())]
-    return min(choices, key=lambda choice: choice[1] * (_GATHER_COST + choice[0] * group))
+
+    def cost(choice: tuple[int, int]) -> int:
+        block_q, num_blocks = choice
+        return num_blocks * (_GATHER_COST + block_q * group) * _num_keys(block_q, window, max_len)
+
+    return min(choices, key=cost)
+
+
+def _num_keys(block_q: int, window: int | None, max_len: int) -> int:
+    """Return how many keys in a row a query block can see at most."""
+    return max_len if window is None else min(max_len, window + block_q - 1)
 
 
 class _QueryBlocks(NamedTuple):
@@ -181,53 +235,66 @@ def _attend_blocks(
     queries: torch.Tensor,
     last_key: torch.Tensor,
     slots: torch.Tensor,
-    first_slot: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    scale: float,
+    scoring: _Scoring,
 ) -> torch.Tensor:
     """Attend with each query block to the slots of its sequence.
 
     Args:
         queries: ``[blocks, block_q, q_heads, head_dim]``.
         last_key: ``[blocks, block_q]``: the last position that each row sees, rising; the result is NaN for -1.
-        slots: ``[blocks, max_len]``: the slot of each position; anything beyond the length.
-        first_slot: ``[blocks]``: a slot that may be read in place of those not seen.
+        slots: ``[blocks, max_len]``: the slot of each position; anything where no row sees it.
         k_cache: as in :func:`paged_attention`.
         v_cache: as ``k_cache``.
-        scale: of the scores.
+        scoring: of all rows.
 
     Returns:
         float32 ``[blocks, block_q, q_heads, head_dim]``.
     """
+    scale, window, soft_cap, sinks = scoring
     blocks, block_q, q_heads, head_dim = queries.shape
     kv_heads = k_cache.shape[2]
     group = q_heads // kv_heads
     max_len = slots.shape[1]
     device = queries.device
-    position = torch.arange(max_len, device=device)
-    slots = torch.where(position <= last_key[:, -1:], slots, first_slot.unsqueeze(1))
+    num_keys = _num_keys(block_q, window, max_len)
+    position = torch.arange(num_keys, device=device)
+    if window is not None:
+        position = position + (last_key[:, :1] - (window - 1)).clamp(min=0)
+        slots = slots.gather(1, position.clamp(max=max_len - 1))
+    hidden = position.unsqueeze(-2) > last_key.unsqueeze(2)
+    if window is not None:
+        hidden |= position.unsqueeze(-2) <= last_key.unsqueeze(2) - window
+    hidden = hidden.view(blocks, 1, block_q, 1, num_keys)
+    seen = position <= last_key[:, -1:]
+    slots = torch.where(seen, slots, torch.where(seen[:, :1], slots[:, :1], 0))
     # Rows of the caches as [slots * kv_heads, head_dim], in the order that makes one batched matrix product of them.
     rows = slots.unsqueeze(1) * kv_heads + torch.arange(kv_heads, device=device).unsqueeze(1)
-    hidden = (position > last_key.unsqueeze(2)).view(blocks, 1, block_q, 1, max_len)
     queries = (queries.float() * scale).view(blocks, block_q, kv_heads, group, head_dim).transpose(1, 2)
     queries = queries.reshape(blocks, kv_heads, block_q * group, head_dim)
 
-    head_bytes = 4 * max_len * max(head_dim, block_q * group)
+    head_bytes = 4 * num_keys * max(head_dim, block_q * group)
     chunk_heads = min(max(_CHUNK_BYTES // head_bytes, 1), kv_heads)
     chunk_blocks = max(_CHUNK_BYTES // (head_bytes * kv_heads), 1)
     parts = []
     for b in range(0, blocks, chunk_blocks):
         for h in range(0, kv_heads, chunk_heads):
             chunk = slice(b, b + chunk_blocks), slice(h, h + chunk_heads)
+            by_head = (-1, min(chunk_heads, kv_heads - h), block_q, group)
             index = rows[chunk].reshape(-1)
-            keys = k_cache.view(-1, head_dim).index_select(0, index).view(-1, max_len, head_dim).float()
+            keys = k_cache.view(-1, head_dim).index_select(0, index).view(-1, num_keys, head_dim).float()
             scores = torch.bmm(queries[chunk].flatten(0, 1), keys.transpose(1, 2))
-            scores.view(-1, min(chunk_heads, kv_heads - h), block_q, group, max_len).masked_fill_(
-                hidden[b : b + chunk_blocks], float("-inf")
-            )
-            values = v_cache.view(-1, head_dim).index_select(0, index).view(-1, max_len, head_dim).float()
-            parts.append(torch.bmm(scores.softmax(-1), values))
+            if soft_cap is not None:
+                scores.div_(soft_cap).tanh_().mul_(soft_cap)
+            scores.view(*by_head, num_keys).masked_fill_(hidden[b : b + chunk_blocks], float("-inf"))
+            values = v_cache.view(-1, head_dim).index_select(0, index).view(-1, num_keys, head_dim).float()
+            part = torch.bmm(scores.softmax(-1), values)
+            if sinks is not None:
+                # With a sink of weight w beside weights that sum to s, the others keep the share s / (s + w).
+                excess = scores.logsumexp(-1).view(by_head) - sinks.view(kv_heads, 1, group)[chunk[1]]
+                part.mul_(torch.sigmoid(excess).view(-1, block_q * group, 1))
+            parts.append(part)
     out = torch.cat(parts).view(blocks, kv_heads, block_q, group, head_dim)
     return out.transpose(1, 2).reshape(blocks, block_q, q_heads, head_dim)
 
@@ -253,6 +320,9 @@ def paged_attention_triton(
     *,
     scale: float,
     max_query_len: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
     """Do as :func:`paged_attention` in Triton. Decode cuts the keys into ``splits`` parts; default by shapes."""
@@ -265,13 +335,15 @@ def paged_attention_triton(
     group = q_heads // kv_heads
     block_d = max(16, next_power_of_2(head_dim))
     block_n = min(max(_TILE_BYTES // (block_d * q.element_size()), 16), 128)
-    shapes = {
+    constants = {
         "kv_heads": kv_heads,
         "group": group,
         "head_dim": head_dim,
         "block_size": block_size,
         "block_d": block_d,
         "block_n": block_n,
+        "window": window,
+        "soft_cap": soft_cap,
     }
     inputs = (q, *q.stride(), k_cache, v_cache, block_tables, block_tables.stride(0), kv_lens)
     scale_log2 = scale * math.log2(math.e)
@@ -282,11 +354,12 @@ def paged_attention_triton(
         _mixed_kernel[(tokens // block_q + seqs + 1, kv_heads)](
             *inputs,
             cu_query_lens,
+            sinks,
             out,
             scale_log2,
             tokens,
             seqs,
-            **shapes,
+            **constants,
             block_q=block_q,
             block_m=block_m,
             block_seqs=next_power_of_2(seqs + 1),
@@ -295,7 +368,7 @@ def paged_attention_triton(
         )
         return out
     if splits is None:
-        splits = _choose_splits(seqs, kv_heads, max_blocks * block_size)
+        splits = _choose_splits(seqs, kv_heads, _num_keys(1, window, max_blocks * block_size))
     block_m = max(next_power_of_2(group), 16)
     if splits == 1:
         parts, tops, sums = out, kv_lens, kv_lens  # the last two are not used
@@ -304,13 +377,24 @@ def paged_attention_triton(
         tops = torch.empty((seqs, q_heads, splits), dtype=torch.float32, device=q.device)
         sums = torch.empty_like(tops)
     _decode_kernel[(seqs, kv_heads, splits)](
-        *inputs, parts, tops, sums, scale_log2, **shapes, block_m=block_m, splits=splits, num_warps=4, num_stages=3
+        *inputs,
+        sinks,
+        parts,
+        tops,
+        sums,
+        scale_log2,
+        **constants,
+        block_m=block_m,
+        splits=splits,
+        num_warps=4,
+        num_stages=3,
     )
     if splits > 1:
         _combine_kernel[(seqs, q_heads)](
             parts,
             tops,
             sums,
+            sinks,
             out,
             head_dim=head_dim,
             block_d=block_d,
@@ -320,9 +404,9 @@ def paged_attention_triton(
     return out
 
 
-def _choose_splits(seqs: int, kv_heads: int, max_len: int) -> int:
+def _choose_splits(seqs: int, kv_heads: int, max_keys: int) -> int:
     """Return into how many parts a decode batch's keys are split: enough to fill the device, by shapes alone."""
-    wanted = min(_FULL_GRID // (seqs * kv_heads), max_len // _MIN_SPLIT_KEYS, _MAX_SPLITS)
+    wanted = min(_FULL_GRID // (seqs * kv_heads), max_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS)
     return 1 << (max(wanted, 1).bit_length() - 1)
 
 
@@ -337,6 +421,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     block_tables,
     table_stride,
     kv_lens,
+    sinks,
     parts,
     tops,
     sums,
@@ -347,6 +432,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     block_size: constexpr,
     block_d: constexpr,
     block_n: constexpr,
+    window: constexpr,
+    soft_cap: constexpr,
     block_m: constexpr,
     splits: constexpr,
 ):
@@ -359,9 +446,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     kv_len = tl.load(kv_lens + seq)
-    tiles = tl.cdiv(kv_len, block_n)
+    first_key = 0
+    if window is not None:
+        first_key = tl.maximum(kv_len - window, 0)
+    tiles = tl.cdiv(kv_len - first_key, block_n)
     split_keys = tl.cdiv(tiles, splits) * block_n
-    start = split * split_keys
+    start = first_key + split * split_keys
     end = tl.minimum(start + split_keys, kv_len)
 
     member = tl.arange(0, block_m)
@@ -371,7 +461,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     q_tile = tl.load(
         q + seq * q_stride_token + head[:, None] * q_stride_head + dim[None, :] * q_stride_dim, mask=inside, other=0.0
     )
-    top = tl.full([block_m], float("-inf"), tl.float32)
+    top = tl.full([block_m], -1e38, tl.float32)
     total = tl.zeros([block_m], tl.float32)
     acc = tl.zeros([block_m, block_d], tl.float32)
     last_key = tl.zeros([block_m], tl.int32) + (kv_len - 1)
@@ -392,10 +482,13 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         block_size,
         block_d,
         block_n,
+        window,
+        soft_cap,
         True,
     )
     row = seq * (kv_heads * group) + head
     if splits == 1:
+        total = _join_sink(total, top, sinks, head, member < group)
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(parts + row[:, None] * head_dim + dim[None, :], acc.to(parts.dtype.element_ty), mask=inside)
     else:
@@ -410,6 +503,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     parts,
     tops,
     sums,
+    sinks,
     out,
     head_dim: constexpr,
     block_d: constexpr,
@@ -417,7 +511,8 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     block_splits: constexpr,
 ):
     """Combine the parts of one query head of one sequence."""
-    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    head = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
     split = tl.arange(0, block_splits)
     dim = tl.arange(0, block_d)
     part = row * splits + split
@@ -429,7 +524,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     acc = tl.load(
         parts + part[:, None] * head_dim + dim[None, :], mask=used[:, None] & (dim < head_dim)[None, :], other=0.0
     )
-    total_of_all = tl.sum(total * weight, 0)
+    total_of_all = _join_sink(tl.sum(total * weight, 0), top_of_all, sinks, head, True)
     acc = tl.sum(acc * weight[:, None], 0) / tl.where(total_of_all == 0.0, 1.0, total_of_all)
     tl.store(out + row * head_dim + dim, acc.to(out.dtype.element_ty), mask=dim < head_dim)
 
@@ -446,6 +541,7 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
     table_stride,
     kv_lens,
     cu_query_lens,
+    sinks,
     out,
     scale_log2,
     tokens,
@@ -456,6 +552,8 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
     block_size: constexpr,
     block_d: constexpr,
     block_n: constexpr,
+    window: constexpr,
+    soft_cap: constexpr,
     block_q: constexpr,
     block_m: constexpr,
     block_seqs: constexpr,
@@ -491,22 +589,26 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
         mask=inside,
         other=0.0,
     )
-    top = tl.full([block_m], float("-inf"), tl.float32)
+    top = tl.full([block_m], -1e38, tl.float32)
     total = tl.zeros([block_m], tl.float32)
     acc = tl.zeros([block_m, block_d], tl.float32)
     last_key = context + row
     table = block_tables + seq.to(tl.int64) * table_stride
     k_head = k_cache + kv_head * head_dim
     v_head = v_cache + kv_head * head_dim
-    # Tiles that every row sees whole need no mask.
+    # Tiles that every row sees whole need no mask. Where the window cuts, all tiles get one: they are few.
+    start = 0
     whole = tl.maximum(context + first_row + 1, 0) // block_n * block_n
+    if window is not None:
+        start = tl.maximum(context + first_row + 1 - window, 0)
+        whole = tl.where(context + last_row < window, whole, start)
     end = tl.minimum(context + last_row + 1, kv_len)
     top, total, acc = _attend(
         q_tile,
         top,
         total,
         acc,
-        0,
+        start,
         whole,
         last_key,
         table,
@@ -518,6 +620,8 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
         block_size,
         block_d,
         block_n,
+        window,
+        soft_cap,
         False,
     )
     top, total, acc = _attend(
@@ -537,8 +641,11 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
         block_size,
         block_d,
         block_n,
+        window,
+        soft_cap,
         True,
     )
+    total = _join_sink(total, top, sinks, head, member < block_q * group)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = token * (kv_heads * group) + head
     tl.store(out + out_row[:, None] * head_dim + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
@@ -562,13 +669,15 @@ def _attend(  # type: ignore[no-untyped-def]
     block_size: constexpr,
     block_d: constexpr,
     block_n: constexpr,
+    window: constexpr,
+    soft_cap: constexpr,
     masked: constexpr,
 ):
     """Take the keys ``start .. end - 1`` of one sequence into the online softmax of a tile of query rows.
 
-    Where ``masked``, row ``i`` sees keys up to ``last_key[i]``, and nothing at ``end`` or later is read; ``end`` ends a
-    tile or is past every row's last key. Else every row sees every key of every tile. A row must see a key in the first
-    tile that it ever meets.
+    Where ``masked``, row ``i`` sees keys up to ``last_key[i]``, or the last ``window`` of these, and nothing at ``end``
+    or later is read; ``end`` ends a tile or is past every row's last key. Else every row sees every key of every tile.
+    ``top`` starts finite, so that a row may see nothing of the tiles before its window.
     """
     dim = tl.arange(0, block_d)
     for tile in range(start, end, block_n):
@@ -584,8 +693,15 @@ def _attend(  # type: ignore[no-untyped-def]
         offset = (slot * (kv_heads * head_dim))[:, None] + dim[None, :]
         keys = tl.load(k_head + offset, mask=inside, other=0.0)
         scores = tl.dot(q_tile, tl.trans(keys), input_precision="ieee") * scale_log2
+        if soft_cap is not None:
+            decay = tl.exp2(tl.abs(scores) * (-2.0 / soft_cap))  # of tanh, odd in the scores; at most 1
+            bounded = (1.0 - decay) / (1.0 + decay) * (soft_cap * 1.4426950408889634)
+            scores = tl.where(scores < 0.0, -bounded, bounded)
         if masked:
-            scores = tl.where(position[None, :] <= last_key[:, None], scores, float("-inf"))
+            seen = position[None, :] <= last_key[:, None]
+            if window is not None:
+                seen = seen & (position[None, :] > last_key[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         correction = tl.exp2(top - new_top)
@@ -594,3 +710,15 @@ def _attend(  # type: ignore[no-untyped-def]
         acc = tl.dot(weights.to(values.dtype), values, acc * correction[:, None], input_precision="ieee")
         top = new_top
     return top, total, acc
+
+
+@jit()
+def _join_sink(total, top, sinks, head, inside):  # type: ignore[no-untyped-def]
+    """Return the sums of weights relative to the scores ``top``, with the heads' sinks where there are any.
+
+    A sink far above every score overflows to infinity, and the division makes zero of the row, as it should be.
+    """
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+        total = total + tl.exp2(sink - top)
+    return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from graphmode.models.errors import ModelError
 
 ATTENTION_NAME = "graphmode"
 
-# What models pass to attention and the kernel does not do yet, where it is set.
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "sinks", "cum_seq_lens_q")
+# What models pass to their attention that changes nothing here: positions are in the queries and keys already, and
+# dropout is for training.
+_WITHOUT_EFFECT = frozenset({"dropout", "position_ids", "output_router_logits", "logits_to_keep"})
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ def cached_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: LayerCache,
-    scale: float,
     batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Write new keys and values to the cache, then attend to it.
 
@@ -65,8 +69,11 @@ def cached_attention(
         key: ``[tokens, kv_heads, head_dim]``.
         value: ``[tokens, kv_heads, head_dim]``.
         cache: the layer's.
-        scale: of the scores.
         batch: the step's.
+        scale: this and what follows as in :func:`~graphmode.kernels.paged_attention`.
+        window: of sliding-window attention.
+        soft_cap: of the scores.
+        sinks: one logit of each query head.
 
     Returns:
         ``[tokens, q_heads, head_dim]``.
@@ -81,6 +88,9 @@ def cached_attention(
         batch.kv_lens,
         scale=scale,
         max_query_len=batch.max_query_len,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
     )
     return output
 
@@ -97,6 +107,8 @@ def attention_hook(
     *,
     attention_batch: AttentionBatch,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' models call it.
@@ -106,10 +118,12 @@ def attention_hook(
         query: ``[1, q_heads, tokens, head_dim]``, rotated.
         key: ``[1, kv_heads, tokens, head_dim]``, rotated.
         value: ``[1, kv_heads, tokens, head_dim]``.
-        attention_mask: unused; sequences are told apart by ``attention_batch``.
+        attention_mask: must be None; sequences are told apart by ``attention_batch``.
         attention_batch: the step's; the engine passes it through the model as a keyword.
         scaling: of the scores; default ``head_dim ** -0.5``.
-        **kwargs: what the model asks for beyond that.
+        softcap: of the scores.
+        s_aux: ``[q_heads]``: attention sinks.
+        **kwargs: what the model asks for beyond that: ``sliding_window``, and what has no effect.
 
     Returns:
         ``[1, tokens, q_heads, head_dim]``, and no attention weights.
@@ -117,24 +131,76 @@ def attention_hook(
     Raises:
         ModelError: the model asks for something that the kernel does not do.
     """
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ModelError(
-                f"{type(module).__name__} of layer {module.layer_idx} uses {name}={kwargs[name]!r}, which graphmode's "
-                "attention does not support yet"
-            )
-    attend = _attention_outside_graph if attention_batch.piecewise else cached_attention
     layer = module.layer_idx
     assert isinstance(layer, int)
+    cache = attention_batch.caches[layer]
+    window = sliding_window(module, kwargs)
+    _refuse_the_rest(module, key, value, attention_mask, cache, kwargs)
+    attend = _attention_outside_graph if attention_batch.piecewise else cached_attention
     output = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        attention_batch.caches[layer],
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        cache,
         attention_batch,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window,
+        softcap,
+        s_aux,
     )
     return output.unsqueeze(0), None
+
+
+def sliding_window(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> int | None:
+    """Return the layer's sliding window.
+
+    Most models pass it. Some only build masks by it, which this attention does not get: then the configuration says.
+    """
+    config = getattr(module, "config", None)
+    layer_types = getattr(config, "layer_types", None)
+    layer_type = layer_types[module.layer_idx] if layer_types else None
+    if layer_type not in (None, "full_attention", "sliding_attention"):
+        raise _refusal(module, f"is of type {layer_type!r}")
+    window: int | None
+    if "sliding_window" in kwargs:
+        window = kwargs["sliding_window"]
+    elif layer_type == "full_attention":
+        window = None
+    else:
+        window = getattr(config, "sliding_window", None)
+    return window
+
+
+def _refuse_the_rest(
+    module: torch.nn.Module,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: LayerCache,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Raise ModelError for what would be silently wrong; arguments as of :func:`attention_hook`."""
+    for name in kwargs.keys() - _WITHOUT_EFFECT - {"sliding_window", "is_causal"}:
+        if kwargs[name] is not None and kwargs[name] is not False:
+            raise _refusal(module, f"uses {name}={kwargs[name]!r}")
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise _refusal(module, "lets tokens see later ones (is_causal=False)")
+    if attention_mask is not None:
+        raise _refusal(module, "brings a mask of its own")
+    cached = list(cache.keys.shape[2:])
+    for name, tensor in (("keys", key), ("values", value)):
+        shape = [tensor.shape[1], tensor.shape[3]]
+        if shape != cached:
+            raise _refusal(
+                module,
+                f"has {name} of {shape[0]} heads of {shape[1]}, where the cache is made for {cached[0]} of {cached[1]}",
+            )
+
+
+def _refusal(module: torch.nn.Module, what: str) -> ModelError:
+    return ModelError(
+        f"{type(module).__name__} of layer {module.layer_idx} {what}, which graphmode's attention does not support yet"
+    )
 
 
 AttentionInterface.register(ATTENTION_NAME, attention_hook)

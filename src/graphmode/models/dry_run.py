@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 
+from graphmode.models.attention import sliding_window
 from graphmode.models.errors import ModelError
 
 DRY_RUN_NAME = "graphmode_dry_run"
@@ -34,7 +35,7 @@ class AttentionCall:
         value: ``[kv_heads, tokens, value_dim]``.
         mask: what the model handed over as its mask, of those that :func:`dry_run_mask` makes or of its own.
         causal: whether a token attends to none after it.
-        sliding_window: how many tokens each attends to, by option; None for all.
+        window: how many tokens each attends to, as the true hook reads it; None for all.
     """
 
     layer: int | None
@@ -43,7 +44,7 @@ class AttentionCall:
     value: torch.Tensor
     mask: torch.Tensor | None
     causal: bool
-    sliding_window: int | None
+    window: int | None
 
 
 @dataclass
@@ -101,7 +102,7 @@ def dry_run_hook(
             value[0],
             mask=attention_mask,
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
-            sliding_window=options.get("sliding_window"),
+            window=sliding_window(module, options),
         )
     )
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
@@ -201,14 +202,13 @@ def _check_calls(model: PreTrainedModel) -> AttentionShape:
         raise ModelError(f"{len(missing)} of its {layers} layers keep a state of another kind than keys and values")
     if called != list(range(layers)):
         raise ModelError(f"its layers call attention in the order {called}, not once each")
-    forgets = DynamicCache(config=config).is_sliding
-    for call, sliding in zip(calls, forgets, strict=True):
+    for call, forgets in zip(calls, DynamicCache(config=config).is_sliding, strict=True):
         if not call.causal:
             raise ModelError("its attention is not causal")
-        if sliding and call.sliding_window is None:
-            raise ModelError("its own cache forgets tokens, and its attention does not say so")
-        if call.mask is not None and (call.sliding_window is None or (call.mask != call.sliding_window).any()):
+        if call.mask is not None and (call.window is None or (call.mask != call.window).any()):
             raise ModelError("it limits or weighs attention by a mask of its own")
+        if (call.mask is None and call.window is not None) or (call.window is None and forgets):
+            raise ModelError("its mask and its own cache do not agree on how far a token sees")
         if call.key.shape[1] != call.query.shape[1]:
             raise ModelError("its keys are not those of the tokens alone")
         if call.key.shape[2] != call.value.shape[2]:

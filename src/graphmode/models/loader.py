@@ -105,10 +105,11 @@ def load_model(
     share_real_rows(model)
     with _refusals(name, type(model)):
         attention = attention_shape(model)
+    shape: ModelShape = _read(partial(_shape, model, attention), name, "the shape of its KV cache")
     tokenizer = None
     if _has_tokenizer(name):
         tokenizer = _read(partial(AutoTokenizer.from_pretrained, name), name, "the tokenizer")
-    return LoadedModel(model, _shape(model, attention), tokenizer)
+    return LoadedModel(model, shape, tokenizer)
 
 
 def _check_folder(name: str | Path, load_format: LoadFormat) -> None:

@@ -1,0 +1,124 @@
+"""Model families as transformers has them: the engine, eager and by graphs, gives what transformers gives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from graphmode import LLM, SamplingParams
+from graphmode.engine.core import Engine
+from graphmode.engine.scheduler import Batch, Row
+from graphmode.engine.sequence import Sequence
+from graphmode.engine.step_runner import step_inputs
+
+WINDOW = 8
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 200,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+HYBRID = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+# The model type and what its configuration sets beyond SMALL: all that its attention can ask for, windows that cut.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "mistral without a window": ("mistral", {"sliding_window": None}),
+    "ministral": ("ministral", {**HYBRID, "head_dim": 8}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen2_moe, windows not passed": ("qwen2_moe", {**HYBRID, "use_sliding_window": True, "num_experts": 4}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "gemma": ("gemma", {"head_dim": 8}),
+    "gemma2": ("gemma2", {**HYBRID, "head_dim": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
+    "gemma3": ("gemma3_text", {**HYBRID, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    "phi3": ("phi3", {"sliding_window": WINDOW}),
+    "phimoe, windows not passed": ("phimoe", {"sliding_window": WINDOW, "num_local_experts": 4}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", HYBRID),
+    "granite": ("granite", {"attention_multiplier": 0.4, "residual_multiplier": 0.8, "logits_scaling": 2.0}),
+    "granite_swa": ("granite_swa", HYBRID),
+    "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),
+    "cohere": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}),
+    "cohere2": ("cohere2", {**HYBRID, "logit_scale": 1.0}),
+    "smollm3": ("smollm3", {**HYBRID, "use_sliding_window": True, "no_rope_layers": [1, 0]}),
+    "exaone4": ("exaone4", {**HYBRID, "sliding_window_pattern": 2}),
+    "glm": ("glm", {"head_dim": 8}),
+    "gpt2": ("gpt2", {"n_inner": 48, "num_key_value_heads": None}),
+    "gpt_oss": ("gpt_oss", {**HYBRID, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+PROMPTS = [[(7 * at + 3 * length) % 199 + 1 for at in range(length)] for length in (1, 5, 8, 9, 17, 30)]
+NEW_TOKENS = 12
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A saved model of the family with random weights, small and wild enough that the largest logit means something."""
+    model_type, options = request.param
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SMALL, **options})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):  # initialised near nothing
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def continue_greedily(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+    """What transformers' own model makes of a prompt alone, with no cache, and the logits behind each token."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(NEW_TOKENS):
+            logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+            tokens.append(int(logits[-1].argmax()))
+    return tokens[len(prompt) :], logits[len(prompt) - 1 :]
+
+
+def compute_logits(engine: Engine, tokens: list[int], prompt_len: int) -> torch.Tensor:
+    """The engine's logits for every token after the prompt: the prompt as one mixed step, the rest by decode steps."""
+    sequence = Sequence(0, tokens, SamplingParams(temperature=0), 0)
+    sequence.blocks = engine.scheduler.allocator.allocate(-(-len(tokens) // 16))
+    steps = [Batch("mixed", (Row(sequence, 0, prompt_len, True),), prompt_len)]
+    steps += [Batch("decode", (Row(sequence, at, 1, True),), 1) for at in range(prompt_len, len(tokens))]
+    logits = []
+    for batch in steps:
+        values = step_inputs(batch, -(-engine.limits.max_model_len // 16))
+        del values["temperature"], values["seeds"]
+        with torch.inference_mode():
+            logits.append(engine.runner.logits(batch.family, **values))
+    engine.scheduler.allocator.free(sequence.blocks)
+    return torch.cat(logits)
+
+
+def test_family_is_token_for_token_transformers(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    expected = [continue_greedily(model, prompt) for prompt in PROMPTS]
+    assert len({token for tokens, _ in expected for token in tokens}) > 10, "the largest logits say little here"
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    options = {
+        "device": "cpu",
+        "dtype": "float32",
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 24,
+        "max_model_len": 64,
+    }
+    for graph_mode in ("none", "piecewise", "full"):
+        llm = LLM(folder, graph_mode=graph_mode, strict=True, **options)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params)
+        assert [output.outputs[0].token_ids for output in outputs] == [tokens for tokens, _ in expected]
+        assert llm.stats.hit_rate == (graph_mode != "none")
+    for prompt, (tokens, logits) in zip(PROMPTS, expected, strict=True):
+        ours = compute_logits(llm.engine, [*prompt, *tokens[:-1]], len(prompt))
+        torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)
