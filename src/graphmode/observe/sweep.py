@@ -10,6 +10,7 @@ import multiprocessing
 import queue
 import re
 import tempfile
+import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -162,7 +163,7 @@ def save_tiny_model(model_type: str, folder: Path) -> None:
     """Save a tiny model with random weights, large enough that every part of it moves the tokens.
 
     Raises:
-        ValueError: it would not be tiny.
+        ValueError: it would not be tiny, or could not be loaded again.
     """
     config = tiny_config(model_type)
     with torch.device("meta"):
@@ -177,6 +178,8 @@ def save_tiny_model(model_type: str, folder: Path) -> None:
                 parameter.normal_(std=2 * parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    if type(model.config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError("its text part cannot be loaded by itself")
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
 
@@ -210,7 +213,8 @@ def try_model(model_type: str) -> Finding:
     """Find out how a model type runs, in this process."""
     with tempfile.TemporaryDirectory() as name:
         status, reason = _try_folder(model_type, Path(name))
-        return Finding(model_type, MODEL_TYPES[model_type], status, " ".join(reason.replace(name, "").split()))
+        reason = textwrap.shorten(reason.replace(name, ""), 160, placeholder=" ...")
+        return Finding(model_type, MODEL_TYPES[model_type], status, reason)
 
 
 def _try_folder(model_type: str, folder: Path) -> tuple[Status, str]:
