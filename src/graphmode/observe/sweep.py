@@ -178,6 +178,9 @@ def save_tiny_model(model_type: str, folder: Path) -> None:
                 parameter.normal_(std=2 * parameter.shape[-1] ** -0.5)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                module.weight.mul_(0.1)  # else what a layer adds drowns in it, and a model just repeats its last token
     if type(model.config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError("its text part cannot be loaded by itself")
     model.generation_config.eos_token_id = None
