@@ -87,10 +87,6 @@ def test_the_shape_is_what_attention_gets(config: PretrainedConfig, shape: Atten
         (Llama4TextConfig(**SMALL, attention_chunk_size=8, num_local_experts=2), "chunked_attention"),
         (NemotronConfig(**SMALL), "keyword arguments"),
         (
-            LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-            "longest sequence of a batch",
-        ),
-        (
             DeepseekV2Config(
                 **{**SMALL, "head_dim": None, "num_key_value_heads": 4},
                 q_lora_rank=16,

@@ -18,6 +18,7 @@ from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import StepRunner
 from graphmode.graph import InputError, get_backend
 from graphmode.models.loader import load_model
+from graphmode.models.rotary import fix_rotary_embeddings
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class Engine:
         )
         shape, dtype = self.loaded.shape, self.loaded.model.dtype
         self.limits = resolve_limits(options, shape.max_positions, self.device)
+        fix_rotary_embeddings(self.loaded.model, self.limits.max_model_len)
         mode = options.resolved_graph_mode
         buckets = None if mode == "none" else resolve_buckets(options, self.limits)
         num_blocks = choose_num_blocks(shape, dtype, self.limits, self.device, options.kv_cache_memory)

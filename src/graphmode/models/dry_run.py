@@ -20,9 +20,6 @@ from graphmode.models.errors import ModelError
 
 DRY_RUN_NAME = "graphmode_dry_run"
 
-# Rotary embeddings whose frequencies follow the longest sequence that the model sees: in a step, of the whole batch.
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -155,17 +152,8 @@ def check_class(cls: type[PreTrainedModel], config: PretrainedConfig) -> None:
         raise ModelError("it takes no position_ids: it numbers tokens by itself, as if all were one sequence")
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise ModelError("it takes no keyword arguments for attention, which needs the step's batch")
-    text = config.get_text_config()
-    if getattr(text, "index_topk", None):
+    if getattr(config.get_text_config(), "index_topk", None):
         raise ModelError("its attention is sparse: an indexer picks keys")
-    for kind in _rope_types(text):
-        if kind in _BATCH_DEPENDENT_ROPE:
-            raise ModelError(f"its {kind} rotary embedding depends on the longest sequence of a batch")
-
-
-def _rope_types(config: PretrainedConfig) -> list[str]:
-    rope = getattr(config, "rope_parameters", None) or {}
-    return [part["rope_type"] for part in (rope, *rope.values()) if isinstance(part, dict) and "rope_type" in part]
 
 
 def _run(

@@ -1,0 +1,44 @@
+"""Rotary embeddings whose frequencies follow the length of the sequence, fixed for an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from graphmode.models.errors import ModelError
+
+
+def fix_rotary_embeddings(model: PreTrainedModel, max_model_len: int) -> None:
+    """Let every rotary embedding choose its frequencies once, for sequences of ``max_model_len`` tokens.
+
+    LongRoPE and dynamic NTK choose them by the longest position of the call. In a step of many sequences one's result
+    would then hang on another's length, and keys in the cache would be rotated by other frequencies than new queries.
+    So LongRoPE takes its long factors if ``max_model_len`` is beyond the length before extension, else its short ones.
+    Dynamic NTK stays as it is, for it changes only beyond the length that the model was made for.
+
+    Raises:
+        ModelError: an embedding that still hangs on the other tokens of the call.
+    """
+    hidden = torch.empty(0, dtype=model.dtype, device=model.device)  # the embeddings take only dtype and device of it
+    positions = torch.tensor([[1, max_model_len - 1]], device=model.device)
+    module: Any
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        by_layer_type = rope_type if isinstance(rope_type, dict) else {None: rope_type}
+        for layer_type, kind in by_layer_type.items():
+            if not isinstance(kind, str) or not (kind == "longrope" or "dynamic" in kind):
+                continue
+            options = {} if layer_type is None else {"layer_type": layer_type}
+            chosen = module(hidden, positions, **options)
+            if isinstance(rope_type, dict):
+                rope_type[layer_type] = "default"
+            else:
+                module.rope_type = "default"
+            alone = module(hidden, positions[:, :1], **options)
+            if not all(torch.allclose(a[:, :1], b, rtol=1e-2, atol=1e-3) for a, b in zip(chosen, alone, strict=True)):
+                raise ModelError(
+                    f"{type(module).__name__} rotates a token by the length of other sequences; lower max_model_len, "
+                    f"which is {max_model_len}, to the length before its extension (original_max_position_embeddings)"
+                )
