@@ -129,3 +129,15 @@ def test_the_runtime_loads_neither_the_engine_nor_transformers() -> None:
         "or m.startswith(('graphmode.engine', 'graphmode.models', 'graphmode.kernels'))])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_sweep_prints_json_and_writes_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "models.md"
+    output = run("sweep", "--json", "--model-type", "llama", "--model-type", "mamba", "--markdown", str(page))
+    found = {model["model_type"]: model["status"] for model in json.loads(output)["models"]}
+    assert found == {"llama": "full", "mamba": "unsupported"}
+    assert "| llama | LlamaForCausalLM | full |" in page.read_text()
+
+
+def test_sweep_refuses_types_that_are_not_there() -> None:
+    assert "nonesuch" in run("sweep", "--model-type", "nonesuch", code=2)

@@ -1,4 +1,4 @@
-"""The command line: ``graphmode generate``, ``graphmode info``."""
+"""The command line: ``graphmode generate``, ``graphmode info``, ``graphmode sweep``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,6 +137,45 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
         abilities = ", ".join(name for name, able in device["capabilities"].items() if able)
         typer.echo(f"{device['device']:8} {device['name']}: {abilities}")
     typer.echo(f"\nbackends: {', '.join(found['backends'])}")
+
+
+@app.command()
+def sweep(
+    model_type: Annotated[
+        list[str] | None,
+        typer.Option(help="A model type, such as qwen3; may be given several times. Default: all.", show_default=False),
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the findings to this page.", dir_okay=False)] = None,
+    workers: Annotated[int, typer.Option(help="Models tried at a time.", min=1)] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Try the causal language models of transformers, tiny and with random weights: which run, and why others do not.
+
+    Ends with 1 if a model that is not refused gives other tokens than transformers.
+    """
+    from graphmode.observe import sweep as sweeping
+
+    if unknown := sorted(set(model_type or ()) - sweeping.MODEL_TYPES.keys()):
+        raise typer.BadParameter(f"transformers has no causal language models {', '.join(unknown)}")
+
+    def show(finding: sweeping.Finding) -> None:
+        typer.echo(f"{finding.model_type:28} {finding.status:12} {finding.reason}".rstrip())
+
+    findings = sweeping.sweep(
+        model_type or list(sweeping.MODEL_TYPES), workers=workers, found=_nothing if as_json else show
+    )
+    if markdown is not None:
+        markdown.write_text(sweeping.as_markdown(findings), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps({"models": [asdict(finding) for finding in findings]}))
+    else:
+        typer.echo(f"\n{sweeping.summary(findings)}")
+    if any(finding.status is sweeping.Status.WRONG for finding in findings):
+        raise typer.Exit(1)
+
+
+def _nothing(finding: object) -> None:
+    pass
 
 
 def _prompts(prompts: list[str] | None, file: Path | None, *, bundled: bool) -> list[str]:

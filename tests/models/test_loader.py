@@ -103,9 +103,18 @@ def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (Gemma3TextConfig(**SMALL, use_bidirectional_attention=True, architectures=["Gemma3ForCausalLM"]), "is_causal"),
-        (Llama4TextConfig(**SMALL, num_local_experts=2, architectures=["Llama4ForCausalLM"]), "chunked_attention"),
-        (Gemma4TextConfig(**SMALL, architectures=["Gemma4ForCausalLM"]), "'head_dim' is a per-layer attribute"),
+        (
+            Gemma3TextConfig(**SMALL, use_bidirectional_attention=True, architectures=["Gemma3ForCausalLM"]),
+            "its attention is not causal",
+        ),
+        (
+            Llama4TextConfig(**SMALL, num_local_experts=2, architectures=["Llama4ForCausalLM"]),
+            "chunked_attention",
+        ),
+        (
+            Gemma4TextConfig(**{**SMALL, "num_hidden_layers": 6}, architectures=["Gemma4ForCausalLM"]),
+            r"its layers differ in \(kv_heads, head_dim\)",
+        ),
     ],
     ids=["sees later tokens", "sees its chunk only", "heads differ by layer"],
 )
@@ -117,8 +126,17 @@ def test_attention_that_the_kernel_does_not_do_is_refused_at_start(
         LLM(tmp_path, device="cpu", load_format="dummy", enforce_eager=enforce_eager)
 
 
-def test_a_model_without_the_attention_interface_is_refused(tmp_path: Path) -> None:
-    config = {"model_type": "rwkv", "architectures": ["RwkvForCausalLM"], "hidden_size": 32, "num_hidden_layers": 2}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 50, "attention_hidden_size": 32}))
-    with pytest.raises(ModelError, match="attention"):
-        load(tmp_path, load_format="dummy")
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("rwkv", "graphmode cannot run RwkvForCausalLM: it keeps a state beside keys and values"),
+        ("bloom", "graphmode cannot run BloomForCausalLM: it does not call transformers' attention interface"),
+    ],
+)
+def test_a_model_that_cannot_be_paged_is_refused_before_its_weights_are_read(
+    tmp_path: Path, model_type: str, words: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "model.safetensors").write_text("never read")
+    with pytest.raises(ModelError, match=words):
+        load(tmp_path)

@@ -1,1 +1,1 @@
-"""Models straight from Hugging Face transformers, with our attention in place of theirs."""
+"""Models straight from Hugging Face transformers, with our attention and experts in place of theirs."""

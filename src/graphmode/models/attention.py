@@ -17,7 +17,7 @@ ATTENTION_NAME = "graphmode"
 
 # What models pass to their attention that changes nothing here: positions are in the queries and keys already, and
 # dropout is for training.
-_WITHOUT_EFFECT = frozenset({"dropout", "position_ids", "output_router_logits"})
+_WITHOUT_EFFECT = frozenset({"dropout", "position_ids", "output_router_logits", "logits_to_keep"})
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def attention_hook(
     layer = module.layer_idx
     assert isinstance(layer, int)
     cache = attention_batch.caches[layer]
-    window = _window(module, kwargs)
+    window = sliding_window(module, kwargs)
     _refuse_the_rest(module, key, value, attention_mask, cache, kwargs)
     attend = _attention_outside_graph if attention_batch.piecewise else cached_attention
     output = attend(
@@ -151,7 +151,7 @@ def attention_hook(
     return output.unsqueeze(0), None
 
 
-def _window(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> int | None:
+def sliding_window(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> int | None:
     """Return the layer's sliding window.
 
     Most models pass it. Some only build masks by it, which this attention does not get: then the configuration says.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from graphmode.models.attention import ATTENTION_NAME
+from graphmode.models.dry_run import AttentionShape, attention_shape, check_class
 from graphmode.models.errors import ModelError
+from graphmode.models.experts import EXPERTS_NAME, share_real_rows
 
 LoadFormat = Literal["auto", "dummy"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -46,7 +49,7 @@ class LoadedModel:
     """A model ready to run.
 
     Attributes:
-        model: transformers' module, in evaluation mode, with our attention.
+        model: transformers' module, in evaluation mode, with our attention and experts.
         shape: its sizes.
         tokenizer: None where the model comes without one; then prompts must be token ids.
     """
@@ -78,7 +81,11 @@ def load_model(
     config = _read(partial(AutoConfig.from_pretrained, name), name, "config.json")
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
-    options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME}
+    cls: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if isinstance(cls, type):
+        with _refusals(name, cls):
+            check_class(cls, config)
+    options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME, "experts_implementation": EXPERTS_NAME}
     if load_format == "dummy":
         with device:
             model = _read(partial(AutoModelForCausalLM.from_config, config, **options), name, "config.json")
@@ -92,12 +99,13 @@ def load_model(
             )
         model.to(device)
     model.eval().requires_grad_(False)
-    if not model._supports_attention_backend:
-        raise ModelError(
-            f"{name}: {type(model).__name__} does not call transformers' attention interface, so its KV cache cannot "
-            "be paged"
-        )
-    shape: ModelShape = _read(partial(_shape, model), name, "the shape of its KV cache")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = _no_warning  # type: ignore[method-assign]
+    share_real_rows(model)
+    with _refusals(name, type(model)):
+        attention = attention_shape(model)
+    shape: ModelShape = _read(partial(_shape, model, attention), name, "the shape of its KV cache")
     tokenizer = None
     if _has_tokenizer(name):
         tokenizer = _read(partial(AutoTokenizer.from_pretrained, name), name, "the tokenizer")
@@ -127,6 +135,19 @@ def _check_folder(name: str | Path, load_format: LoadFormat) -> None:
         )
 
 
+@contextmanager
+def _refusals(name: str | Path, cls: type[PreTrainedModel]) -> Iterator[None]:
+    """Put the model's name before the reason why it is refused."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{name}: graphmode cannot run {cls.__name__}: {error}") from error
+
+
+def _no_warning(*args: object, **kwargs: object) -> None:
+    """Stand for a warning about padding, which reads tokens on the host; a step pads by slots."""
+
+
 def _read(load: Callable[[], Any], name: str | Path, part: str) -> Any:
     try:
         return load()
@@ -138,14 +159,13 @@ def _has_tokenizer(name: str | Path) -> bool:
     return not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
 
 
-def _shape(model: PreTrainedModel) -> ModelShape:
+def _shape(model: PreTrainedModel, attention: AttentionShape) -> ModelShape:
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
     return ModelShape(
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        layers=attention.layers,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),

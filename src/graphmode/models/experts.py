@@ -1,0 +1,149 @@
+"""The experts hook: transformers' mixture-of-experts layers call it, and padding tokens cost them nothing.
+
+Pairs of a token and an expert are sorted by expert on the device and go through grouped matrix products, whose group
+boundaries the kernels read at run time: every shape depends on the number of rows alone. The pairs of padding tokens
+sort behind all others and belong to no group, so that where real pairs lie, and what is computed of them, does not
+depend on padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import grouped_mm
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from graphmode.models.errors import ModelError
+
+EXPERTS_NAME = "graphmode"
+
+
+class RealRows:
+    """Which rows of the step that is running are tokens: one object for a model, that its expert modules share.
+
+    Attributes:
+        mask: bool ``[tokens]``, False for padding; None between steps.
+    """
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+
+    def enter(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the mask of a step from the slots of its batch; a hook before the model's forward."""
+        self.mask = kwargs["attention_batch"].slot_mapping >= 0
+
+    def leave(self, model: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Forget the mask; a hook after the model's forward."""
+        self.mask = None
+
+
+def share_real_rows(model: PreTrainedModel) -> None:
+    """Let the expert modules of a model know which rows are tokens, by the ``attention_batch`` it is called with."""
+    experts = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+    if not experts:
+        return
+    rows = RealRows()
+    for module in experts:
+        module.real_rows = rows  # type: ignore[assignment]
+    model.register_forward_pre_hook(rows.enter, with_kwargs=True)
+    model.register_forward_hook(rows.leave, always_call=True)
+
+
+def experts_hook(
+    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts as transformers' models call them.
+
+    Args:
+        module: the experts, made by ``use_experts_implementation`` and known to :func:`share_real_rows`.
+        hidden_states: ``[tokens, hidden]``.
+        top_k_index: the experts of each token, integers ``[tokens, k]``; one outside ``[0, num_experts)`` is no expert.
+        top_k_weights: of them, ``[tokens, k]``.
+
+    Returns:
+        The weighted sum of the experts' results, ``[tokens, hidden]`` in the dtype of ``hidden_states``; 0 for padding.
+
+    Raises:
+        ModelError: the module gets other rows than the step's tokens.
+    """
+    real = module.real_rows.mask  # type: ignore[union-attr]
+    if not isinstance(real, torch.Tensor) or real.shape != hidden_states.shape[:1]:
+        raise ModelError(
+            f"{type(module).__name__} gets hidden states of shape {tuple(hidden_states.shape)}, which are not the "
+            "tokens of a step; graphmode cannot tell padding from tokens there"
+        )
+    return routed_experts(module, hidden_states, top_k_index, top_k_weights, real)
+
+
+def routed_experts(
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    real: torch.Tensor,
+) -> torch.Tensor:
+    """Compute a layer of experts. Arguments and result as of :func:`experts_hook`; ``real`` is bool ``[tokens]``."""
+    tokens, k = top_k_index.shape
+    count: int = module.num_experts
+    routed = real.unsqueeze(1) & (top_k_index >= 0) & (top_k_index < count)
+    experts = torch.where(routed, top_k_index, count).flatten()
+    experts, order = torch.sort(experts, stable=True)
+    ends = torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True, out_int32=True)
+    own = experts.clamp(max=count - 1) if module.has_bias else None
+
+    def project(rows: torch.Tensor, name: str) -> torch.Tensor:
+        weight = getattr(module, name)
+        result = grouped_product(rows, weight if module.is_transposed else weight.transpose(1, 2), ends)
+        return result if own is None else result + getattr(module, f"{name}_bias")[own]
+
+    rows = hidden_states[order // k]
+    rows = (
+        module._apply_gate(project(rows, "gate_up_proj"))
+        if module.has_gate
+        else module.act_fn(project(rows, "up_proj"))
+    )
+    rows = project(rows, "down_proj")
+    if module.has_post_expert_norm:
+        rows = module.post_expert_norm(rows)
+    pairs = torch.empty_like(rows).index_copy_(0, order, rows).view(tokens, k, -1)
+    # Rows of no group hold whatever was in memory: chosen away, not multiplied by 0, which NaN would survive.
+    weighted = torch.where(routed.unsqueeze(-1), pairs * top_k_weights.unsqueeze(-1), 0)
+    return weighted.sum(1).to(hidden_states.dtype)
+
+
+def grouped_product(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Multiply each group of rows by a matrix of its own.
+
+    Args:
+        rows: ``[rows, in]``; those from ``ends[-1]`` on are in no group.
+        weights: ``[groups, in, out]``.
+        ends: int32 ``[groups]``: the row after each group's last, ascending.
+
+    Returns:
+        ``[rows, out]``; what rows of no group hold is undefined.
+    """
+    rows = rows.to(weights.dtype)
+    if _has_grouped_kernel(rows, weights):
+        return grouped_mm(rows, weights, offs=ends)
+    # All rows times every matrix: each product that is needed among many that are not.
+    place = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
+    result = rows.new_zeros(rows.shape[0], weights.shape[2])
+    for group in reversed(range(weights.shape[0])):
+        result = torch.where(place < ends[group], rows @ weights[group], result)
+    return result
+
+
+def _has_grouped_kernel(rows: torch.Tensor, weights: torch.Tensor) -> bool:
+    """Return whether ``grouped_mm`` takes these, and reads the groups' ends on the device."""
+    strides = [stride for tensor in (rows, weights) for stride in tensor.stride() if stride != 1]
+    if any(stride * rows.element_size() % 16 for stride in strides):
+        return False
+    if rows.device.type != "cuda":
+        return rows.device.type == "cpu"
+    # Elsewhere torch copies the ends to the host and loops.
+    return rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
+
+
+ExpertsInterface.register(EXPERTS_NAME, experts_hook)

@@ -1,0 +1,160 @@
+"""A model that would give wrong tokens is refused for what it does."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    DeepseekV2Config,
+    DiffLlamaConfig,
+    DogeConfig,
+    GemmaConfig,
+    GPT2Config,
+    Lfm2Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MoshiConfig,
+    NemotronConfig,
+    PhimoeConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from graphmode.models.attention import ATTENTION_NAME
+from graphmode.models.dry_run import AttentionShape, attention_shape, check_class
+from graphmode.models.errors import ModelError
+from graphmode.models.experts import EXPERTS_NAME, share_real_rows
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+
+
+def make(config: PretrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=ATTENTION_NAME, experts_implementation=EXPERTS_NAME
+    )
+    share_real_rows(model)
+    return model.eval()
+
+
+def check(config: PretrainedConfig) -> AttentionShape:
+    check_class(AutoModelForCausalLM._model_mapping[type(config)], config)
+    return attention_shape(make(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (Qwen3Config(**SMALL), AttentionShape(2, 2, 8)),
+        (GemmaConfig(**{**SMALL, "head_dim": 24}), AttentionShape(2, 2, 24)),
+        (GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50, n_positions=64), AttentionShape(3, 4, 8)),
+        (MistralConfig(**SMALL, sliding_window=8), AttentionShape(2, 2, 8)),
+        (PhimoeConfig(**SMALL, num_local_experts=2, sliding_window=8), AttentionShape(2, 2, 8)),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_the_shape_is_what_attention_gets(config: PretrainedConfig, shape: AttentionShape) -> None:
+    model = make(config)
+    assert attention_shape(model) == shape
+    assert model.config._attn_implementation == ATTENTION_NAME
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=50), "keeps a state beside keys and values"),
+        (Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]), "1 of its 2 layers keep a state"),
+        (BertConfig(**{**SMALL, "head_dim": None}), "not causal"),
+        (DiffLlamaConfig(**SMALL), "not once each"),
+        (DogeConfig(**SMALL), "a mask of its own"),
+        (MoshiConfig(**{**SMALL, "num_codebooks": 2}, sliding_window=8), "do not agree on how far a token sees"),
+        (Llama4TextConfig(**SMALL, attention_chunk_size=8, num_local_experts=2), "chunked_attention"),
+        (NemotronConfig(**SMALL), "keyword arguments"),
+        (
+            DeepseekV2Config(
+                **{**SMALL, "head_dim": None, "num_key_value_heads": 4},
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=8,
+                v_head_dim=8,
+                n_routed_experts=2,
+                num_experts_per_tok=1,
+                moe_intermediate_size=16,
+                n_group=1,
+                topk_group=1,
+            ),
+            "keys have 16 elements and its values 8",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_what_would_be_wrong_is_refused(config: PretrainedConfig, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        check(config)
+
+
+def mix_tokens(model: PreTrainedModel) -> None:
+    """A short convolution over tokens, as hybrid models have."""
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output + output.roll(1, dims=1))
+
+
+def look_ahead(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output + output.roll(-1, dims=1))
+
+
+def number_tokens(model: PreTrainedModel) -> None:
+    """Rotary positions of the model's own."""
+
+    def positions(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> object:
+        return args, {**kwargs, "position_ids": torch.arange(3).unsqueeze(0)}
+
+    model.model.rotary_emb.register_forward_pre_hook(positions, with_kwargs=True)
+
+
+def limit_by_mask(model: PreTrainedModel) -> None:
+    """A window that only the mask has, and the configuration of the attention does not."""
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": torch.full((1, 1, 3, 3), 8)}), with_kwargs=True
+    )
+
+
+def vary_heads(model: PreTrainedModel) -> None:
+    model.model.layers[1].self_attn.v_proj = torch.nn.Linear(32, 8, bias=False)
+    model.model.layers[1].self_attn.k_proj = torch.nn.Linear(32, 8, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (mix_tokens, "mixes tokens outside of attention"),
+        (look_ahead, "mixes tokens outside of attention"),
+        (number_tokens, "numbers positions by itself"),
+        (limit_by_mask, "a mask of its own"),
+        (vary_heads, r"differ in \(kv_heads, head_dim\)"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_changed_to_be_wrong_is_refused(
+    change: Callable[[PreTrainedModel], None], words: str, dtype: torch.dtype
+) -> None:
+    model = make(LlamaConfig(**SMALL))
+    change(model)
+    with pytest.raises(ModelError, match=words):
+        attention_shape(model.to(dtype))  # type: ignore[arg-type]
