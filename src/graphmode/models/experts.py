@@ -41,7 +41,8 @@ class RealRows:
 
 def share_real_rows(model: PreTrainedModel) -> None:
     """Let the expert modules of a model know which rows are tokens, by the ``attention_batch`` it is called with."""
-    experts = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+    # What use_experts_implementation leaves on a module, in every version of transformers that has it.
+    experts = [m for m in model.modules() if hasattr(m, "is_concatenated") and hasattr(m, "_apply_gate")]
     if not experts:
         return
     rows = RealRows()
@@ -105,7 +106,7 @@ def routed_experts(
         else module.act_fn(project(rows, "up_proj"))
     )
     rows = project(rows, "down_proj")
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # transformers 5.17 has none
         rows = module.post_expert_norm(rows)
     pairs = torch.empty_like(rows).index_copy_(0, order, rows).view(tokens, k, -1)
     # Rows of no group hold whatever was in memory: chosen away, not multiplied by 0, which NaN would survive.
