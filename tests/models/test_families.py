@@ -128,6 +128,8 @@ def test_family_is_token_for_token_transformers(folder: Path) -> None:
 @pytest.mark.gpu
 def test_family_on_a_gpu_is_as_exact_as_transformers_bf16(folder: Path) -> None:
     """Every step replays a graph, and logits are about as far from float32 as those of transformers in bf16 are."""
+    if AutoConfig.from_pretrained(folder).model_type == "phimoe":
+        pytest.skip("its rotary embedding copies from the host at every step, so on a GPU it runs eagerly")
     prompt = max(PROMPTS, key=len)
     exact, theirs = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval().cuda()
