@@ -1,0 +1,79 @@
+"""Hundreds of requests that come, go and are aborted, in a cache too small for them: each gets what it gets alone."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from graphmode.engine.config import EngineOptions
+from graphmode.engine.core import Engine
+from graphmode.engine.sampling_params import SamplingParams
+from graphmode.engine.sequence import Sequence
+
+REQUESTS = 240
+BLOCK = (
+    2 * 2 * 16 * 2 * 16 * 4
+)  # bytes of a block of the tiny model: keys and values, layers, tokens, heads, dim, float32
+
+
+def make_requests(rng: random.Random) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts that often begin alike, greedy and sampled, short and long."""
+    stems = [[rng.randrange(199) for _ in range(60)] for _ in range(4)]
+    requests = []
+    for number in range(REQUESTS):
+        stem = stems[rng.randrange(4)][: rng.randrange(50)]
+        prompt = stem + [rng.randrange(199) for _ in range(rng.randrange(1, 12))]
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 0.7, 1.3]),
+            seed=number,
+            max_tokens=rng.randrange(1, 40),
+            stop_token_ids=[rng.randrange(199) for _ in range(rng.choice([0, 0, 5]))],
+        )
+        requests.append((prompt, params))
+    return requests
+
+
+def engine(folder: Path, device: str, **options: object) -> Engine:
+    common = {"device": device, "dtype": "float32", "max_num_seqs": 6, "max_num_batched_tokens": 24}
+    return Engine(folder, EngineOptions(**common, **options))
+
+
+def run_alone(engine: Engine, prompt: list[int], params: SamplingParams) -> Sequence:
+    (sequence,) = engine.add(prompt, params)
+    while sequence.finish_reason is None:
+        engine.step()
+    return sequence
+
+
+@pytest.mark.parametrize("mode", ["full", "none"])
+def test_each_request_gets_what_it_gets_alone(tiny: Path, device: str, mode: str) -> None:
+    rng = random.Random(5)
+    requests = make_requests(rng)
+    busy = engine(tiny, device, graph_mode=mode, kv_cache_memory=11 * BLOCK)
+    sequences: list[Sequence] = []
+    aborted: set[int] = set()
+    while len(sequences) < REQUESTS or busy.scheduler.has_work:
+        for prompt, params in requests[len(sequences) : len(sequences) + rng.choice([0, 0, 1, 4])]:
+            sequences += busy.add(prompt, params)
+        if sequences and rng.random() < 0.05:
+            victim = rng.choice(sequences)
+            if victim.finish_reason is None:
+                busy.scheduler.abort(victim)
+                aborted.add(victim.request_id)
+        busy.step()
+    stats = busy.stats
+    assert stats.hit_rate == (mode == "full")
+    assert stats.preemptions > 0
+    assert sum(sequence.num_cached > 0 for sequence in sequences) > REQUESTS / 10
+    assert len(aborted) > 5
+    assert busy.scheduler.pool.num_free == 11
+
+    alone = engine(tiny, device, graph_mode="full", enable_prefix_caching=False)
+    for sequence, (prompt, params) in zip(sequences, requests, strict=True):
+        expected = run_alone(alone, prompt, params)
+        if sequence.request_id in aborted:
+            made = sequence.output_token_ids
+            assert made == expected.output_token_ids[: len(made)]
+        else:
+            assert sequence.output_token_ids == expected.output_token_ids
+            assert sequence.finish_reason == expected.finish_reason
