@@ -55,6 +55,9 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each prompt.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; higher is more varied.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from that many of the most likely tokens; 0 takes all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens that reach this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Sample from tokens at least this share as likely as the best.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of each prompt's random numbers.", show_default=False)] = None,
     enable_graph: Annotated[
         bool | None,
@@ -95,7 +98,9 @@ def generate(
     disable_progress_bar()
     interactive = not as_json and sys.stderr.isatty()
     try:
-        params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+        params = SamplingParams(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed
+        )
         llm = LLM(
             model,
             progress=interactive,

@@ -59,7 +59,19 @@ def test_a_lower_threshold_holds_for_both_families() -> None:
 
 
 @pytest.mark.parametrize(
-    "params", [{"temperature": -1}, {"temperature": float("nan")}, {"max_tokens": 0}, {"seed": 2**63}]
+    "params",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"max_tokens": 0},
+        {"seed": 2**63},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"n": 0},
+        {"stop": [""]},
+    ],
 )
 def test_sampling_parameters_out_of_range_are_refused(params: dict) -> None:
     with pytest.raises(InputError):

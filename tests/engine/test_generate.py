@@ -259,3 +259,39 @@ def test_n_completions_differ_and_the_first_is_that_of_the_seed(tiny: Path) -> N
     assert many.outputs[0].token_ids == one.outputs[0].token_ids
     assert len({tuple(completion.token_ids) for completion in many.outputs}) == 6
     assert many.finished
+
+
+def test_filtered_rows_stand_beside_plain_ones_and_change_none(tiny: Path, device: str) -> None:
+    """A batch with filters runs another graph than one without; a plain request gets the same tokens from both."""
+    llm = LLM(tiny, device=device, dtype="float32", max_num_seqs=4, max_num_batched_tokens=24)
+    prompts = [{"prompt_token_ids": list(range(n + 1, n + 8))} for n in range(8)]
+    plain = [SamplingParams(temperature=0.9 * (n % 2), seed=n, max_tokens=15) for n in range(8)]
+    alone = [llm.generate(p, s)[0].outputs[0].token_ids for p, s in zip(prompts, plain, strict=True)]
+    assert llm.stats.hit_rate == 1.0
+    greedy = [o.outputs[0].token_ids for o in llm.generate(prompts, SamplingParams(temperature=0, max_tokens=15))]
+    mixed = [SamplingParams(temperature=2, seed=n, top_k=1, max_tokens=15) if n % 3 else plain[n] for n in range(8)]
+    together = [output.outputs[0].token_ids for output in llm.generate(prompts, mixed)]
+    assert together == [greedy[n] if n % 3 else alone[n] for n in range(8)], "top_k=1 is greedy"
+    assert llm.stats.misses.keys() == {"not_captured_yet"}
+    llm.engine.reset_stats()
+    assert [output.outputs[0].token_ids for output in llm.generate(prompts, mixed)] == together
+    assert llm.stats.hit_rate == 1.0
+
+
+def test_top_k_top_p_and_min_p_leave_what_they_say(tiny: Path) -> None:
+    """Thousands of draws of a first token stay within the set that the logits give, and reach all of it."""
+    llm = LLM(tiny, device="cpu", dtype="float32", max_num_seqs=64, max_num_batched_tokens=256)
+    prompt = [3, 1, 4, 1, 5]
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        probabilities = (model(torch.tensor([prompt])).logits[0, -1] / 2).softmax(-1)
+    order = probabilities.argsort(descending=True)
+    reach = int((probabilities[order].cumsum(0) < 0.6).sum()) + 1
+    share = int((probabilities >= 0.3 * probabilities.max()).sum())
+    for filters, size in (({"top_k": 5}, 5), ({"top_p": 0.6}, reach), ({"min_p": 0.3}, share)):
+        params = SamplingParams(temperature=2, seed=1, max_tokens=1, n=1000, **filters)
+        (output,) = llm.generate({"prompt_token_ids": prompt}, params)
+        drawn = {completion.token_ids[0] for completion in output.outputs}
+        assert drawn <= set(order[:size].tolist())
+        likely = {int(token) for token in order[:size] if probabilities[token] > 0.02}
+        assert likely <= drawn

@@ -1,5 +1,6 @@
 """A replayed step is bitwise the eager one of its bucket; padding and unowned memory play no part in it."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,9 @@ class Harness:
         step = self.engine.runner
 
         def fn(family: str, **inputs: torch.Tensor) -> Any:
-            tokens = step.forward(family=family, **inputs)
-            for name in ("temperature", "seeds", "token_sources"):
-                del inputs[name]
-            return tokens, step.logits(family=family, **inputs)
+            tokens = step.forward(family=family, filtered=True, **inputs)
+            read = {name: inputs[name] for name in signature(step.logits).parameters if name != "family"}
+            return tokens, step.logits(family=family, **read)
 
         self.graphs = GraphRunner(
             fn,
@@ -62,8 +62,8 @@ class Harness:
         for index, length in enumerate(lengths):
             start = self.random(0, 40)
             tokens = torch.randint(0, 199, (start + length,), generator=self.generator).tolist()
-            temperature = 0.0 if index % 2 else 0.8
-            sequence = Sequence(index, tokens, SamplingParams(temperature=temperature), seed=self.random(0, 9999))
+            params = SamplingParams(temperature=0.0 if index % 2 else 0.8, top_k=index, top_p=1 - index / 10)
+            sequence = Sequence(index, tokens, params, seed=self.random(0, 9999))
             sequence.num_computed = start
             needed = -(-(start + length) // 16)
             sequence.blocks = [1 + index * (BLOCKS_A_SEQ - 1) + block for block in range(needed)]
@@ -135,6 +135,9 @@ GARBAGE = {
     "logits_rows": 0,
     "temperature": float("nan"),
     "seeds": -(2**63),
+    "top_k": -7,
+    "top_p": float("nan"),
+    "min_p": float("nan"),
     "block_tables": 2**31 - 1,
 }
 

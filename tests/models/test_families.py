@@ -1,5 +1,6 @@
 """Model families as transformers has them: the engine, eager and by graphs, gives what transformers gives."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ def compute_logits(engine: Engine, tokens: list[int], prompt_len: int) -> torch.
     logits = []
     for batch in steps:
         values = step_inputs(batch, -(-engine.limits.max_model_len // 16))
-        del values["temperature"], values["seeds"], values["token_sources"]
-        values = {name: value.to(engine.device) for name, value in values.items()}
+        read = signature(engine.runner.logits).parameters
+        values = {name: value.to(engine.device) for name, value in values.items() if name in read}
         with torch.inference_mode():
             logits.append(engine.runner.logits(batch.family, **values))
     engine.scheduler.pool.free(sequence.blocks)

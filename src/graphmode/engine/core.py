@@ -127,7 +127,7 @@ class Engine:
         )
         log.info("graph mode %s on %s, %s, KV cache of %d blocks", mode, self.device, dtype, num_blocks)
         self.runner.probe()
-        self.runner.graphs.capture(progress=self.progress)
+        self.runner.capture(progress=self.progress)
 
     def add(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Sequence]:
         """Queue a request and return its sequences, ``params.n`` of them.

@@ -13,7 +13,7 @@ from graphmode.engine.scheduler import Batch, Family, Limits
 from graphmode.graph import GraphRunner, Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.staging import Event, StagingRing
-from graphmode.kernels import sample
+from graphmode.kernels import Filters, sample
 from graphmode.models.attention import AttentionBatch, LayerCache
 from graphmode.models.loader import LoadedModel
 
@@ -28,6 +28,9 @@ INPUTS = (
     Input("logits_rows", torch.int64, ("seqs",), padding=0),
     Input("temperature", torch.float32, ("seqs",), padding=0.0),
     Input("seeds", torch.int64, ("seqs",), padding=0),
+    Input("top_k", torch.int32, ("seqs",), padding=0),
+    Input("top_p", torch.float32, ("seqs",), padding=1.0),
+    Input("min_p", torch.float32, ("seqs",), padding=0.0),
     Input("block_tables", torch.int32, ("seqs", "blocks"), padding=0),
 )
 
@@ -95,11 +98,10 @@ class StepRunner:
             buckets or {"decode": limits.max_num_seqs, "mixed": limits.max_num_batched_tokens},
             axes={"seqs": lambda tokens: min(tokens, limits.max_num_seqs), "blocks": self._max_blocks},
             output_axes=[("seqs",)],
+            static={"filtered": (False, True)},
             backend=backend,
             enabled=buckets is not None,
             max_padding_ratio=max_padding_ratio,
-            # A capture between two steps would overwrite the tokens that the one leaves for the other.
-            capture_on_first_use=False,
             strict=strict,
         )
 
@@ -118,12 +120,12 @@ class StepRunner:
             for spec in INPUTS
         }
         with torch.inference_mode():
-            self.forward("mixed", **inputs)
+            self.forward("mixed", False, **inputs)
 
     def launch(self, batch: Batch) -> StepUnderWay:
         """Put one step on the device and return without waiting for it."""
         inputs: dict[str, Any] = step_inputs(batch, self._max_blocks)
-        tokens = self.graphs(family=batch.family, **inputs)
+        tokens = self.graphs(family=batch.family, filtered=is_filtered(batch), **inputs)
         assert isinstance(tokens, torch.Tensor)
         slot = self._results.acquire()
         on_host = slot.memory.view(torch.int64)[: len(batch.rows)]
@@ -131,9 +133,14 @@ class StepRunner:
         self._results.release(slot)
         return StepUnderWay(batch, on_host, slot.event)
 
+    def capture(self, *, progress: bool) -> None:
+        """Capture the graphs of all sizes; those of steps that filter what is sampled are captured at first use."""
+        self.graphs.capture(progress=progress, filtered=False)
+
     def forward(
         self,
         family: Family,
+        filtered: bool,
         token_ids: torch.Tensor,
         token_sources: torch.Tensor,
         positions: torch.Tensor,
@@ -143,9 +150,15 @@ class StepRunner:
         logits_rows: torch.Tensor,
         temperature: torch.Tensor,
         seeds: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
         block_tables: torch.Tensor,
     ) -> torch.Tensor:
         """Compute a step: the function that is captured. Shapes as in ``INPUTS``.
+
+        Where no row is ``filtered``, the search for what top-k, top-p and min-p leave is not in the graph; a row
+        without them gets the same token either way.
 
         A token whose value the host does not know yet is taken from the row of the step before that sampled it
         (``token_sources``); the tokens sampled here are left for the next step.
@@ -155,8 +168,11 @@ class StepRunner:
         """
         token_ids = torch.where(token_sources < 0, token_ids, self._sampled[token_sources.clamp(min=0)])
         logits = self.logits(family, token_ids, positions, slot_mapping, query_lens, kv_lens, logits_rows, block_tables)
-        sampled: torch.Tensor = sample(logits, temperature, seeds, kv_lens.to(torch.int64))
-        self._sampled[: len(sampled)].copy_(sampled)
+        filters = Filters(top_k, top_p, min_p) if filtered else None
+        sampled: torch.Tensor = sample(logits, temperature, seeds, kv_lens.to(torch.int64), filters)
+        # Padding rows keep what is there: a capture between two steps must not touch what the one left for the other.
+        kept = self._sampled[: len(sampled)]
+        kept.copy_(torch.where(kv_lens > 0, sampled, kept))
         return sampled
 
     def logits(
@@ -193,6 +209,11 @@ class StepRunner:
         return logits[0]
 
 
+def is_filtered(batch: Batch) -> bool:
+    """Return whether any row samples from a part of the vocabulary."""
+    return any(row.sequence.params.filters for row in batch.rows)
+
+
 def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
     """Return the inputs of a step at their true sizes, on the host."""
     token_ids: list[int] = []
@@ -223,5 +244,8 @@ def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
         "logits_rows": torch.cumsum(query_lens, 0) - 1,
         "temperature": torch.tensor([row.sequence.params.temperature for row in batch.rows], dtype=torch.float32),
         "seeds": torch.tensor([row.sequence.seed for row in batch.rows]),
+        "top_k": torch.tensor([row.sequence.params.top_k for row in batch.rows], dtype=torch.int32),
+        "top_p": torch.tensor([row.sequence.params.top_p for row in batch.rows], dtype=torch.float32),
+        "min_p": torch.tensor([row.sequence.params.min_p for row in batch.rows], dtype=torch.float32),
         "block_tables": tables,
     }

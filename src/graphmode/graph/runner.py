@@ -131,18 +131,23 @@ class GraphRunner:
         """The keys whose capture failed, and why."""
         return self._failed
 
-    def capture(self, *, progress: bool | None = None) -> None:
+    def capture(self, *, progress: bool | None = None, **static: Hashable) -> None:
         """Capture every key that has no graph yet, the largest first, so that smaller ones fit the memory of larger.
 
         Args:
             progress: whether to show a progress bar on standard error. Default: where that is a terminal.
+            **static: capture only the keys whose static arguments have these values.
 
         Raises:
             CaptureError: a capture failed and the runner is strict.
         """
         if not self.policy.enabled:
             return
-        keys = [key for key in self.keys if key not in self._programs and key not in self._failed]
+        keys = [
+            key
+            for key in self.keys
+            if key not in self._programs and key not in self._failed and static.items() <= dict(key.variant).items()
+        ]
         gc.collect()
         gc.freeze()
         try:
