@@ -60,7 +60,7 @@ def test_one_prompt_streams_and_ends_with_a_line_for_people() -> None:
         "MiB",
         "hit rate 1.000",
         "padding",
-        "eager steps: none",
+        "misses: none",
     ):
         assert words in last
 

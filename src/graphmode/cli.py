@@ -239,7 +239,7 @@ def _summary(stats: Any, seconds: float) -> str:
             f"hit rate {stats.hit_rate:.3f}, {stats.padding_ratio:.0%} padding"
         )
     misses = ", ".join(f"{count} {reason}" for reason, count in stats.misses.items())
-    return f"{speed}; {graphs}; eager steps: {misses or 'none'}"
+    return f"{speed}; {graphs}; misses: {misses or 'none'}"
 
 
 def _info() -> dict[str, Any]:
