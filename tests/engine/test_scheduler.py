@@ -138,7 +138,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=50)
 
 
 def run_to_end(scheduler: Scheduler, device: Device) -> list[Batch]:

@@ -103,7 +103,7 @@ logit = st.sampled_from([-INF, -1e38, -3.0, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.5,
 case = st.tuples(st.integers(-1, 12), st.sampled_from([0.0, 0.1, 0.5, 0.99, 1.0]), st.sampled_from([0.0, 0.3, 1.0]))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.lists(logit | st.floats(-20, 20, width=32), min_size=1, max_size=10), case, st.sampled_from([0.1, 1.0, 100.0])
 )
@@ -135,7 +135,7 @@ def test_what_is_kept(row: list[float], case: tuple[int, float, float], temperat
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's numpy
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.lists(logit | st.floats(-20, 20, width=32), min_size=1, max_size=10), st.lists(case, min_size=4, max_size=4))
 def test_triton_keeps_the_same_of_odd_logits(row: list[float], cases: list[tuple[int, float, float]]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"

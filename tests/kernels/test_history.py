@@ -85,7 +85,7 @@ def test_counts_real_rows(count_tokens, kernel_device: str, row_slot: list[int],
     assert torch.equal(history, expected)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(0, 9), max_size=12),
     st.lists(st.integers(0, 9), max_size=12),
