@@ -10,8 +10,32 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
-def log_probabilities(implementation: str):
+def compute(implementation: str):
     return {"reference": log_probabilities_reference, "triton": log_probabilities_triton}[implementation]
+
+
+@pytest.fixture
+def log_probabilities(compute):
+    return lambda logits, tokens, top_n: compute(logits, tokens, all_wanted(logits, top_n), top_n)
+
+
+def all_wanted(logits: torch.Tensor, top_n: int) -> torch.Tensor:
+    return torch.full(logits.shape[:1], top_n, dtype=torch.int32, device=logits.device)
+
+
+def test_each_row_gets_as_many_as_it_wants(compute, kernel_device: str) -> None:
+    logits = torch.randn(6, 1000, device=kernel_device)
+    tokens = torch.arange(6, device=kernel_device)
+    wanted = torch.tensor([0, 1, 3, 4, 99, -(2**31)], dtype=torch.int32, device=kernel_device)
+    result = compute(logits, tokens, wanted, 4)
+    every = compute(logits, tokens, all_wanted(logits, 4), 4)
+    for row, count in enumerate([0, 1, 3, 4, 4, 0]):
+        assert torch.equal(result.top_ids[row, :count], every.top_ids[row, :count])
+        assert torch.equal(result.top[row, :count], every.top[row, :count])
+        assert set(result.top_ids[row, count:].tolist()) <= {-1}
+        assert set(result.top[row, count:].tolist()) <= {-INF}
+    assert torch.equal(result.chosen, every.chosen)
+    assert torch.equal(result.rank, every.rank)
 
 
 @pytest.mark.parametrize("top_n", [0, 1, 5])
@@ -75,15 +99,16 @@ def test_no_rows(log_probabilities, kernel_device: str) -> None:
 
 def test_reference_reads_nothing_on_the_host() -> None:
     logits, tokens = torch.empty(4, 100, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
-    assert log_probabilities_reference(logits, tokens, 3).top.shape == (4, 3)
+    assert log_probabilities_reference(logits, tokens, tokens.int(), 3).top.shape == (4, 3)
 
 
 @pytest.mark.gpu
 def test_public_function_on_a_gpu() -> None:
     logits = (torch.randn(32, 151_936, device="cuda") * 4).bfloat16()
     tokens = torch.randint(0, 151_936, (32,), device="cuda")
-    result = public_log_probabilities(logits, tokens, 20)
-    reference = log_probabilities_reference(logits.cpu(), tokens.cpu(), 20)
+    wanted = all_wanted(logits, 20)
+    result = public_log_probabilities(logits, tokens, wanted, 20)
+    reference = log_probabilities_reference(logits.cpu(), tokens.cpu(), wanted.cpu(), 20)
     assert torch.equal(result.rank.cpu(), reference.rank)
     assert torch.equal(result.top_ids.cpu(), reference.top_ids)
     # float32 sums of that many terms, as the reference's, are not exact to 1e-5 themselves.
@@ -98,11 +123,18 @@ def test_public_function_on_a_gpu() -> None:
         ("logits", torch.zeros(4), r"logits has shape \[4\], expected \[any, any\]"),
         ("tokens", torch.zeros(4, dtype=torch.int32), "tokens is torch.int32, expected torch.int64"),
         ("tokens", torch.zeros(3, dtype=torch.int64), r"tokens has shape \[3\], expected \[4\]"),
+        ("wanted", torch.zeros(4, dtype=torch.int64), "wanted is torch.int64, expected torch.int32"),
         ("top_n", 10, "top_n is 10, expected 0 to 9, the vocabulary"),
         ("top_n", -1, "top_n is -1, expected 0 to 9, the vocabulary"),
     ],
 )
 def test_refuses_what_does_not_fit(name: str, value: object, message: str) -> None:
-    arguments = {"logits": torch.zeros(4, 9), "tokens": torch.zeros(4, dtype=torch.int64), "top_n": 2, name: value}
+    arguments = {
+        "logits": torch.zeros(4, 9),
+        "tokens": torch.zeros(4, dtype=torch.int64),
+        "wanted": torch.zeros(4, dtype=torch.int32),
+        "top_n": 2,
+        name: value,
+    }
     with pytest.raises(ValueError, match=message):
         public_log_probabilities(**arguments)

@@ -36,6 +36,7 @@ INPUTS = (
     Input("bias", torch.float32, ("rows", MAX_BIAS), padding=float("nan")),
     Input("stop_ids", torch.int64, ("rows", MAX_STOP), padding=-1),
     Input("stop_from", torch.int64, ("rows",), padding=2**62),
+    Input("wanted", torch.int32, ("rows",), padding=2**30),
     Input("new_slots", torch.int64, ("rows",), padding=-1),
 )
 
@@ -46,14 +47,14 @@ class Sampler:
     def __init__(self, device: str) -> None:
         self.history = torch.zeros(SLOTS, VOCAB, dtype=torch.int32, device=device)
 
-    def step(self, logits, temperature, seeds, positions, row_slot, new_slots, **parameters) -> tuple:
+    def step(self, logits, temperature, seeds, positions, row_slot, wanted, new_slots, **parameters) -> tuple:
         start_history(self.history, new_slots, torch.zeros_like(new_slots), new_slots)
         adjustments = Adjustments(*(parameters[name] for name in Adjustments._fields))
         filters = Filters(*(parameters[name] for name in Filters._fields))
         adjusted = adjust_logits(logits, positions, self.history, row_slot, adjustments)
         tokens = sample(adjusted, temperature, seeds, positions, filters)
         count_tokens(self.history, row_slot, tokens)
-        return (tokens, *log_probabilities(logits, tokens, TOP_N))
+        return (tokens, *log_probabilities(logits, tokens, wanted, TOP_N))
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Request:
             "bias": [4.0, 0.0],
             "stop_ids": [n % VOCAB, 3],
             "stop_from": n % 5,
+            "wanted": n % (TOP_N + 1),
             "new_slots": slot if position == 0 else -1,
             **self.changes,
         }

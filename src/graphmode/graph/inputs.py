@@ -175,6 +175,8 @@ class InputBuffers:
             offset += -(-prod(shapes[spec.name]) * spec.dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.arena = torch.zeros(offset, dtype=torch.uint8, device=backend.device)
         self.ring = StagingRing(offset, STAGING_SLOTS, backend.host_buffer, backend.event)
+        # The inputs that hold nothing but padding, for each slot: those that a step lacks are mostly the same as before.
+        self._all_padding: list[set[str]] = [set() for _ in self.ring.slots]
 
     def bind(self, sizes: dict[str, int]) -> BoundInputs:
         """Return the view of every buffer at the axis ``sizes``."""
@@ -199,10 +201,15 @@ class InputBuffers:
         on_device = {name: value for name, value in values.items() if value.device.type != "cpu"}
         if len(on_device) < len(self._regions):
             slot = self.ring.acquire()
+            all_padding = self._all_padding[slot.index]
             for region in self._regions:
                 name = region.spec.name
-                if name not in on_device:
-                    fill(bound.staged[slot.index][name], values.get(name), region.spec.padding)
+                if name in values and name not in on_device:
+                    fill(bound.staged[slot.index][name], values[name], region.spec.padding)
+                    all_padding.discard(name)
+                elif name not in values and name not in all_padding:
+                    region.view(slot.memory, region.shape).fill_(region.spec.padding)
+                    all_padding.add(name)
             self.arena[: bound.nbytes].copy_(slot.memory[: bound.nbytes], non_blocking=True)
             self.ring.release(slot)
         for region in self._regions:
@@ -211,11 +218,9 @@ class InputBuffers:
                 fill(bound.views[name], on_device[name], region.spec.padding)
 
 
-def fill(target: torch.Tensor, value: torch.Tensor | None, padding: float | int | bool) -> None:
+def fill(target: torch.Tensor, value: torch.Tensor, padding: float | int | bool) -> None:
     """Write ``value`` into the leading corner of ``target`` and ``padding`` everywhere else."""
-    if value is None:
-        target.fill_(padding)
-    elif value.shape == target.shape:
+    if value.shape == target.shape:
         target.copy_(value)
     elif value.shape[1:] == target.shape[1:]:
         target[: value.shape[0]].copy_(value)

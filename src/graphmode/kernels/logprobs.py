@@ -16,8 +16,8 @@ class LogProbabilities(NamedTuple):
     Attributes:
         chosen: float32 ``[rows]``: of the chosen tokens.
         rank: int64 ``[rows]``: the chosen tokens' places among all, from 1.
-        top_ids: int64 ``[rows, top_n]``: the most likely tokens.
-        top: float32 ``[rows, top_n]``: theirs.
+        top_ids: int64 ``[rows, top_n]``: the most likely tokens; -1 beyond as many as the row wants.
+        top: float32 ``[rows, top_n]``: theirs; -inf beyond.
     """
 
     chosen: torch.Tensor
@@ -26,8 +26,8 @@ class LogProbabilities(NamedTuple):
     top: torch.Tensor
 
 
-def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, top_n: int) -> LogProbabilities:
-    """Return the log-probabilities in the softmax of ``logits``: the chosen tokens' and the ``top_n`` highest.
+def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor, top_n: int) -> LogProbabilities:
+    """Return the log-probabilities in the softmax of ``logits``: the chosen tokens' and the highest.
 
     Given the model's logits, before temperature and adjustments, they are those of OpenAI's API and vLLM's default.
 
@@ -35,19 +35,24 @@ def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, top_n: int) ->
         logits: ``[rows, vocab]``, float32, bfloat16 or float16, with any strides. NaN counts as -inf. Among equals,
             lower indexes come first.
         tokens: int64 ``[rows]``: the chosen tokens, in the vocabulary.
-        top_n: how many of the most likely tokens to return, the same for all rows: a graph holds it.
+        wanted: int32 ``[rows]``: how many of the most likely tokens each row wants; more than ``top_n`` is ``top_n``,
+            less than 0 is 0.
+        top_n: the most that a row may want: a graph holds it.
 
     Raises:
         ValueError: a shape, dtype or device does not fit, or ``top_n`` is not from 0 to the vocabulary's size.
     """
     require_tensor("logits", logits, shape=(None, None), dtypes=FLOATS, like=logits)
     require_tensor("tokens", tokens, shape=logits.shape[:1], dtypes=(torch.int64,), like=logits)
+    require_tensor("wanted", wanted, shape=logits.shape[:1], dtypes=(torch.int32,), like=logits)
     require(0 <= top_n <= logits.shape[1], "top_n", top_n, f"0 to {logits.shape[1]}, the vocabulary")
     compute = log_probabilities_triton if runs_triton(logits) else log_probabilities_reference
-    return compute(logits, tokens, top_n)
+    return compute(logits, tokens, wanted, top_n)
 
 
-def log_probabilities_reference(logits: torch.Tensor, tokens: torch.Tensor, top_n: int) -> LogProbabilities:
+def log_probabilities_reference(
+    logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor, top_n: int
+) -> LogProbabilities:
     """Do as :func:`log_probabilities` in PyTorch: an integer key that holds the index too leaves no equals."""
     infinity = float("inf")
     values = logits.float().nan_to_num(nan=-infinity, posinf=infinity, neginf=-infinity).add_(0.0)
@@ -58,14 +63,22 @@ def log_probabilities_reference(logits: torch.Tensor, tokens: torch.Tensor, top_
     rank = (keys > keys.gather(1, chosen)).sum(dim=1).add_(1)
     top_ids = keys.topk(top_n, dim=1).indices
     logs = values.log_softmax(1)
-    return LogProbabilities(logs.gather(1, chosen).squeeze(1), rank, top_ids, logs.gather(1, top_ids))
+    kept = torch.arange(top_n, device=values.device) < wanted.unsqueeze(1)
+    return LogProbabilities(
+        chosen=logs.gather(1, chosen).squeeze(1),
+        rank=rank,
+        top_ids=torch.where(kept, top_ids, -1),
+        top=torch.where(kept, logs.gather(1, top_ids), -infinity),
+    )
 
 
 _BLOCK = 4096
 
 
-def log_probabilities_triton(logits: torch.Tensor, tokens: torch.Tensor, top_n: int) -> LogProbabilities:
-    """Do as :func:`log_probabilities` in Triton: a program a row passes over it once, and once for each of the top.
+def log_probabilities_triton(
+    logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor, top_n: int
+) -> LogProbabilities:
+    """Do as :func:`log_probabilities` in Triton: a program a row passes over it once, and once for each of the wanted.
 
     A chosen token beyond the vocabulary, the caller's error, counts as one with a logit of -inf.
     """
@@ -74,12 +87,12 @@ def log_probabilities_triton(logits: torch.Tensor, tokens: torch.Tensor, top_n: 
     result = LogProbabilities(
         chosen=torch.empty(rows, dtype=torch.float32, device=device),
         rank=torch.empty(rows, dtype=torch.int64, device=device),
-        top_ids=torch.empty((rows, top_n), dtype=torch.int64, device=device),
-        top=torch.empty((rows, top_n), dtype=torch.float32, device=device),
+        top_ids=torch.full((rows, top_n), -1, dtype=torch.int64, device=device),
+        top=torch.full((rows, top_n), -float("inf"), dtype=torch.float32, device=device),
     )
     if rows:
         _log_probabilities_kernel[(rows,)](
-            logits, *logits.stride(), tokens, *result, vocab, top_n, block=_BLOCK, num_warps=16
+            logits, *logits.stride(), tokens, wanted, *result, vocab, top_n, block=_BLOCK, num_warps=16
         )
     return result
 
@@ -90,6 +103,7 @@ def _log_probabilities_kernel(  # type: ignore[no-untyped-def]
     logits_stride_row,
     logits_stride_vocab,
     tokens,
+    wanted,
     chosen,
     rank,
     top_ids,
@@ -126,7 +140,7 @@ def _log_probabilities_kernel(  # type: ignore[no-untyped-def]
 
     last_value = float("inf")
     last_index = -1
-    for place in range(top_n):
+    for place in range(tl.minimum(tl.load(wanted + row), top_n)):
         best = tl.full([block], float("-inf"), tl.float32)
         best_at = tl.full([block], 0x7FFFFFFF, tl.int32)
         for start in range(0, vocab, block):
