@@ -58,6 +58,17 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample from that many of the most likely tokens; 0 takes all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens that reach this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Sample from tokens at least this share as likely as the best.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens of prompt and answer become less likely.")
+    ] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from the logits of the answer's tokens.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that a token came.")] = 0.0,
+    min_tokens: Annotated[int, typer.Option(help="Tokens before which nothing ends an answer.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A text that ends an answer; may be given several times.", show_default=False),
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of each prompt's random numbers.", show_default=False)] = None,
     enable_graph: Annotated[
         bool | None,
@@ -99,7 +110,18 @@ def generate(
     interactive = not as_json and sys.stderr.isatty()
     try:
         params = SamplingParams(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_tokens=max_tokens, seed=seed
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+            seed=seed,
         )
         llm = LLM(
             model,

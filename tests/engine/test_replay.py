@@ -1,5 +1,6 @@
 """A replayed step is bitwise the eager one of its bucket; padding and unowned memory play no part in it."""
 
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine
+from graphmode.engine.sampler import SamplingLevel
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.scheduler import Batch, Row
 from graphmode.engine.sequence import Sequence
@@ -27,18 +29,26 @@ class Harness:
         options = EngineOptions(device=device, dtype="float32", max_num_seqs=SEQS, max_num_batched_tokens=TOKENS)
         self.engine = Engine(folder, options)
         step = self.engine.runner
+        step.sampler.admit(Batch("decode", (), 0), SamplingLevel.SCORED)
+        reports = step.sampler.reports
 
         def fn(family: str, **inputs: torch.Tensor) -> Any:
-            tokens = step.forward(family=family, filtered=True, **inputs)
+            tokens = step.forward(family=family, level=SamplingLevel.SCORED, **inputs)
             read = {name: inputs[name] for name in signature(step.logits).parameters if name != "family"}
-            return tokens, step.logits(family=family, **read)
+            logits = step.logits(family=family, **read)
+            scored = len(inputs["scored_rows"])
+            return tokens, logits, reports[: len(tokens)].clone(), reports[SEQS : SEQS + scored].clone()
 
         self.graphs = GraphRunner(
             fn,
             inputs,
             BUCKETS,
-            axes={"seqs": lambda tokens: min(tokens, SEQS), "blocks": BLOCKS_A_SEQ},
-            output_axes=[("seqs",), ("seqs", None)],
+            axes={
+                "seqs": lambda tokens: min(tokens, SEQS),
+                "scored": lambda tokens: min(tokens, SEQS),
+                "blocks": BLOCKS_A_SEQ,
+            },
+            output_axes=[("seqs",), ("seqs", None), ("seqs", None), ("scored", None)],
             backend=device,
             strict=True,
         )
@@ -49,6 +59,11 @@ class Harness:
     def memory(self) -> torch.Tensor:
         """All of the KV cache: [layers, 2, blocks, 16, heads, dim]."""
         return torch.stack([torch.stack([cache.keys, cache.values]) for cache in self.engine.caches])
+
+    def start(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Write the sequences' sampling parameters and histories; return the step's inputs."""
+        self.engine.runner.sampler.admit(batch, SamplingLevel.SCORED)
+        return step_inputs(batch, BLOCKS_A_SEQ)
 
     def random(self, low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=self.generator))
@@ -62,13 +77,28 @@ class Harness:
         for index, length in enumerate(lengths):
             start = self.random(0, 40)
             tokens = torch.randint(0, 199, (start + length,), generator=self.generator).tolist()
-            params = SamplingParams(temperature=0.0 if index % 2 else 0.8, top_k=index, top_p=1 - index / 10)
+            params = SamplingParams(
+                temperature=0.0 if index % 2 else 0.8,
+                top_k=index,
+                top_p=1 - index / 10,
+                repetition_penalty=1 + index % 3 / 4,
+                frequency_penalty=index % 2 / 3,
+                logit_bias={index: -1.5} if index % 2 else {},
+                min_tokens=index % 4,
+                stop_token_ids=[int(token) for token in range(index)],
+                logprobs=index,
+                prompt_logprobs=2 * index,
+            )
             sequence = Sequence(index, tokens, params, seed=self.random(0, 9999))
+            sequence.slot = SEQS - index
             sequence.num_computed = start
             needed = -(-(start + length) // 16)
             sequence.blocks = [1 + index * (BLOCKS_A_SEQ - 1) + block for block in range(needed)]
-            rows.append(Row(sequence, start, length, samples=True))
-        return Batch(family, tuple(rows), num_tokens)  # type: ignore[arg-type]
+            scored = range(start, start + 1) if index % 2 else range(0)
+            sequence.token_ids.append(7)  # the successor of the last, where that is scored
+            sequence.prompt_token_ids.append(7)
+            rows.append(Row(sequence, start, length, samples=bool(index % 3), scored=scored))
+        return Batch(family, tuple(rows), num_tokens, tuple(row.sequence for row in rows))  # type: ignore[arg-type]
 
     def fill_cache(self, batch: Batch) -> None:
         """History for the batch's sequences; everything that no sequence has reached yet holds NaN."""
@@ -110,15 +140,17 @@ def test_real_rows_are_bitwise_eager_and_nothing_else_is_written(harness: Harnes
         batch = harness.batch(family, size)
         harness.fill_cache(batch)
         before = harness.memory
-        values = step_inputs(batch, BLOCKS_A_SEQ)
+        values = harness.start(batch)
         key = harness.graphs.decide(size, family).key
         assert key is not None
-        tokens, logits = harness.graphs(family=family, own=True, **values)
+        tokens, logits, *reports = harness.graphs(family=family, own=True, **values)
         after = harness.memory
         for cache, old in zip(harness.engine.caches, before, strict=True):
             cache.keys.copy_(old[0])
             cache.values.copy_(old[1])
-        eager_tokens, eager_logits = harness.graphs.run_eagerly(key, **values)
+        harness.start(batch)
+        eager_tokens, eager_logits, *eager_reports = harness.graphs.run_eagerly(key, **values)
+        assert all(torch.equal(one, other) for one, other in zip(reports, eager_reports, strict=True))
         assert torch.isfinite(logits).all()
         assert torch.equal(logits, eager_logits)
         assert torch.equal(tokens, eager_tokens)
@@ -133,11 +165,8 @@ GARBAGE = {
     "token_sources": SEQS - 1,
     "positions": 127,
     "logits_rows": 0,
-    "temperature": float("nan"),
-    "seeds": -(2**63),
-    "top_k": -7,
-    "top_p": float("nan"),
-    "min_p": float("nan"),
+    "scored_tokens": 198,
+    "scored_slots": SEQS,
     "block_tables": 2**31 - 1,
 }
 
@@ -146,9 +175,7 @@ GARBAGE = {
 def test_garbage_in_padding_rows_changes_no_real_row(harness: Harness, tiny: Path, family: str) -> None:
     """All that a padding row may hold, NaN included; its slot -1 and length 0 alone make it harmless."""
     device = harness.engine.device.type
-    dirty_inputs = tuple(
-        Input(spec.name, spec.dtype, spec.shape, GARBAGE.get(spec.name, spec.padding)) for spec in INPUTS
-    )
+    dirty_inputs = tuple(replace(spec, padding=GARBAGE.get(spec.name, spec.padding)) for spec in INPUTS)
     dirty = Harness(tiny, device, dirty_inputs)
     for case, size in sizes():
         if case != family:
@@ -158,11 +185,14 @@ def test_garbage_in_padding_rows_changes_no_real_row(harness: Harness, tiny: Pat
         for cache, source in zip(dirty.engine.caches, harness.engine.caches, strict=True):
             cache.keys.copy_(source.keys)
             cache.values.copy_(source.values)
-        values = step_inputs(batch, BLOCKS_A_SEQ)
+        history, dirty_history = (each.engine.runner.sampler.history for each in (harness, dirty))
+        dirty_history.copy_(history)
+        values = harness.start(batch)
+        dirty.start(batch)
         clean = harness.graphs(family=family, own=True, **values)
         result = dirty.graphs(family=family, own=True, **values)
-        assert torch.equal(clean[0], result[0])
-        assert torch.equal(clean[1], result[1])
+        assert all(torch.equal(one, other) for one, other in zip(clean, result, strict=True))
+        assert torch.equal(history, dirty_history)
         assert torch.equal(harness.memory.view(torch.int32), dirty.memory.view(torch.int32))
 
 
@@ -172,11 +202,11 @@ def test_200_interleaved_replays_stay_right(harness: Harness) -> None:
         family, size = cases[(step * 7) % len(cases)]
         batch = harness.batch(family, size)
         harness.fill_cache(batch)
-        values = step_inputs(batch, BLOCKS_A_SEQ)
-        tokens, logits = harness.graphs(family=family, own=True, **values)
+        values = harness.start(batch)
+        outputs = harness.graphs(family=family, own=True, **values)
         key = harness.graphs.decide(size, family).key
         assert isinstance(key, GraphKey)
-        eager_tokens, eager_logits = harness.graphs.run_eagerly(key, **values)
-        assert torch.equal(logits, eager_logits)
-        assert torch.equal(tokens, eager_tokens)
+        harness.start(batch)
+        eager = harness.graphs.run_eagerly(key, **values)
+        assert all(torch.equal(one, other) for one, other in zip(outputs, eager, strict=True))
     assert harness.graphs.stats.hit_rate == 1.0

@@ -62,9 +62,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.aborted: set[int] = set()
         self.under_way: tuple[Batch, list[int]] | None = None
 
-    @rule(prompt=st.lists(st.integers(1, 2), min_size=1, max_size=45), answer=st.integers(1, 30), ignore=st.booleans())
-    def add(self, prompt: list[int], answer: int, ignore: bool) -> None:
-        sequence = Sequence(len(self.sequences), prompt, SamplingParams(max_tokens=answer, ignore_eos=ignore), 0)
+    @rule(
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=45),
+        answer=st.integers(1, 30),
+        ignore=st.booleans(),
+        scored=st.sampled_from([None, None, 0]),
+    )
+    def add(self, prompt: list[int], answer: int, ignore: bool, scored: int | None) -> None:
+        params = SamplingParams(max_tokens=answer, ignore_eos=ignore, prompt_logprobs=scored)
+        sequence = Sequence(len(self.sequences), prompt, params, 0)
         if len(prompt) >= self.limits.max_model_len:
             with pytest.raises(InputError, match=str(len(prompt))):
                 self.scheduler.add(sequence)
@@ -90,6 +96,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if before is not None:
             lengths = {sequence: len(sequence.token_ids) for sequence in self.sequences}
             changed = self.scheduler.update(*before, frozenset({EOS}))
+            for row in before[0].rows:
+                for at in row.scored:
+                    assert at == len(row.sequence.prompt_logprobs), "a token of the prompt is scored twice, or never"
+                    row.sequence.prompt_logprobs.append({})
             for sequence in self.sequences:
                 assert len(sequence.token_ids) - lengths[sequence] == int(sequence in changed)
         elif batch is None:
@@ -101,8 +111,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert batch.num_tokens == sum(row.num_tokens for row in batch.rows) <= self.limits.max_num_batched_tokens
         assert (batch.family == "decode") == all(row.num_tokens == 1 for row in batch.rows)
         assert len({row.sequence for row in batch.rows}) == len(batch.rows)
+        assert sum(len(row.scored) for row in batch.rows) <= self.limits.max_num_seqs
+        assert all(sequence in self.scheduler.running for sequence in batch.admitted)
+        slots = [sequence.slot for sequence in self.scheduler.running]
+        assert len(set(slots)) == len(slots)
+        assert all(1 <= slot <= self.limits.max_num_seqs for slot in slots)
         for row in batch.rows:
             assert row.num_tokens >= 1
+            assert all(row.start <= at < row.start + row.num_tokens for at in row.scored)
             assert row.start + row.num_tokens == row.sequence.num_computed <= len(row.sequence.blocks) * SIZE
             assert row.samples == (row.sequence.num_computed == row.sequence.num_tokens - int(row.samples))
             assert row.sequence.num_computed < self.limits.max_model_len
@@ -126,6 +142,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.pool.num_free == self.total
         for sequence in self.sequences:
             answer = sequence.output_token_ids
+            if sequence.request_id not in self.aborted and sequence.params.prompt_logprobs is not None:
+                assert len(sequence.prompt_logprobs) == len(sequence.prompt_token_ids) - 1
             if sequence.request_id in self.aborted:
                 assert sequence.finish_reason is None
             elif sequence.finish_reason == "stop":

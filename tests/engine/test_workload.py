@@ -7,6 +7,7 @@ import pytest
 
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine
+from graphmode.engine.sampler import SamplingLevel
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.sequence import Sequence
 
@@ -28,8 +29,15 @@ def make_requests(rng: random.Random) -> list[tuple[list[int], SamplingParams]]:
             top_k=rng.choice([0, 0, 0, 1, 20]),
             top_p=rng.choice([1.0, 1.0, 0.8]),
             min_p=rng.choice([0.0, 0.0, 0.1]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.3]),
+            presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.8]),
+            frequency_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]),
+            logit_bias=rng.choice([{}, {}, {}, {number % 199: 3.0, 5: -100.0}]),
             seed=number,
-            max_tokens=rng.randrange(1, 40),
+            max_tokens=(max_tokens := rng.randrange(1, 40)),
+            min_tokens=rng.choice([0, 0, 0, max_tokens // 2]),
+            logprobs=rng.choice([None, None, None, 0, 3]),
+            prompt_logprobs=rng.choice([None, None, None, None, 2]),
             stop_token_ids=[rng.randrange(199) for _ in range(rng.choice([0, 0, 5]))],
         )
         requests.append((prompt, params))
@@ -67,8 +75,8 @@ def test_each_request_gets_what_it_gets_alone(tiny: Path, device: str, mode: str
     stats = busy.stats
     if mode == "full":
         assert stats.replays == stats.steps
-        # Graphs that filter are captured when a size first needs one.
-        keys = [key for key in busy.runner.graphs.keys if dict(key.variant)["filtered"]]
+        # Graphs of more than plain sampling are captured when a size first needs one.
+        keys = [key for key in busy.runner.graphs.keys if dict(key.variant)["level"] > SamplingLevel.PLAIN]
         assert stats.misses.keys() == {"not_captured_yet"}
         assert stats.misses["not_captured_yet"] <= len(keys)
     assert stats.preemptions > 0
@@ -85,3 +93,12 @@ def test_each_request_gets_what_it_gets_alone(tiny: Path, device: str, mode: str
         else:
             assert sequence.output_token_ids == expected.output_token_ids
             assert sequence.finish_reason == expected.finish_reason
+            assert len(sequence.logprobs) == (0 if params.logprobs is None else len(sequence.output_token_ids))
+            assert len(sequence.prompt_logprobs) == (0 if params.prompt_logprobs is None else len(prompt) - 1)
+            for one, other in (
+                (sequence.logprobs, expected.logprobs),
+                (sequence.prompt_logprobs, expected.prompt_logprobs),
+            ):
+                for here, there in zip(one, other, strict=True):
+                    assert here.keys() == there.keys()
+                    assert all(abs(here[token][0] - there[token][0]) < 1e-4 for token in here)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from graphmode.engine.config import (
 )
 from graphmode.engine.kv_cache import choose_num_blocks, make_cache
 from graphmode.engine.sampling_params import SamplingParams
-from graphmode.engine.scheduler import Scheduler
+from graphmode.engine.scheduler import Batch, Scheduler
 from graphmode.engine.sequence import Sequence
-from graphmode.engine.step_runner import StepRunner, StepUnderWay
+from graphmode.engine.step_runner import StepResult, StepRunner, StepUnderWay
 from graphmode.graph import InputError, get_backend
 from graphmode.models.loader import load_model
 from graphmode.models.rotary import fix_rotary_embeddings
@@ -139,7 +139,12 @@ class Engine:
         request_id, self._next_id = self._next_id, self._next_id + 1
         seed = _derived_seed(self.options.seed, request_id) if params.seed is None else params.seed
         seeds = [seed, *(_derived_seed(seed, index) for index in range(1, params.n))]
-        sequences = [Sequence(request_id, list(prompt_token_ids), params, each) for each in seeds]
+        # The prompt is the same for all completions: one scores it.
+        unscored = replace(params, prompt_logprobs=None)
+        sequences = [
+            Sequence(request_id, list(prompt_token_ids), unscored if index else params, each)
+            for index, each in enumerate(seeds)
+        ]
         for sequence in sequences:
             self.scheduler.add(sequence)
         return sequences
@@ -151,6 +156,7 @@ class Engine:
             InputError: as for :meth:`add`.
         """
         self.scheduler.check(len(prompt_token_ids), params.max_tokens)
+        self.runner.sampler.check(params)
         vocab_size = self.loaded.shape.vocab_size
         for token in prompt_token_ids:
             if not 0 <= token < vocab_size:
@@ -167,7 +173,9 @@ class Engine:
         before, self._under_way = self._under_way, None if batch is None else self.runner.launch(batch)
         if before is None:
             return []
-        changed = self.scheduler.update(before.batch, before.tokens(), self.loaded.shape.eos_token_ids)
+        result = before.result()
+        changed = self.scheduler.update(before.batch, result.tokens, self.loaded.shape.eos_token_ids)
+        _note_logprobs(before.batch, result, set(changed))
         self._clock.tokens += len(changed)
         if batch is not None and batch.family == before.batch.family == "decode":
             self._clock.steps += 1
@@ -203,3 +211,15 @@ def _derived_seed(seed: int, index: int) -> int:
     """Return the seed of a request, or of a further completion, by its index: the same in each run."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def _note_logprobs(batch: Batch, result: StepResult, changed: set[Sequence]) -> None:
+    """Give the log-probabilities of a step to its sequences: of tokens that they took, and of their prompts."""
+    if result.logprobs is None:
+        return
+    scored = iter(result.prompt_logprobs)
+    for row, logprobs in zip(batch.rows, result.logprobs, strict=True):
+        sequence = row.sequence
+        sequence.prompt_logprobs += [next(scored) for _ in row.scored]
+        if row.samples and sequence in changed and sequence.params.logprobs is not None:
+            sequence.logprobs.append(logprobs)

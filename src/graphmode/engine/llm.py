@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine, EngineStats
-from graphmode.engine.outputs import CompletionOutput, RequestOutput
+from graphmode.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.sequence import Sequence as TokenSequence
 from graphmode.graph.errors import InputError
@@ -161,6 +162,9 @@ class _Answer:
         self.text = ""
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
+        self._searched = 0  # a stop text may begin here: what the minimum of tokens made is not searched
+        self._logprobs: list[dict[int, Logprob]] = []
+        self._prompt_logprobs: list[dict[int, Logprob] | None] = [None]
 
     def read(self) -> bool:
         """Take in the sequence's last token; return whether the text has come to a stop text, where it is cut."""
@@ -172,14 +176,44 @@ class _Answer:
                 len(self.text) :
             ]
         before, self.text = len(self.text), self.text + new
+        if len(self.sequence.output_token_ids) <= self.sequence.params.min_tokens:
+            self._searched = len(self.text)
+            return False
         stops = self.sequence.params.stop
         longest = max(map(len, stops), default=0)
-        found = [at for stop in stops if (at := self.text.find(stop, max(0, before - longest + 1))) >= 0]
+        found = [at for stop in stops if (at := self.text.find(stop, max(self._searched, before - longest + 1))) >= 0]
         if found:
             self.text = self.text[: min(found)]
         return bool(found)
 
-    def shown(self) -> str:
+    @property
+    def output(self) -> CompletionOutput:
+        """The completion so far, without its index."""
+        sequence = self.sequence
+        output = CompletionOutput(0, self._shown(), sequence.output_token_ids, sequence.finish_reason)
+        if sequence.params.logprobs is not None:
+            self._logprobs += [self._named(each) for each in sequence.logprobs[len(self._logprobs) :]]
+            output.logprobs = list(self._logprobs)
+            chosen = zip(sequence.output_token_ids, sequence.logprobs, strict=True)
+            output.cumulative_logprob = sum(each[token][0] for token, each in chosen)
+        return output
+
+    @property
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """Those of the prompt, as far as they are computed; None where they were not asked for."""
+        if self.sequence.params.prompt_logprobs is None:
+            return None
+        known = self.sequence.prompt_logprobs
+        self._prompt_logprobs += [self._named(each) for each in known[len(self._prompt_logprobs) - 1 :]]
+        return list(self._prompt_logprobs)
+
+    def _named(self, logprobs: TokenLogprobs) -> dict[int, Logprob]:
+        return {
+            token: Logprob(log, rank, None if self._tokenizer is None else str(self._tokenizer.decode([token])))
+            for token, (log, rank) in logprobs.items()
+        }
+
+    def _shown(self) -> str:
         """Return the text, without an end that may become a stop text."""
         if self.sequence.finish_reason is None:
             for stop in self.sequence.params.stop:
@@ -195,11 +229,9 @@ def _output(prompt: Prompt, answers: Sequence[_Answer]) -> RequestOutput:
         request_id=first.request_id,
         prompt=prompt if isinstance(prompt, str) else None,
         prompt_token_ids=first.prompt_token_ids,
-        outputs=[
-            CompletionOutput(index, answer.shown(), answer.sequence.output_token_ids, answer.sequence.finish_reason)
-            for index, answer in enumerate(answers)
-        ],
+        outputs=[replace(answer.output, index=index) for index, answer in enumerate(answers)],
         finished=all(answer.sequence.finish_reason is not None for answer in answers),
+        prompt_logprobs=answers[0].prompt_logprobs,
     )
 
 

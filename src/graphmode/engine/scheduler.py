@@ -43,6 +43,7 @@ class Row:
         num_tokens: how many it computes.
         samples: whether the step ends at the sequence's last token, so that it makes the next one.
         source: where the last token is still in flight: the row of the step before that makes it; else -1.
+        scored: the positions in the prompt, of those that the step computes, whose next token it scores.
     """
 
     sequence: Sequence
@@ -50,6 +51,7 @@ class Row:
     num_tokens: int
     samples: bool
     source: int = -1
+    scored: range = range(0)
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ class Batch:
         family: ``decode`` where every sequence computes one token, else ``mixed``.
         rows: the sequences, in order.
         num_tokens: tokens of all rows.
+        admitted: the sequences that run from this step on.
     """
 
     family: Family
     rows: tuple[Row, ...]
     num_tokens: int
+    admitted: tuple[Sequence, ...] = ()
 
 
 class Scheduler:
@@ -73,7 +77,8 @@ class Scheduler:
     Running sequences come first, one token each where they decode; what is left of the token budget goes to prompts, in
     the order of submission, the last one cut to a chunk. Blocks are taken as tokens need them. When none are left, the
     sequence that was admitted last gives up its own and is computed again later; the one admitted first never does, so
-    every sequence ends.
+    every sequence ends. A step scores as many prompt tokens as it may hold sequences, so prompts that are scored are
+    cut to that.
 
     Args:
         limits: what a step may hold.
@@ -88,6 +93,7 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}
         self.preemptions = 0
         self._prefix_caching = prefix_caching
+        self._free_slots = list(range(limits.max_num_seqs, 0, -1))
 
     @property
     def has_work(self) -> bool:
@@ -127,29 +133,36 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Choose the next step, admitting waiting sequences; None where there is nothing to compute now."""
         rows: dict[Sequence, Row] = {}
-        budget = self.limits.max_num_batched_tokens
+        admitted = []
+        budget, scores = self.limits.max_num_batched_tokens, self.limits.max_num_seqs
         preemptions = self.preemptions
         # Decoding sequences before prompts: a long prompt must not hold up those that are already answering.
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_pending > 1):
             if budget == 0 or sequence not in self.running or sequence.num_computed >= self._max_len(sequence) - 1:
                 continue
-            tokens = min(sequence.num_pending, budget)
+            tokens = _up_to(sequence, sequence.num_computed, min(sequence.num_pending, budget), scores)
+            if tokens == 0:
+                continue
             while not self._make_room(sequence, tokens):
                 if (row := rows.pop(victim := self._preempt(), None)) is not None:
                     budget += row.num_tokens
+                    scores += len(row.scored)
                 if victim is sequence:
                     break
             else:
-                rows[sequence] = _row(sequence, tokens)
+                rows[sequence] = row = _row(sequence, tokens)
                 budget -= tokens
+                scores -= len(row.scored)
         # Whoever gave up its blocks in this step waits for the next one.
         while self.waiting and budget > 0 and self.preemptions == preemptions:
-            if not (tokens := self._admit(self.waiting[0], budget)):
+            if not (tokens := self._admit(self.waiting[0], budget, scores)):
                 break
             sequence = self.waiting.popleft()
             self.running[sequence] = None
-            rows[sequence] = _row(sequence, tokens)
+            admitted.append(sequence)
+            rows[sequence] = row = _row(sequence, tokens)
             budget -= tokens
+            scores -= len(row.scored)
         if not rows:
             return None
         for index, row in enumerate(rows.values()):
@@ -158,7 +171,8 @@ class Scheduler:
                 row.sequence.in_flight += 1
                 row.sequence.last_row = index
         num_tokens = sum(row.num_tokens for row in rows.values())
-        return Batch("decode" if num_tokens == len(rows) else "mixed", tuple(rows.values()), num_tokens)
+        family: Family = "decode" if num_tokens == len(rows) else "mixed"
+        return Batch(family, tuple(rows.values()), num_tokens, tuple(admitted))
 
     def update(self, batch: Batch, tokens: list[int], eos_token_ids: frozenset[int]) -> list[Sequence]:
         """Take in what a step made and return the sequences that got a token.
@@ -206,6 +220,9 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.free(sequence.blocks)
+        if sequence.slot:
+            self._free_slots.append(sequence.slot)
+        sequence.slot = 0
         sequence.blocks = []
         sequence.num_computed = 0
 
@@ -246,27 +263,42 @@ class Scheduler:
         self.preemptions += 1
         return victim
 
-    def _admit(self, sequence: Sequence, budget: int) -> int:
+    def _admit(self, sequence: Sequence, budget: int, scores: int) -> int:
         """Give a waiting sequence the blocks of its first step and return its tokens; 0 where there is no room."""
         if len(self.running) >= self.limits.max_num_seqs:
             return 0
         # One token at least is computed, so that there is something to sample from.
-        keys = block_keys(sequence.token_ids[:-1], self.pool.block_size) if self._prefix_caching else []
+        usable = self._prefix_caching and sequence.params.prompt_logprobs is None
+        keys = block_keys(sequence.token_ids[:-1], self.pool.block_size) if usable else []
         found = self.pool.find(keys)
         self.pool.share(found)
         cached = len(found) * self.pool.block_size
-        tokens = min(sequence.num_tokens - cached, budget)
+        tokens = _up_to(sequence, cached, min(sequence.num_tokens - cached, budget), scores)
         needed = self.pool.blocks_for(cached + tokens) - len(found)
-        if needed > self.pool.num_free:
+        if tokens == 0 or needed > self.pool.num_free:
             self.pool.free(found)
             return 0
         sequence.blocks = found + self.pool.allocate(needed)
         sequence.block_keys = keys[: len(found)]
         sequence.num_computed = sequence.num_cached = cached
+        sequence.slot = self._free_slots.pop()
         return tokens
+
+
+def _up_to(sequence: Sequence, start: int, tokens: int, scores: int) -> int:
+    """Return how many of the ``tokens`` from ``start`` on a step computes that has room for ``scores`` scored ones."""
+    scored = _scored(sequence, start, start + tokens)
+    return tokens if len(scored) <= scores else scored.start + scores - start
+
+
+def _scored(sequence: Sequence, start: int, end: int) -> range:
+    """Return the positions from ``start`` to ``end`` whose next token is of the prompt and still to be scored."""
+    if sequence.params.prompt_logprobs is None:
+        return range(0)
+    return range(max(start, len(sequence.prompt_logprobs)), min(end, len(sequence.prompt_token_ids) - 1))
 
 
 def _row(sequence: Sequence, num_tokens: int) -> Row:
     start, end = sequence.num_computed, sequence.num_computed + num_tokens
     source = sequence.last_row if end > len(sequence.token_ids) else -1
-    return Row(sequence, start, num_tokens, end == sequence.num_tokens, source)
+    return Row(sequence, start, num_tokens, end == sequence.num_tokens, source, _scored(sequence, start, end))

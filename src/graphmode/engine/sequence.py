@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from graphmode.engine.outputs import FinishReason
+from graphmode.engine.outputs import FinishReason, TokenLogprobs
 from graphmode.engine.sampling_params import SamplingParams
 
 
@@ -22,6 +22,9 @@ class Sequence:
         last_row: its row in the last step that did.
         num_computed: tokens whose keys and values are in the cache, or will be when the steps under way are done.
         num_cached: of them, those that another sequence had computed.
+        slot: where the device holds its sampling parameters while it runs; 0 while it does not.
+        logprobs: of the generated tokens, where they are wanted.
+        prompt_logprobs: of the prompt's tokens from the second on, as far as they are computed, where they are wanted.
         blocks: its cache blocks, in order.
         block_keys: keys of its full blocks, as far as they are computed.
         finish_reason: None while it runs.
@@ -36,6 +39,9 @@ class Sequence:
     last_row: int = -1
     num_computed: int = 0
     num_cached: int = 0
+    slot: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from graphmode.engine.config import BLOCK_SIZE
+from graphmode.engine.outputs import TokenLogprobs
+from graphmode.engine.sampler import Sampler, SamplingLevel, level_of, unpacked
 from graphmode.engine.scheduler import Batch, Family, Limits
 from graphmode.graph import GraphRunner, Input
 from graphmode.graph.backends.base import Backend
+from graphmode.graph.inputs import all_padding
 from graphmode.graph.staging import Event, StagingRing
-from graphmode.kernels import Filters, sample
 from graphmode.models.attention import AttentionBatch, LayerCache
 from graphmode.models.loader import LoadedModel
 
@@ -26,13 +28,27 @@ INPUTS = (
     Input("query_lens", torch.int32, ("seqs",), padding=0),
     Input("kv_lens", torch.int32, ("seqs",), padding=0),
     Input("logits_rows", torch.int64, ("seqs",), padding=0),
-    Input("temperature", torch.float32, ("seqs",), padding=0.0),
-    Input("seeds", torch.int64, ("seqs",), padding=0),
-    Input("top_k", torch.int32, ("seqs",), padding=0),
-    Input("top_p", torch.float32, ("seqs",), padding=1.0),
-    Input("min_p", torch.float32, ("seqs",), padding=0.0),
+    Input("slots", torch.int64, ("seqs",), padding=0),
+    Input("scored_rows", torch.int64, ("scored",), padding=0, optional=True),
+    Input("scored_tokens", torch.int64, ("scored",), padding=0, optional=True),
+    Input("scored_slots", torch.int64, ("scored",), padding=0, optional=True),
     Input("block_tables", torch.int32, ("seqs", "blocks"), padding=0),
 )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step made.
+
+    Attributes:
+        tokens: the sampled token of every row; of one that does not sample, anything.
+        logprobs: of every row, where any row wants them.
+        prompt_logprobs: of the scored tokens, in the order of the rows.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs]
 
 
 @dataclass(frozen=True)
@@ -41,22 +57,27 @@ class StepUnderWay:
 
     Attributes:
         batch: what was scheduled.
-        on_host: where its sampled tokens arrive, int64 ``[rows]``.
+        tokens: where its sampled tokens arrive, int64 ``[rows]`` on the host.
+        reports: the same for log-probabilities, int32 ``[rows + scored, columns]`` of ``Sampler.reports``; None where
+            none are wanted.
         event: when they have.
     """
 
     batch: Batch
-    on_host: torch.Tensor
+    tokens: torch.Tensor
+    reports: torch.Tensor | None
     event: Event
 
-    def tokens(self) -> list[int]:
-        """Wait for the step and return the sampled token of every row; of one that does not sample, anything.
-
-        To be called before two more steps are launched.
-        """
+    def result(self) -> StepResult:
+        """Wait for the step and return what it made. To be called before two more steps are launched."""
         self.event.synchronize()
-        tokens: list[int] = self.on_host.tolist()
-        return tokens
+        tokens: list[int] = self.tokens.tolist()
+        if self.reports is None:
+            return StepResult(tokens, None, [])
+        rows = len(tokens)
+        return StepResult(
+            tokens, unpacked(self.reports[:rows], tokens), unpacked(self.reports[rows:], scored_tokens(self.batch))
+        )
 
 
 class StepRunner:
@@ -88,17 +109,24 @@ class StepRunner:
         self._model = loaded.model
         self._caches = caches
         self._piecewise = piecewise
+        self._max_seqs = limits.max_num_seqs
         self._max_blocks = -(-limits.max_model_len // BLOCK_SIZE)
         self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=backend.device)
+        self.sampler = Sampler(backend, limits, loaded.shape.vocab_size, loaded.shape.eos_token_ids)
         # Two steps are under way at most: one being read, one computed.
-        self._results = StagingRing(8 * limits.max_num_seqs, 3, backend.host_buffer, backend.event)
+        report_bytes = 2 * limits.max_num_seqs * self.sampler.reports.shape[1] * 4
+        self._results = StagingRing(8 * limits.max_num_seqs + report_bytes, 3, backend.host_buffer, backend.event)
         self.graphs = GraphRunner(
             self.forward,
             INPUTS,
             buckets or {"decode": limits.max_num_seqs, "mixed": limits.max_num_batched_tokens},
-            axes={"seqs": lambda tokens: min(tokens, limits.max_num_seqs), "blocks": self._max_blocks},
+            axes={
+                "seqs": lambda tokens: min(tokens, limits.max_num_seqs),
+                "scored": lambda tokens: min(tokens, limits.max_num_seqs),
+                "blocks": self._max_blocks,
+            },
             output_axes=[("seqs",)],
-            static={"filtered": (False, True)},
+            static={"level": tuple(SamplingLevel)},
             backend=backend,
             enabled=buckets is not None,
             max_padding_ratio=max_padding_ratio,
@@ -112,35 +140,41 @@ class StepRunner:
             ModelError: the model asks its attention for something that is not supported.
         """
         device = self.graphs.backend.device
-        sizes = {"tokens": 1, "seqs": 1, "blocks": self._max_blocks}
-        inputs = {
-            spec.name: torch.full(
-                [sizes[str(axis)] for axis in spec.shape], spec.padding, dtype=spec.dtype, device=device
-            )
-            for spec in INPUTS
-        }
+        sizes = {"tokens": 1, "seqs": 1, "scored": 1, "blocks": self._max_blocks}
+        inputs = {spec.name: all_padding(spec, sizes, device) for spec in INPUTS}
         with torch.inference_mode():
-            self.forward("mixed", False, **inputs)
+            self.forward("mixed", SamplingLevel.PLAIN, **inputs)
 
     def launch(self, batch: Batch) -> StepUnderWay:
         """Put one step on the device and return without waiting for it."""
+        level = max(level_of(row) for row in batch.rows)
+        self.sampler.admit(batch, level)
         inputs: dict[str, Any] = step_inputs(batch, self._max_blocks)
-        tokens = self.graphs(family=batch.family, filtered=is_filtered(batch), **inputs)
-        assert isinstance(tokens, torch.Tensor)
+        sampled = self.graphs(family=batch.family, level=level, **inputs)
+        assert isinstance(sampled, torch.Tensor)
         slot = self._results.acquire()
-        on_host = slot.memory.view(torch.int64)[: len(batch.rows)]
-        on_host.copy_(tokens, non_blocking=True)
+        rows, scored = len(batch.rows), len(scored_tokens(batch))
+        tokens = slot.memory[: 8 * rows].view(torch.int64)
+        tokens.copy_(sampled, non_blocking=True)
+        reports = None
+        if scored or any(row.sequence.params.logprobs is not None for row in batch.rows):
+            source = self.sampler.reports
+            width = source.shape[1]
+            reports = slot.memory[8 * rows : 8 * rows + 4 * (rows + scored) * width].view(torch.int32).view(-1, width)
+            reports[:rows].copy_(source[:rows], non_blocking=True)
+            start = self._max_seqs
+            reports[rows:].copy_(source[start : start + scored], non_blocking=True)
         self._results.release(slot)
-        return StepUnderWay(batch, on_host, slot.event)
+        return StepUnderWay(batch, tokens, reports, slot.event)
 
     def capture(self, *, progress: bool) -> None:
-        """Capture the graphs of all sizes; those of steps that filter what is sampled are captured at first use."""
-        self.graphs.capture(progress=progress, filtered=False)
+        """Capture the graphs of all sizes; those of more than plain sampling are captured at first use."""
+        self.graphs.capture(progress=progress, level=SamplingLevel.PLAIN)
 
     def forward(
         self,
         family: Family,
-        filtered: bool,
+        level: SamplingLevel,
         token_ids: torch.Tensor,
         token_sources: torch.Tensor,
         positions: torch.Tensor,
@@ -148,17 +182,13 @@ class StepRunner:
         query_lens: torch.Tensor,
         kv_lens: torch.Tensor,
         logits_rows: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        top_k: torch.Tensor,
-        top_p: torch.Tensor,
-        min_p: torch.Tensor,
+        slots: torch.Tensor,
+        scored_rows: torch.Tensor,
+        scored_tokens: torch.Tensor,
+        scored_slots: torch.Tensor,
         block_tables: torch.Tensor,
     ) -> torch.Tensor:
         """Compute a step: the function that is captured. Shapes as in ``INPUTS``.
-
-        Where no row is ``filtered``, the search for what top-k, top-p and min-p leave is not in the graph; a row
-        without them gets the same token either way.
 
         A token whose value the host does not know yet is taken from the row of the step before that sampled it
         (``token_sources``); the tokens sampled here are left for the next step.
@@ -167,9 +197,13 @@ class StepRunner:
             The sampled tokens, int64 ``[seqs]``.
         """
         token_ids = torch.where(token_sources < 0, token_ids, self._sampled[token_sources.clamp(min=0)])
-        logits = self.logits(family, token_ids, positions, slot_mapping, query_lens, kv_lens, logits_rows, block_tables)
-        filters = Filters(top_k, top_p, min_p) if filtered else None
-        sampled: torch.Tensor = sample(logits, temperature, seeds, kv_lens.to(torch.int64), filters)
+
+        def logits_of(rows: torch.Tensor) -> torch.Tensor:
+            return self.logits(family, token_ids, positions, slot_mapping, query_lens, kv_lens, rows, block_tables)
+
+        sampled = self.sampler(
+            logits_of, level, slots, kv_lens.to(torch.int64), logits_rows, scored_rows, scored_tokens, scored_slots
+        )
         # Padding rows keep what is there: a capture between two steps must not touch what the one left for the other.
         kept = self._sampled[: len(sampled)]
         kept.copy_(torch.where(kv_lens > 0, sampled, kept))
@@ -209,9 +243,9 @@ class StepRunner:
         return logits[0]
 
 
-def is_filtered(batch: Batch) -> bool:
-    """Return whether any row samples from a part of the vocabulary."""
-    return any(row.sequence.params.filters for row in batch.rows)
+def scored_tokens(batch: Batch) -> list[int]:
+    """Return the prompt tokens that a step scores: the successors of the scored positions."""
+    return [row.sequence.prompt_token_ids[at + 1] for row in batch.rows for at in row.scored]
 
 
 def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
@@ -234,18 +268,23 @@ def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
         slots += [blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(row.start, end)]
         tables[index, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
     query_lens = torch.tensor([row.num_tokens for row in batch.rows], dtype=torch.int32)
-    return {
+    ends = torch.cumsum(query_lens, 0)
+    inputs = {
         "token_ids": torch.tensor(token_ids),
         "token_sources": torch.tensor(sources),
         "positions": torch.tensor(positions),
         "slot_mapping": torch.tensor(slots),
         "query_lens": query_lens,
         "kv_lens": torch.tensor([row.start + row.num_tokens for row in batch.rows], dtype=torch.int32),
-        "logits_rows": torch.cumsum(query_lens, 0) - 1,
-        "temperature": torch.tensor([row.sequence.params.temperature for row in batch.rows], dtype=torch.float32),
-        "seeds": torch.tensor([row.sequence.seed for row in batch.rows]),
-        "top_k": torch.tensor([row.sequence.params.top_k for row in batch.rows], dtype=torch.int32),
-        "top_p": torch.tensor([row.sequence.params.top_p for row in batch.rows], dtype=torch.float32),
-        "min_p": torch.tensor([row.sequence.params.min_p for row in batch.rows], dtype=torch.float32),
+        "logits_rows": ends - 1,
+        # A row that only computes a part of a prompt draws nothing that counts.
+        "slots": torch.tensor([row.sequence.slot if row.samples else 0 for row in batch.rows]),
         "block_tables": tables,
     }
+    if any(row.scored for row in batch.rows):
+        firsts = [int(end) - row.num_tokens - row.start for end, row in zip(ends, batch.rows, strict=True)]
+        places = [first + at for first, row in zip(firsts, batch.rows, strict=True) for at in row.scored]
+        inputs["scored_rows"] = torch.tensor(places)
+        inputs["scored_tokens"] = torch.tensor(scored_tokens(batch))
+        inputs["scored_slots"] = torch.tensor([row.sequence.slot for row in batch.rows for _ in row.scored])
+    return inputs

@@ -27,12 +27,15 @@ class Input:
         dtype: its dtype. Values of another dtype are refused, never cast.
         shape: one entry a dimension: an axis name (``"tokens"``) or a fixed size.
         padding: the value of every element beyond the true size. Choose one that reads and writes nothing.
+        optional: whether a call may leave it out: then it is all padding, at no cost. An axis that no input gives a
+            size then has size 0.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[str | int, ...]
     padding: float | int | bool = 0
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,13 @@ def true_sizes(inputs: Sequence[Input], values: Mapping[str, torch.Tensor], devi
     Raises:
         InputError: naming the input: missing, unknown, wrong dtype, rank, device or size, or axes that disagree.
     """
-    if len(values) != len(inputs):
-        declared = {spec.name for spec in inputs}
-        missing, unknown = sorted(declared - values.keys()), sorted(values.keys() - declared)
+    given = [spec for spec in inputs if spec.name in values or not spec.optional]
+    if len(values) != len(given):
+        declared, required = {spec.name for spec in inputs}, {spec.name for spec in inputs if not spec.optional}
+        missing, unknown = sorted(required - values.keys()), sorted(values.keys() - declared)
         raise InputError(f"inputs missing: {missing}, unknown: {unknown}; declared are {sorted(declared)}")
     sizes: dict[str, int] = {}
-    for spec in inputs:
+    for spec in given:
         value = values.get(spec.name)
         if not isinstance(value, torch.Tensor):
             raise InputError(f"input {spec.name!r} is {type(value).__name__}; pass a tensor of {spec.dtype}")
@@ -103,6 +107,9 @@ def true_sizes(inputs: Sequence[Input], values: Mapping[str, torch.Tensor], devi
                     f"input {spec.name!r} has shape {tuple(value.shape)}; declared {spec.shape}, and axis {axis!r} "
                     f"is {expected} here"
                 )
+    if len(given) < len(inputs):
+        for axis in (axis for spec in inputs for axis in spec.shape if isinstance(axis, str)):
+            sizes.setdefault(axis, 0)
     return sizes
 
 
@@ -175,7 +182,7 @@ class InputBuffers:
             offset += -(-prod(shapes[spec.name]) * spec.dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.arena = torch.zeros(offset, dtype=torch.uint8, device=backend.device)
         self.ring = StagingRing(offset, STAGING_SLOTS, backend.host_buffer, backend.event)
-        # The inputs that hold nothing but padding, for each slot: those that a step lacks are mostly the same as before.
+        # For each slot the inputs that hold nothing but padding: mostly, a step lacks the same ones as that before it.
         self._all_padding: list[set[str]] = [set() for _ in self.ring.slots]
 
     def bind(self, sizes: dict[str, int]) -> BoundInputs:
@@ -228,6 +235,11 @@ def fill(target: torch.Tensor, value: torch.Tensor, padding: float | int | bool)
     else:
         target.fill_(padding)
         target[tuple(slice(size) for size in value.shape)].copy_(value)
+
+
+def all_padding(spec: Input, sizes: Mapping[str, int], device: torch.device) -> torch.Tensor:
+    """Return an input that holds nothing but padding, at the axis ``sizes``."""
+    return torch.full(_shape(spec, sizes), spec.padding, dtype=spec.dtype, device=device)
 
 
 def _shape(spec: Input, sizes: Mapping[str, int]) -> tuple[int, ...]:

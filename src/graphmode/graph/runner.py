@@ -23,6 +23,7 @@ from graphmode.graph.inputs import (
     BoundInputs,
     Input,
     InputBuffers,
+    all_padding,
     check_fit,
     resolve_axes,
     true_sizes,
@@ -191,7 +192,11 @@ class GraphRunner:
             decision = self._capture_for(decision, decision.key)
         self._count(decision, size)
         if decision.mode is Mode.EAGER or decision.key is None:
-            on_device = {name: value.to(self.backend.device) for name, value in values.items()}
+            device = self.backend.device
+            on_device = {
+                spec.name: values[spec.name].to(device) if spec.name in values else all_padding(spec, sizes, device)
+                for spec in self._inputs
+            }
             with torch.inference_mode():
                 return self._call(family, variant, on_device)
         outputs = self._replay(decision.key, values, sizes)

@@ -1,0 +1,347 @@
+"""Sampling inside the graph: each running sequence's parameters lie on the device, in a slot that rows name.
+
+They are written when a sequence is admitted, not at every step. Slot 0 is nobody's: greedy, with nothing on; rows that
+do not sample and padding name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+
+from graphmode.engine.outputs import TokenLogprobs
+from graphmode.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from graphmode.engine.scheduler import Batch, Limits, Row
+from graphmode.engine.sequence import Sequence as TokenSequence
+from graphmode.graph import Input
+from graphmode.graph.backends.base import Backend
+from graphmode.graph.errors import InputError
+from graphmode.graph.inputs import InputBuffers
+from graphmode.kernels import (
+    Adjustments,
+    Filters,
+    LogProbabilities,
+    adjust_logits,
+    count_tokens,
+    log_probabilities,
+    sample,
+    start_history,
+)
+
+MAX_BARRED = 64  # tokens that min_tokens can bar
+
+
+Column = TypeVar("Column")  # one sequence's number, or a tensor of many
+
+
+class SamplingLevel(IntEnum):
+    """How much of sampling a graph holds: each level all of those before. A row gets the same token at any of them."""
+
+    PLAIN = 0
+    """Temperature and seed."""
+    FILTERED = 1
+    """Top-k, top-p and min-p."""
+    FULL = 2
+    """Penalties, bias, minimum of tokens, log-probabilities."""
+    SCORED = 3
+    """Log-probabilities of the prompt."""
+
+
+class _Floats(NamedTuple, Generic[Column]):
+    """What a slot holds in float32."""
+
+    temperature: Column
+    top_p: Column
+    min_p: Column
+    repetition_penalty: Column
+    presence_penalty: Column
+    frequency_penalty: Column
+
+
+class _Integers(NamedTuple, Generic[Column]):
+    """What a slot holds in int64.
+
+    Attributes:
+        seed: of the sequence.
+        top_k: its parameter.
+        history_slot: the slot where penalties are on; else -1.
+        list_slot: the slot where there is a bias or a minimum of tokens; else 0, whose lists are empty.
+        stop_from: the first position at which it may draw its stop tokens.
+        logprobs: how many of the most likely tokens it wants.
+        prompt_logprobs: the same for the tokens of its prompt.
+    """
+
+    seed: Column
+    top_k: Column
+    history_slot: Column
+    list_slot: Column
+    stop_from: Column
+    logprobs: Column
+    prompt_logprobs: Column
+
+
+_NOBODY_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+_NOBODY_INTEGERS = (0, 0, -1, 0, 0, 0, 0)
+
+
+class _Lists(NamedTuple):
+    """What is allocated when a sequence first needs it: the lists of every slot."""
+
+    bias_ids: torch.Tensor
+    bias: torch.Tensor
+    stop_ids: torch.Tensor
+    buffers: InputBuffers
+
+
+def level_of(row: Row) -> SamplingLevel:
+    """Return the least level that serves a row."""
+    params = row.sequence.params
+    if row.scored:
+        return SamplingLevel.SCORED
+    if params.penalises or params.logit_bias or params.min_tokens or params.logprobs is not None:
+        return SamplingLevel.FULL
+    return SamplingLevel.FILTERED if params.filters else SamplingLevel.PLAIN
+
+
+class Sampler:
+    """The sampling parameters of the running sequences, and the end of the step that reads them.
+
+    Args:
+        backend: the device.
+        limits: ``max_num_seqs`` slots, numbered from 1; ``max_model_len``.
+        vocab_size: tokens that the model has.
+        eos_token_ids: tokens that end a text.
+    """
+
+    def __init__(self, backend: Backend, limits: Limits, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._backend = backend
+        self._limits = limits
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        slots, device = limits.max_num_seqs + 1, backend.device
+        self._floats = torch.tensor(_NOBODY_FLOATS, device=device).unsqueeze(1).repeat(1, slots)
+        self._integers = torch.tensor(_NOBODY_INTEGERS, device=device).unsqueeze(1).repeat(1, slots)
+        self._admitted = InputBuffers(
+            [
+                Input("slots", torch.int64, ("sequences",)),
+                Input("floats", torch.float32, (len(_NOBODY_FLOATS), "sequences")),
+                Input("integers", torch.int64, (len(_NOBODY_INTEGERS), "sequences")),
+            ],
+            {"sequences": limits.max_num_seqs},
+            backend,
+        )
+        self._lists: _Lists | None = None
+        self._top_n = min(MAX_LOGPROBS, vocab_size)
+        # The tokens of the sequences with penalties, as graphmode.kernels.history has them.
+        self.history = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
+        # Log-probabilities of a step: those of its rows, then those of the prompt tokens that it scores.
+        self.reports = torch.zeros(0, 2 + 2 * self._top_n, dtype=torch.int32, device=device)
+
+    def check(self, params: SamplingParams) -> None:
+        """Check that the model can sample so.
+
+        Raises:
+            InputError: a token that the model does not have, or more stop tokens than ``min_tokens`` can bar.
+        """
+        for token in params.logit_bias:
+            if not 0 <= token < self._vocab_size:
+                raise InputError(f"logit_bias names token {token}; the model's ids are 0 to {self._vocab_size - 1}")
+        if len(barred := self._barred(params)) > MAX_BARRED:
+            raise InputError(
+                f"min_tokens={params.min_tokens} bars {len(barred)} tokens, the stop tokens and the end of text; it "
+                f"can bar {MAX_BARRED}. Give fewer stop_token_ids"
+            )
+
+    def _barred(self, params: SamplingParams) -> list[int]:
+        """Return the tokens that may not be drawn before there is the minimum of tokens."""
+        if params.min_tokens == 0:
+            return []
+        stops = set(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
+        return sorted(token for token in stops if 0 <= token < self._vocab_size)
+
+    def admit(self, batch: Batch, level: SamplingLevel) -> None:
+        """Write the parameters of a batch's new sequences, before the step on the same stream."""
+        if level >= SamplingLevel.FULL:
+            self._allocate()
+        sequences = batch.admitted
+        if not sequences:
+            return
+        columns = [self._columns(sequence) for sequence in sequences]
+        bound = self._admitted.bind({"sequences": len(sequences)})
+        values = {
+            "slots": torch.tensor([sequence.slot for sequence in sequences]),
+            "floats": torch.tensor([floats for floats, _ in columns], dtype=torch.float32).T,
+            "integers": torch.tensor([integers for _, integers in columns]).T,
+        }
+        with torch.inference_mode():
+            self._admitted.load(bound, values)
+            self._floats.index_copy_(1, bound.views["slots"], bound.views["floats"])
+            self._integers.index_copy_(1, bound.views["slots"], bound.views["integers"])
+            for sequence, (_, integers) in zip(sequences, columns, strict=True):
+                if self._lists is not None and max(integers.history_slot, integers.list_slot) > 0:
+                    self._admit_lists(self._lists, sequence)
+
+    def _columns(self, sequence: TokenSequence) -> tuple[_Floats[float], _Integers[int]]:
+        params, slot = sequence.params, sequence.slot
+        floats = _Floats[float](*(getattr(params, name) for name in _Floats._fields))
+        integers = _Integers[int](
+            seed=sequence.seed,
+            top_k=params.top_k,
+            history_slot=slot if params.penalises else -1,
+            list_slot=slot if params.logit_bias or params.min_tokens else 0,
+            stop_from=len(sequence.prompt_token_ids) + params.min_tokens,
+            logprobs=params.logprobs or 0,
+            prompt_logprobs=params.prompt_logprobs or 0,
+        )
+        return floats, integers
+
+    def _allocate(self) -> None:
+        """Make room for histories and lists, once."""
+        if self._lists is not None:
+            return
+        slots, device = self._limits.max_num_seqs + 1, self._backend.device
+        self._lists = _Lists(
+            bias_ids=torch.full((slots, MAX_LOGIT_BIAS), -1, dtype=torch.int64, device=device),
+            bias=torch.zeros(slots, MAX_LOGIT_BIAS, device=device),
+            stop_ids=torch.full((slots, MAX_BARRED), -1, dtype=torch.int64, device=device),
+            buffers=InputBuffers(
+                [
+                    Input("slot", torch.int64, (1,)),
+                    Input("bias_ids", torch.int64, (1, MAX_LOGIT_BIAS), padding=-1),
+                    Input("bias", torch.float32, (1, MAX_LOGIT_BIAS)),
+                    Input("stop_ids", torch.int64, (1, MAX_BARRED), padding=-1),
+                    Input("tokens", torch.int64, ("tokens",)),
+                    Input("prompt_slots", torch.int64, ("tokens",), padding=-1),
+                    Input("output_slots", torch.int64, ("tokens",), padding=-1),
+                ],
+                {"tokens": self._limits.max_model_len},
+                self._backend,
+            ),
+        )
+        self.history = torch.zeros(slots, self._vocab_size, dtype=torch.int32, device=device)
+        self.reports = torch.zeros(
+            2 * self._limits.max_num_seqs, self.reports.shape[1], dtype=torch.int32, device=device
+        )
+
+    def _admit_lists(self, lists: _Lists, sequence: TokenSequence) -> None:
+        bias, prompt, slot = sequence.params.logit_bias, len(sequence.prompt_token_ids), sequence.slot
+        tokens = torch.tensor(sequence.token_ids)
+        places = torch.arange(len(tokens))
+        bound = lists.buffers.bind({"tokens": len(tokens)})
+        values = {
+            "slot": torch.tensor([slot]),
+            "bias_ids": torch.tensor([list(bias)], dtype=torch.int64),
+            "bias": torch.tensor([list(bias.values())], dtype=torch.float32),
+            "stop_ids": torch.tensor([self._barred(sequence.params)], dtype=torch.int64),
+            "tokens": tokens,
+            "prompt_slots": torch.where(places < prompt, slot, -1),
+            "output_slots": torch.where(places < prompt, -1, slot),
+        }
+        lists.buffers.load(bound, values)
+        on_device = bound.views
+        for name in ("bias_ids", "bias", "stop_ids"):
+            getattr(lists, name).index_copy_(0, on_device["slot"], on_device[name])
+        # Cached and preempted tokens belong to it too, so it starts from all that the sequence has.
+        start_history(self.history, on_device["slot"], on_device["tokens"], on_device["prompt_slots"])
+        count_tokens(self.history, on_device["output_slots"], on_device["tokens"])
+
+    def __call__(
+        self,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+        level: SamplingLevel,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        logits_rows: torch.Tensor,
+        scored_rows: torch.Tensor,
+        scored_tokens: torch.Tensor,
+        scored_slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sample: the end of the function that is captured.
+
+        Args:
+            logits_of: computes the logits of chosen tokens of the step, ``[chosen, vocab]``.
+            level: what to do.
+            slots: int64 ``[seqs]``: of each row; 0 for one that does not sample.
+            positions: int64 ``[seqs]``: of the token to draw.
+            logits_rows: int64 ``[seqs]``: the token of the step that each row samples after.
+            scored_rows: int64 ``[scored]``: the tokens of the step whose successors in the prompt are scored.
+            scored_tokens: int64 ``[scored]``: these successors.
+            scored_slots: int64 ``[scored]``: of their sequences; 0 for padding.
+
+        Returns:
+            The sampled tokens, int64 ``[seqs]``. Log-probabilities are left in ``reports``.
+        """
+        rows = len(logits_rows)
+        if level is SamplingLevel.SCORED:
+            all_logits = logits_of(torch.cat([logits_rows, scored_rows]))
+            logits, scored = all_logits[:rows], all_logits[rows:]
+        else:
+            logits = logits_of(logits_rows)
+        floats = _Floats[torch.Tensor]._make(self._floats.index_select(1, slots))
+        integers = _Integers[torch.Tensor]._make(self._integers.index_select(1, slots))
+        filters = None
+        if level >= SamplingLevel.FILTERED:
+            filters = Filters(integers.top_k.to(torch.int32), floats.top_p, floats.min_p)
+        if level < SamplingLevel.FULL:
+            tokens: torch.Tensor = sample(logits, floats.temperature, integers.seed, positions, filters)
+            return tokens
+        assert self._lists is not None, "admit() allocates before a step of this level runs"
+        lists = self._lists
+        adjustments = Adjustments(
+            floats.repetition_penalty,
+            floats.presence_penalty,
+            floats.frequency_penalty,
+            lists.bias_ids.index_select(0, integers.list_slot),
+            lists.bias.index_select(0, integers.list_slot),
+            lists.stop_ids.index_select(0, integers.list_slot),
+            integers.stop_from,
+        )
+        adjusted = adjust_logits(logits, positions, self.history, integers.history_slot, adjustments)
+        tokens = sample(adjusted, floats.temperature, integers.seed, positions, filters)
+        count_tokens(self.history, integers.history_slot, tokens)
+        wanted = integers.logprobs.to(torch.int32)
+        self.reports[:rows].copy_(_packed(log_probabilities(logits, tokens, wanted, self._top_n)))
+        if level is SamplingLevel.SCORED:
+            wanted = self._integers[-1].index_select(0, scored_slots).to(torch.int32)
+            packed = _packed(log_probabilities(scored, scored_tokens, wanted, self._top_n))
+            at = self._limits.max_num_seqs
+            self.reports[at : at + len(packed)].copy_(packed)
+        return tokens
+
+
+def _packed(logs: LogProbabilities) -> torch.Tensor:
+    """Return one int32 row for each: the chosen one's bits, its rank, the top ids, the bits of theirs."""
+    return torch.cat(
+        [
+            logs.chosen.view(torch.int32).unsqueeze(1),
+            logs.rank.to(torch.int32).unsqueeze(1),
+            logs.top_ids.to(torch.int32),
+            logs.top.view(torch.int32),
+        ],
+        dim=1,
+    )
+
+
+def unpacked(reports: torch.Tensor, tokens: Sequence[int]) -> list[TokenLogprobs]:
+    """Read the reports of some rows on the host.
+
+    Args:
+        reports: int32 ``[rows, 2 + 2 * top_n]`` as in ``Sampler.reports``.
+        tokens: the chosen token of each row.
+
+    Returns:
+        For each row, the log-probability and the rank of the chosen token and of the most likely ones, by token id.
+    """
+    top_n = reports.shape[1] // 2 - 1
+    ids = reports[:, 2 : 2 + top_n].tolist()
+    logs = reports[:, 2 + top_n :].view(torch.float32).tolist()
+    chosen = reports[:, 0].view(torch.float32).tolist()
+    ranks = reports[:, 1].tolist()
+    return [
+        {token: (chosen[row], ranks[row])}
+        | {top: (log, place) for place, (top, log) in enumerate(zip(ids[row], logs[row], strict=True), 1) if top >= 0}
+        for row, token in enumerate(tokens)
+    ]
