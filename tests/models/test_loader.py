@@ -140,3 +140,38 @@ def test_a_model_that_cannot_be_paged_is_refused_before_its_weights_are_read(
     (tmp_path / "model.safetensors").write_text("never read")
     with pytest.raises(ModelError, match=words):
         load(tmp_path)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """Tied weights in many files."""
+    config = Qwen3Config(**{**SMALL, "num_hidden_layers": 6, "vocab_size": 500}, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    return tmp_path
+
+
+def test_weights_come_from_all_shards_and_tied_ones_stay_one(sharded: Path, device: str) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(sharded, dtype=torch.float32)
+    loaded = load_model(sharded, device=torch.device(device), dtype=torch.float32)
+    names = dict(loaded.model.named_parameters())
+    assert names.keys() == dict(expected.named_parameters()).keys()
+    for name, parameter in expected.named_parameters():
+        assert names[name].device.type == device
+        assert torch.equal(names[name].cpu(), parameter)
+    model = loaded.model
+    assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+@pytest.mark.gpu
+def test_loading_takes_the_memory_of_the_weights_and_at_most_a_shard(sharded: Path) -> None:
+    config = AutoConfig.from_pretrained(sharded)
+    config.hidden_size, config.vocab_size = 1024, 50_000
+    folder = sharded / "larger"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="30MB")
+    shards = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loaded = load_model(folder, device=torch.device("cuda", 0), dtype=torch.float32)
+    assert torch.cuda.max_memory_allocated() - before <= sum(shards) + max(shards)
+    assert loaded.model.device.type == "cuda"

@@ -90,14 +90,16 @@ def load_model(
         with device:
             model = _read(partial(AutoModelForCausalLM.from_config, config, **options), name, "config.json")
     else:
-        load = partial(AutoModelForCausalLM.from_pretrained, name, output_loading_info=True, **options)
+        # Each tensor goes from its shard to the device: the host never holds the weights.
+        load = partial(
+            AutoModelForCausalLM.from_pretrained, name, output_loading_info=True, device_map={"": device}, **options
+        )
         model, report = _read(load, name, "the weights")
         if report["missing_keys"]:
             raise ModelError(
                 f"{name}: the weights lack {', '.join(sorted(report['missing_keys']))}, which config.json asks for; "
                 "the two are not of the same model"
             )
-        model.to(device)
     model.eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
