@@ -1,22 +1,31 @@
 """The kernels of a step, each in Triton beside its PyTorch reference; the tensors' device chooses."""
 
 from graphmode.kernels.attention import paged_attention
+from graphmode.kernels.few_rows import linear_add, norm_linear
 from graphmode.kernels.filters import Filters
 from graphmode.kernels.history import count_tokens, start_history
 from graphmode.kernels.kv_cache import write_kv
 from graphmode.kernels.logits import Adjustments, adjust_logits
 from graphmode.kernels.logprobs import LogProbabilities, log_probabilities
+from graphmode.kernels.norm import rms_norm, silu_mul
+from graphmode.kernels.rotary import Rotation, rotate_and_cache
 from graphmode.kernels.sampling import sample
 
 __all__ = [
     "Adjustments",
     "Filters",
     "LogProbabilities",
+    "Rotation",
     "adjust_logits",
     "count_tokens",
+    "linear_add",
     "log_probabilities",
+    "norm_linear",
     "paged_attention",
+    "rms_norm",
+    "rotate_and_cache",
     "sample",
+    "silu_mul",
     "start_history",
     "write_kv",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,6 +19,11 @@ def _load(name: str) -> Any:
 
 triton: Any = _load("triton")
 tl: Any = _load("triton.language")
+
+_cuda: Any = _load("triton.language.extra.cuda")
+# Programmatic dependent launch: let the next kernel start, and wait for the one before (CUDA programming guide, 6.2.8.2).
+gdc_launch_dependents: Any = getattr(_cuda, "gdc_launch_dependents", None)
+gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
 
 if TYPE_CHECKING:
     constexpr: TypeAlias = Any
@@ -49,6 +55,19 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Return whether the public functions take the Triton kernel for tensors on this tensor's device."""
     return triton is not None and tensor.device.type in _TRITON_DEVICES
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Return whether kernels on a device may start before the one ahead of them has ended, and wait for it themselves."""
+    if gdc_wait is None or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Return the options with which a kernel that waits for the one before it is launched on a device."""
+    return {"early": True, "launch_pdl": True} if launches_early(device) else {"early": False}
 
 
 def next_power_of_2(n: int) -> int:
