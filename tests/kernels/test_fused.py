@@ -8,7 +8,8 @@ import torch
 from graphmode.kernels import few_rows, norm, rotary
 from graphmode.kernels.rotary import Rotation
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SIZES = [(1, 64, 48), (1, 1536, 10), (2, 768, 130), (16, 80, 70), (7, 2048, 6)]
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -22,7 +23,8 @@ def exact_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tenso
     return x.double() * (x.double().pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16])
+# The interpreter multiplies bfloat16 matrices wrongly.
+@pytest.fixture(params=[torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
@@ -46,9 +48,7 @@ def test_silu_mul(implementation: str, random, rows: int, size: int, nan_memory:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "hidden", "out"), [(1, 64, 48), (1, 1536, 10), (2, 768, 130), (16, 80, 70), (7, 2048, 6)]
-)
+@pytest.mark.parametrize(("rows", "hidden", "out"), SIZES)
 def test_norm_linear(
     implementation: str, random, rows: int, hidden: int, out: int, gated: bool, nan_memory: None
 ) -> None:
@@ -60,9 +60,7 @@ def test_norm_linear(
     close(getattr(few_rows, f"norm_linear_{implementation}")(x, scale, weight, 1e-6, gated=gated), expected)
 
 
-@pytest.mark.parametrize(
-    ("rows", "width", "out"), [(1, 64, 48), (1, 1536, 10), (2, 768, 130), (16, 80, 70), (7, 2048, 6)]
-)
+@pytest.mark.parametrize(("rows", "width", "out"), SIZES)
 def test_linear_add(implementation: str, random, rows: int, width: int, out: int) -> None:
     x, h, weight = random(rows, out), random(rows, width), random(out, width)
     expected = x.double() + h.double() @ weight.double().T

@@ -21,7 +21,7 @@ triton: Any = _load("triton")
 tl: Any = _load("triton.language")
 
 _cuda: Any = _load("triton.language.extra.cuda")
-# Programmatic dependent launch: let the next kernel start, and wait for the one before (CUDA programming guide, 6.2.8.2).
+# Programmatic dependent launch (CUDA programming guide): let the next kernel start; wait for the one before.
 gdc_launch_dependents: Any = getattr(_cuda, "gdc_launch_dependents", None)
 gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
 
@@ -59,7 +59,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def launches_early(device: torch.device) -> bool:
-    """Return whether kernels on a device may start before the one ahead of them has ended, and wait for it themselves."""
+    """Return whether kernels on a device may start before the one ahead has ended, and wait for it themselves."""
     if gdc_wait is None or device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] >= 9
