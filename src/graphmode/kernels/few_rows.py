@@ -204,7 +204,7 @@ def _norm_linear_kernel(  # type: ignore[no-untyped-def]
         at = m[:, None] * hidden + start + k[None, :]
         row = tl.load(x + at, mask=(m < rows)[:, None] & (start + k < hidden)[None, :], other=0.0).to(tl.float32)
         squares += tl.sum(row * row, 1)
-        row = (row * scale.to(tl.float32)[None, :]).to(x.dtype.element_ty)
+        row = row * scale.to(tl.float32)[None, :]
         total = _accumulate(total, row, tile, block_m)
         if gated:
             total_up = _accumulate(total_up, row, second, block_m)
@@ -267,4 +267,4 @@ def _accumulate(total, row, tile, block_m: constexpr):  # type: ignore[no-untype
     if block_m == 1:
         products = tile.to(tl.float32) * row.to(tl.float32)
         return total + tl.sum(products, 1)[None, :]
-    return tl.dot(row, tl.trans(tile), total, input_precision="ieee")
+    return tl.dot(row.to(tile.dtype), tl.trans(tile), total, input_precision="ieee")
