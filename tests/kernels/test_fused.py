@@ -53,11 +53,14 @@ def test_norm_linear(
     implementation: str, random, rows: int, hidden: int, out: int, gated: bool, nan_memory: None
 ) -> None:
     x, weight, scale = random(rows, hidden), random(out, hidden), random(hidden)
+    bias = random(out) if out > 50 else None
     expected = exact_norm(x, scale, 1e-6) @ weight.double().T
+    if bias is not None:
+        expected += bias.double()
     if gated:
         gate, up = expected.chunk(2, dim=1)
         expected = gate * gate.sigmoid() * up
-    close(getattr(few_rows, f"norm_linear_{implementation}")(x, scale, weight, 1e-6, gated=gated), expected)
+    close(getattr(few_rows, f"norm_linear_{implementation}")(x, scale, weight, bias, 1e-6, gated=gated), expected)
 
 
 @pytest.mark.parametrize(("rows", "width", "out"), SIZES)
@@ -74,7 +77,7 @@ def test_rows_do_not_depend_on_each_other(implementation: str, random, rows: int
     x, weight, scale, h, down = random(rows, 256), random(64, 256), random(256), random(rows, 64), random(256, 64)
 
     def run(x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        result = getattr(few_rows, f"norm_linear_{implementation}")(x, scale, weight, 1e-6)
+        result = getattr(few_rows, f"norm_linear_{implementation}")(x, scale, weight, None, 1e-6)
         x = x.clone()
         getattr(few_rows, f"linear_add_{implementation}")(x, h, down)
         return result[0], x[0]
@@ -156,7 +159,7 @@ def test_sizes_of_a_real_model_on_a_gpu(rows: int) -> None:
         expected = x.double() + expected_h @ down.double().T
         for _ in range(20):
             result = x.clone()
-            h = few_rows.norm_linear(result, scale, up, 1e-6, gated=True)
+            h = few_rows.norm_linear(result, scale, up, None, 1e-6, gated=True)
             few_rows.linear_add(result, h, down)
             close(h, expected_h)
             close(result, expected)

@@ -38,6 +38,7 @@ class EngineOptions:
         max_num_batched_tokens: tokens in a step; default 2048, on a CPU 256.
         kv_cache_memory: bytes of the KV cache; default: what all rows can use, if the device has it.
         enable_prefix_caching: prompts use the KV blocks of earlier sequences that begin alike.
+        fuse: recognised layers compute with fewer kernels over the same weights.
         seed: of the requests that have none.
         strict: a capture that fails ends the start-up, instead of leaving that size to run eagerly.
     """
@@ -55,6 +56,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
+    fuse: bool = True
     seed: int = 0
     strict: bool = False
 

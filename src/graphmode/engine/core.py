@@ -24,6 +24,7 @@ from graphmode.engine.scheduler import Batch, Scheduler
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import StepResult, StepRunner, StepUnderWay
 from graphmode.graph import InputError, get_backend
+from graphmode.models.fused import fuse
 from graphmode.models.loader import load_model
 from graphmode.models.rotary import fix_rotary_embeddings
 
@@ -108,6 +109,7 @@ class Engine:
         shape, dtype = self.loaded.shape, self.loaded.model.dtype
         self.limits = resolve_limits(options, shape.max_positions, self.device)
         fix_rotary_embeddings(self.loaded.model, self.limits.max_model_len)
+        self.fused_layers = fuse(self.loaded.model, self.limits.max_model_len) if options.fuse else 0
         mode = options.resolved_graph_mode
         buckets = None if mode == "none" else resolve_buckets(options, self.limits)
         num_blocks = choose_num_blocks(shape, dtype, self.limits, self.device, options.kv_cache_memory)

@@ -24,15 +24,27 @@ from graphmode.kernels._triton import (
 MAX_ROWS = 16
 
 
+def runs_few_rows(x: torch.Tensor) -> bool:
+    """Return whether a step's rows ``[rows, hidden]`` are so few that these kernels beat matrix products."""
+    return x.shape[0] <= MAX_ROWS and runs_triton(x)
+
+
 def norm_linear(
-    x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, *, gated: bool = False
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    gated: bool = False,
 ) -> torch.Tensor:
-    """Return ``rms_norm(x) @ weight.T``, or of that, as gate and up, ``silu(gate) * up``.
+    """Return ``rms_norm(x) @ weight.T + bias``, or of that, as gate and up, ``silu(gate) * up``.
 
     Args:
         x: ``[rows, hidden]``, at most 16 rows, float32, bfloat16 or float16, contiguous.
         norm: ``[hidden]``: weight of the RMS norm, in ``x``'s dtype.
         weight: ``[out, hidden]``, contiguous, in ``x``'s dtype; with ``gated``, gate before up.
+        bias: ``[out]`` in ``x``'s dtype; None for none.
         eps: of the norm.
         gated: whether the result goes through SwiGLU.
 
@@ -44,9 +56,11 @@ def norm_linear(
     """
     _require_rows("x", x, weight)
     require_tensor("norm", norm, shape=x.shape[1:], dtypes=(x.dtype,), like=x)
+    if bias is not None:
+        require_tensor("bias", bias, shape=weight.shape[:1], dtypes=(x.dtype,), like=x)
     require(not gated or weight.shape[0] % 2 == 0, "weight", f"of {weight.shape[0]} rows", "gate and up, of one size")
     run = norm_linear_triton if runs_triton(x) else norm_linear_reference
-    return run(x, norm, weight, eps, gated=gated)
+    return run(x, norm, weight, bias, eps, gated=gated)
 
 
 def linear_add(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
@@ -76,12 +90,20 @@ def _require_rows(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def norm_linear_reference(
-    x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, *, gated: bool = False
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    gated: bool = False,
 ) -> torch.Tensor:
     """Do as :func:`norm_linear` in PyTorch."""
     values = x.float()
     scale = values.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
     result = (values * scale * norm.float()) @ weight.float().T
+    if bias is not None:
+        result = result + bias.float()
     if gated:
         gate, up = result.chunk(2, dim=1)
         result = torch.nn.functional.silu(gate) * up
@@ -116,7 +138,13 @@ def _blocks(out: int, size: int, tiles: int) -> tuple[int, int]:
 
 
 def norm_linear_triton(
-    x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, eps: float, *, gated: bool = False
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    gated: bool = False,
 ) -> torch.Tensor:
     """Do as :func:`norm_linear` in Triton."""
     rows, hidden = x.shape
@@ -128,6 +156,7 @@ def norm_linear_triton(
             x,
             norm,
             weight,
+            bias,
             out,
             eps,
             rows,
@@ -173,6 +202,7 @@ def _norm_linear_kernel(  # type: ignore[no-untyped-def]
     x,
     norm,
     weight,
+    bias,
     out,
     eps,
     rows,
@@ -217,8 +247,13 @@ def _norm_linear_kernel(  # type: ignore[no-untyped-def]
             scale = tl.load(norm + after + k, mask=after + k < hidden, other=0.0)
     factor = (1.0 / tl.sqrt(squares / hidden + eps))[:, None]
     total *= factor
+    total_up *= factor
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < size, other=0.0).to(tl.float32)[None, :]
+        if gated:
+            total_up += tl.load(bias + size + n, mask=n < size, other=0.0).to(tl.float32)[None, :]
     if gated:
-        total = total / (1.0 + tl.exp(-total)) * (total_up * factor)
+        total = total / (1.0 + tl.exp(-total)) * total_up
     tl.store(
         out + m[:, None] * size + n[None, :],
         total.to(out.dtype.element_ty),

@@ -51,6 +51,32 @@ class AttentionBatch:
     piecewise: bool = False
 
 
+def attend(
+    query: torch.Tensor,
+    cache: LayerCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend to the cache, which holds the new keys and values. Arguments and result as of :func:`cached_attention`."""
+    output: torch.Tensor = paged_attention(
+        query,
+        cache.keys,
+        cache.values,
+        batch.block_tables,
+        batch.cu_query_lens,
+        batch.kv_lens,
+        scale=scale,
+        max_query_len=batch.max_query_len,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+    )
+    return output
+
+
 def cached_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -79,22 +105,10 @@ def cached_attention(
         ``[tokens, q_heads, head_dim]``.
     """
     write_kv(key, value, cache.keys, cache.values, batch.slot_mapping)
-    output: torch.Tensor = paged_attention(
-        query,
-        cache.keys,
-        cache.values,
-        batch.block_tables,
-        batch.cu_query_lens,
-        batch.kv_lens,
-        scale=scale,
-        max_query_len=batch.max_query_len,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-    )
-    return output
+    return attend(query, cache, batch, scale, window, soft_cap, sinks)
 
 
+attend_outside_graph = outside_graph(attend)
 _attention_outside_graph = outside_graph(cached_attention)
 
 

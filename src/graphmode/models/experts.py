@@ -8,6 +8,8 @@ depend on padding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +52,19 @@ def share_real_rows(model: PreTrainedModel) -> None:
         module.real_rows = rows  # type: ignore[assignment]
     model.register_forward_pre_hook(rows.enter, with_kwargs=True)
     model.register_forward_hook(rows.leave, always_call=True)
+
+
+@contextmanager
+def real_rows(module: torch.nn.Module, batch: Any) -> Iterator[None]:
+    """Let the experts inside ``module`` know the rows of a batch, where it is called without its model."""
+    known: list[Any] = [each.real_rows for each in module.modules() if hasattr(each, "real_rows")]
+    for rows in known:
+        rows.mask = batch.slot_mapping >= 0
+    try:
+        yield
+    finally:
+        for rows in known:
+            rows.mask = None
 
 
 def experts_hook(

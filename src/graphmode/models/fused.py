@@ -1,0 +1,332 @@
+"""Fused layers: recognised decoder layers compute with a few kernels over the weights that they have.
+
+A layer is recognised by its parts, and replaced only if it gives what its own code gives: both run on a few random
+tokens at load. Its modules stay, with their weights as views of merged ones; only what their ``forward`` does changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from graphmode.kernels import Rotation, linear_add, norm_linear, rms_norm, rotate_and_cache, silu_mul
+from graphmode.kernels.few_rows import runs_few_rows
+from graphmode.models.attention import AttentionBatch, LayerCache, attend, attend_outside_graph, sliding_window
+from graphmode.models.experts import real_rows
+
+log = logging.getLogger(__name__)
+
+_CHECK_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: its weight ``[size]`` and what is added to the mean of squares."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A decoder layer: attention and a gated feed-forward network, each after a norm and added to the residual.
+
+    Attributes:
+        index: its number among the layers.
+        input_norm: before attention.
+        qkv: merged weight of the projections, ``[(q_heads + 2 * kv_heads) * head_dim, hidden]``.
+        qkv_bias: of them, ``[out]``; None for none.
+        head_norms: of query and key heads; None where there are none.
+        head_dim: elements of a head.
+        scale: of the scores.
+        window: of sliding-window attention.
+        output: weight of the output projection, ``[hidden, q_heads * head_dim]``.
+        mlp_norm: before the feed-forward network.
+        gate_up: merged weight of its gate and up projections, ``[2 * size, hidden]``; None where ``experts`` is in its
+            place.
+        down: weight of its down projection, ``[hidden, size]``; None likewise.
+        experts: a module for another kind of network; None for this kind.
+        rotation: of queries and keys.
+    """
+
+    index: int
+    input_norm: Norm
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    head_norms: tuple[Norm, Norm] | None
+    head_dim: int
+    scale: float
+    window: int | None
+    output: torch.Tensor
+    mlp_norm: Norm
+    gate_up: torch.Tensor | None
+    down: torch.Tensor | None
+    experts: nn.Module | None
+    rotation: Rotation
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        *args: object,
+        position_ids: torch.Tensor,
+        attention_batch: AttentionBatch,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """Compute the layer, in place: ``hidden_states`` is ``[1, tokens, hidden]``, and is returned."""
+        x = hidden_states[0]
+        few = runs_few_rows(x)
+        self._attention(x, position_ids[0], attention_batch, few)
+        if self.experts is not None:
+            x += self.experts(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps).unsqueeze(0))[0]
+            return hidden_states
+        assert self.gate_up is not None
+        assert self.down is not None
+        if few:
+            h = norm_linear(x, self.mlp_norm.weight, self.gate_up, None, self.mlp_norm.eps, gated=True)
+            linear_add(x, h, self.down)
+        else:
+            h = nn.functional.linear(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps), self.gate_up)
+            x.addmm_(silu_mul(h), self.down.T)
+        return hidden_states
+
+    def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> None:
+        norm = self.input_norm
+        if few:
+            qkv = norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps)
+        else:
+            qkv = nn.functional.linear(rms_norm(x, norm.weight, norm.eps), self.qkv, self.qkv_bias)
+        cache = batch.caches[self.index]
+        q_norm, k_norm = (None, None) if self.head_norms is None else (norm.weight for norm in self.head_norms)
+        eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
+        queries = rotate_and_cache(
+            qkv, q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping
+        )
+        run = attend_outside_graph if batch.piecewise else attend
+        heads = run(queries, cache, batch, self.scale, self.window, None, None).flatten(1)
+        if few:
+            linear_add(x, heads, self.output)
+        else:
+            x.addmm_(heads, self.output.T)
+
+
+@dataclass(frozen=True)
+class FusedHead:
+    """The final norm and the projection to logits."""
+
+    norm: Norm
+    weight: torch.Tensor
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[1, rows, vocab]`` of hidden states ``[1, rows, hidden]`` before the final norm."""
+        x = hidden_states[0].contiguous()
+        if runs_few_rows(x):
+            return norm_linear(x, self.norm.weight, self.weight, None, self.norm.eps).unsqueeze(0)
+        return nn.functional.linear(rms_norm(x, self.norm.weight, self.norm.eps), self.weight).unsqueeze(0)
+
+
+def fuse(model: PreTrainedModel, max_model_len: int) -> int:
+    """Fuse the layers of a model that are recognised and give what they gave; log what is not and why.
+
+    Args:
+        model: a decoder of transformers, on its device, with graphmode's attention.
+        max_model_len: the positions that rotation is computed for, from 0.
+
+    Returns:
+        How many layers are fused.
+    """
+    text: Any = getattr(model, model.base_model_prefix, None)
+    if reason := _why_not(model, text):
+        log.info("layers are not fused: %s", reason)
+        return 0
+    for index, layer in enumerate(text.layers):
+        if reason := _why_not_layer(layer):
+            log.info("layers are not fused: of layer %d, %s", index, reason)
+            return 0
+    cos, sin = _rotation_tables(text.rotary_emb, model, max_model_len)
+    fused: list[FusedLayer] = []
+    for index, layer in enumerate(text.layers):
+        parts = _merge(layer, index, Rotation(cos, sin))
+        positions = torch.arange(max_model_len - _CHECK_TOKENS, max_model_len, device=model.device).clamp(min=0)
+        alike = [each for each in _rotated_both_ways(parts) if _agrees(layer, each, text.rotary_emb, positions)]
+        if not alike:
+            log.info("layers are not fused: layer %d gives other results when it is", index)
+            return 0
+        fused.append(alike[0])
+    for layer, parts in zip(text.layers, fused, strict=True):
+        layer.forward = parts
+    rotation = fused[0].rotation
+    text.rotary_emb.forward = lambda *args, **kwargs: rotation
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    head.forward = FusedHead(_norm(text.norm), head.weight.data)  # type: ignore[method-assign, assignment]
+    text.norm.forward = _unchanged
+    log.info("%d layers are fused", len(fused))
+    return len(fused)
+
+
+def _unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Stand for the final norm, which the head does."""
+    return hidden_states
+
+
+def _why_not(model: Any, text: Any) -> str:
+    """Return why a model cannot be fused as far as its outermost parts say; empty if it can."""
+    for name in ("layers", "norm", "rotary_emb", "embed_tokens"):
+        if not isinstance(getattr(text, name, None), nn.Module):
+            return f"the model has no {name}"
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return "the head is not one matrix"
+    if not _is_norm(text.norm, text.norm.weight.shape[0] if hasattr(text.norm, "weight") else 0):
+        return f"the final norm is {type(text.norm).__name__}"
+    if list(inspect.signature(text.rotary_emb.forward).parameters) != ["x", "position_ids"]:
+        return "rotation is of several kinds"
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if "mrope_section" in rope or any(isinstance(value, dict) for value in rope.values()):
+        return "positions are of several kinds"
+    return ""
+
+
+def _why_not_layer(layer: Any) -> str:
+    """Return why a layer's parts are not those of a fused one; empty if they are."""
+    names = {name for name, _ in layer.named_children()}
+    if names != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return f"its parts are {', '.join(sorted(names))}"
+    attention = layer.self_attn
+    parts = dict(attention.named_children())
+    if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= parts.keys() <= {
+        "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"
+    }:  # fmt: skip
+        return f"its attention has {', '.join(sorted(parts))}"
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        if type(parts[name]) is not nn.Linear:
+            return f"its {name} is {type(parts[name]).__name__}"
+    biased = {parts[name].bias is not None for name in ("q_proj", "k_proj", "v_proj")}
+    if attention.o_proj.bias is not None or len(biased) > 1:
+        return "its projections have biases of another kind"
+    if not isinstance(getattr(attention, "head_dim", None), int) or not hasattr(attention, "scaling"):
+        return "its attention does not say its head_dim and scaling"
+    if ("q_norm" in parts) != ("k_norm" in parts):
+        return "only queries or only keys have a norm"
+    if "q_norm" in parts and not all(_is_norm(parts[name], attention.head_dim) for name in ("q_norm", "k_norm")):
+        return "its norms of heads are of another kind"
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        if not _is_norm(getattr(layer, name), attention.q_proj.in_features):
+            return f"its {name} is of another kind"
+    return ""
+
+
+def _is_norm(module: nn.Module, size: int) -> bool:
+    """Return whether a module has the parts of an RMS norm of ``size`` elements."""
+    names = dict(module.named_parameters())
+    return names.keys() == {"weight"} and names["weight"].shape == (size,) and hasattr(module, "variance_epsilon")
+
+
+def _is_gated_mlp(mlp: Any) -> bool:
+    parts = dict(mlp.named_children())
+    return (
+        parts.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+        and isinstance(parts["act_fn"], (nn.SiLU, type(ACT2FN["silu"])))
+        and all(type(parts[name]) is nn.Linear and parts[name].bias is None for name in parts.keys() - {"act_fn"})
+    )
+
+
+def _merge(layer: Any, index: int, rotation: Rotation) -> FusedLayer:
+    """Return the fused layer of a recognised one, whose own weights become views of the merged ones."""
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    passed = {"sliding_window": attention.sliding_window} if hasattr(attention, "sliding_window") else {}
+    gated = _is_gated_mlp(mlp)
+    return FusedLayer(
+        index=index,
+        input_norm=_norm(layer.input_layernorm),
+        qkv=_merged(projections, "weight"),
+        qkv_bias=None if projections[0].bias is None else _merged(projections, "bias"),
+        head_norms=(_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
+        head_dim=attention.head_dim,
+        scale=attention.scaling,
+        window=sliding_window(attention, passed),
+        output=attention.o_proj.weight.data,
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=_merged([mlp.gate_proj, mlp.up_proj], "weight") if gated else None,
+        down=mlp.down_proj.weight.data if gated else None,
+        experts=None if gated else mlp,
+        rotation=rotation,
+    )
+
+
+def _merged(modules: list[Any], name: str) -> torch.Tensor:
+    """Put one parameter of each module below the other, and point the modules at their parts."""
+    merged = torch.cat([getattr(module, name).data for module in modules])
+    start = 0
+    for module in modules:
+        size = len(getattr(module, name))
+        getattr(module, name).data = merged[start : start + size]
+        start += size
+    return merged
+
+
+def _rotated_both_ways(parts: FusedLayer) -> Iterator[FusedLayer]:
+    yield parts
+    yield replace(parts, rotation=parts.rotation._replace(interleaved=True))
+
+
+def _rotation_tables(rotary: Any, model: PreTrainedModel, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine of each position for each pair, float32 ``[positions, half]``."""
+    like = torch.empty(0, dtype=torch.float32, device=model.device)
+    cos, sin = rotary(like, torch.arange(positions, device=model.device).unsqueeze(0))
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+
+def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor) -> bool:
+    """Return whether a fused layer adds to random hidden states what the layer's own code adds, and caches the same."""
+    device, dtype = parts.qkv.device, parts.qkv.dtype
+    generator = torch.Generator().manual_seed(parts.index)
+    tokens = len(positions)
+    # Small, so that what the layer adds is not lost in the rounding of what it adds to; the norm makes up for it.
+    x = torch.randn(1, tokens, parts.qkv.shape[1], generator=generator).mul_(0.01).to(device, dtype)
+    kv_heads = layer.self_attn.k_proj.out_features // parts.head_dim
+    results = []
+    for run in (layer, parts):
+        cache = LayerCache(*torch.zeros(2, 1, 16, kv_heads, parts.head_dim, dtype=dtype, device=device))
+        batch = AttentionBatch(
+            slot_mapping=torch.arange(tokens, device=device),
+            block_tables=torch.zeros(1, 1, dtype=torch.int32, device=device),
+            cu_query_lens=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+            kv_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
+            max_query_len=tokens,
+            caches=[cache] * (parts.index + 1),
+        )
+        hidden = x.clone()
+        with torch.inference_mode(), real_rows(layer, batch):
+            embedded = rotary(hidden, positions.unsqueeze(0))
+            hidden = run(
+                hidden,
+                attention_mask=None,
+                position_ids=positions.unsqueeze(0),
+                past_key_values=None,
+                use_cache=False,
+                position_embeddings=embedded,
+                attention_batch=batch,
+            )
+        results.append([hidden - x, cache.keys, cache.values])
+    return all(
+        bool((other.float() - own.float()).norm() <= _TOLERANCE[dtype] * own.float().norm())
+        for own, other in zip(*results, strict=True)
+    )
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.data, module.variance_epsilon)
