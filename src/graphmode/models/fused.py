@@ -183,7 +183,7 @@ def _why_not(model: Any, text: Any) -> str:
         if not isinstance(getattr(text, name, None), nn.Module):
             return f"the model has no {name}"
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
+    if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
         return "the head is not one matrix"
     if not _is_norm(text.norm, text.norm.weight.shape[0] if hasattr(text.norm, "weight") else 0):
         return f"the final norm is {type(text.norm).__name__}"
