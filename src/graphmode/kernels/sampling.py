@@ -191,8 +191,9 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
             mask=index < end,
             other=float("-inf"),
         )
-        log_rate = tl.log(-tl.log(_uniform(key, index)))
-        score = value.to(tl.float32) * factor - tl.where(random, log_rate, 0.0)
+        score = value.to(tl.float32) * factor
+        if random:
+            score -= tl.log(-tl.log(_uniform(key, index)))
         if threshold is not None:
             score = tl.where(value.to(tl.float32) >= tl.load(threshold + row), score, float("-inf"))
         better = score > best  # False for NaN
