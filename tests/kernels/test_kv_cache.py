@@ -144,7 +144,7 @@ def test_public_function_on_a_gpu() -> None:
     [
         ("k", torch.zeros(4, 32), r"k has shape \[4, 32\], expected \[any, any, any\]"),
         ("k", torch.zeros(4, 2, 16, dtype=torch.int8), "k is torch.int8, expected torch.float32 or"),
-        ("v", torch.zeros(3, 2, 16), r"v has shape \[3, 2, 16\], expected \[4, 2, 16\]"),
+        ("v", torch.zeros(3, 2, 16), r"v has shape \[3, 2, 16\], expected \[4, any, any\]"),
         ("v", torch.zeros(4, 2, 16, dtype=torch.float16), "v is torch.float16, expected torch.float32"),
         ("k_cache", torch.zeros(3, 8, 4, 16), r"k_cache has shape .*, expected \[any, any, 2, 16\]"),
         ("k_cache", torch.zeros(3, 2, 8, 16).transpose(1, 2), "k_cache has strides .*, expected a contiguous"),
