@@ -54,8 +54,8 @@ def choose_one_by_one(batch: PagedBatch, weights: torch.Tensor, top_k: int) -> l
         keys = batch.k_cache.flatten(0, 2)[batch.slots_of(seq)].double()
         for position in range(len(keys) - query_len, len(keys)):
             scores = (batch.q[token].double() @ keys[: position + 1].T).relu().T @ weights[token].double()
-            order = sorted(range(position + 1), key=lambda key, scores=scores.tolist(): (-scores[key], key))
-            chosen.append(sorted(order[:top_k]))
+            order = sorted((-score, key) for key, score in enumerate(scores.tolist()))
+            chosen.append(sorted(key for _, key in order[:top_k]))
             token += 1
     return chosen
 

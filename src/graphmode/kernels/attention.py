@@ -352,9 +352,9 @@ _MAX_SPLITS = 32
 _MIN_SPLIT_KEYS = 256
 # Shared memory of one tile of keys or of values; three stages of both leave room for two programs.
 _TILE_BYTES = 16384
-# Bytes of the first part of a program's queries. With a latent cache of DeepSeek's sizes (512 + 64, bf16) a program has 64
-# rows of queries, 73,728 bytes, and two stages of 32 latents, 73,728 bytes: of the 232,448 bytes of shared memory that it
-# may have on H100, 147,456. Its sums, 64 * 512 float32, fill half the registers.
+# Bytes of the first part of a program's queries. With a latent cache of DeepSeek's sizes (512 + 64, bf16) a program has
+# 64 rows of queries, 73,728 bytes, and two stages of 32 latents, 73,728 bytes: of the 232,448 bytes of shared memory
+# that it may have on H100, 147,456. Its sums, 64 * 512 float32, fill half the registers.
 _QUERY_BYTES = 65536
 
 

@@ -1,12 +1,12 @@
 """The keys that a query attends to under sparse attention: the best by the scores of a small indexer.
 
-The score of key ``s`` for query ``t`` is ``sum over h of weights[t, h] * relu(q[t, h] . k[s])``: the lightning indexer of
-DeepSeek-V3.2 (https://github.com/deepseek-ai/DeepSeek-V3.2-Exp, the report's section 2.1). Index keys lie in a paged cache
-of their own, at the slots of the main one. The choice is exact and the same in every batch: keys of equal scores are
-taken in the order of their positions.
+The score of key ``s`` for query ``t`` is ``sum over h of weights[t, h] * relu(q[t, h] . k[s])``: the lightning indexer
+of DeepSeek-V3.2 (https://github.com/deepseek-ai/DeepSeek-V3.2-Exp, the report's section 2.1). Index keys lie in a
+paged cache of their own, at the slots of the main one. The choice is exact and the same in every batch: keys of equal
+scores are taken in the order of their positions.
 
-Scores of all keys that a sequence can have are held in memory, for as many tokens at a time as 64 MiB take, at least one:
-work and memory follow from shapes alone.
+Scores of all keys that a sequence can have are held in memory, for as many tokens at a time as 64 MiB take, at least
+one: work and memory follow from shapes alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def select_keys(
 ) -> torch.Tensor:
     """Return the positions of the ``top_k`` keys with the largest scores among those up to each token's own.
 
-    The new tokens' index keys must be in the cache already. A token at position ``p`` chooses among ``p + 1`` keys; where
-    these are no more than ``top_k``, it gets them all.
+    The new tokens' index keys must be in the cache already. A token at position ``p`` chooses among ``p + 1`` keys;
+    where these are no more than ``top_k``, it gets them all.
 
     Args:
         q: the indexer's queries, ``[tokens, heads, dim]``; float32, bfloat16 or float16, contiguous.
