@@ -103,7 +103,7 @@ def _project(
 
 
 def _rotate(x: torch.Tensor, rotation: _Rotation, size: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate ``size`` elements of ``[tokens, heads, dim]`` by the first half of ``cos`` and ``sin``, ``[tokens, 1, size]``."""
+    """Rotate ``size`` elements of each head of ``[tokens, heads, dim]`` by the angles of ``cos`` and ``sin``."""
     others = x.shape[-1] - size
     parts = x.split([size, others] if rotation.first else [others, size], dim=-1)
     turned, rest = parts if rotation.first else parts[::-1]
