@@ -21,6 +21,9 @@ ATTENTION_NAME = "graphmode"
 # dropout is for training.
 _WITHOUT_EFFECT = frozenset({"dropout", "position_ids", "output_router_logits", "logits_to_keep"})
 
+# The type of layers whose keys an indexer picks, by its name in newer and older versions of transformers.
+_SPARSE = ("indexed_attention", "deepseek_sparse_attention")
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -247,7 +250,7 @@ def attention_hook(
 
 def is_sparse(module: Any) -> bool:
     """Return whether the configuration says that the layer attends to picked keys alone."""
-    return _layer_type(module) == "indexed_attention"
+    return _layer_type(module) in _SPARSE
 
 
 def _layer_type(module: Any) -> str | None:
@@ -261,12 +264,12 @@ def sliding_window(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> int | 
     Most models pass it. Some only build masks by it, which this attention does not get: then the configuration says.
     """
     layer_type = _layer_type(module)
-    if layer_type not in (None, "full_attention", "sliding_attention", "indexed_attention"):
+    if layer_type not in (None, "full_attention", "sliding_attention", *_SPARSE):
         raise _refusal(module, f"is of type {layer_type!r}")
     window: int | None
     if "sliding_window" in kwargs:
         window = kwargs["sliding_window"]
-    elif layer_type in ("full_attention", "indexed_attention"):
+    elif layer_type in ("full_attention", *_SPARSE):
         window = None
     else:
         window = getattr(getattr(module, "config", None), "sliding_window", None)
