@@ -29,17 +29,16 @@ SMALL = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+# Every token takes every expert: another choice of experts, by a rounding in bfloat16, says nothing of attention.
+ALL_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
 LATENT = {  # multi-head latent attention, with sizes that are no powers of two
+    **ALL_EXPERTS,
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
     "kv_lora_rank": 20,
     "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 8,
     "v_head_dim": 10,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
     "moe_intermediate_size": 16,
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
@@ -74,8 +73,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("exaone4", {**HYBRID, "sliding_window_pattern": 2}),
     "glm": ("glm", {"head_dim": 8}),
     "gemma4, layers of two sizes": ("gemma4_text", {**HYBRID, "head_dim": 8, "global_head_dim": 16}),
-    "mimo_v2_flash, keys wider than values": ("mimo_v2_flash", {**HYBRID, "head_dim": 12, "v_head_dim": 8}),
-    "deepseek_v2": ("deepseek_v2", {**LATENT, "n_group": 1}),
+    "gemma4, layers that share keys and values": (
+        "gemma4_text",
+        {
+            **HYBRID,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_kv_shared_layers": 2,
+        },
+    ),
+    "mimo_v2_flash, keys wider than values": (
+        "mimo_v2_flash",
+        {**HYBRID, **ALL_EXPERTS, "head_dim": 12, "v_head_dim": 8},
+    ),
+    "deepseek_v2": ("deepseek_v2", LATENT),
     "deepseek_v3": ("deepseek_v3", {**LATENT, "rope_parameters": {**YARN, "mscale_all_dim": 1.0}}),
     "deepseek_v3, other ways": (
         "deepseek_v3",

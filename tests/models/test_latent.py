@@ -34,7 +34,7 @@ def shapes(model: PreTrainedModel) -> tuple[CacheShape, ...]:
 
 
 def test_a_layer_of_latents_caches_these_and_the_rotated_part() -> None:
-    assert shapes(make("deepseek_v2", **{**LATENT, "n_group": 1})) == (LATENT_CACHE,) * 2
+    assert shapes(make("deepseek_v2", **LATENT)) == (LATENT_CACHE,) * 2
     assert LATENT_CACHE.elements == RANK + ROPE
 
 
