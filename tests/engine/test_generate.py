@@ -50,7 +50,7 @@ def test_64_prompts_together_are_token_for_token_transformers_one_by_one(
         assert stats.hit_rate == 1.0
         assert stats.eager_steps == 0
         decode, mixed = (len(llm.engine.runner.graphs.policy.buckets[name]) for name in ("decode", "mixed"))
-        pieces = 1 + llm.engine.loaded.shape.layers
+        pieces = 1 + len(llm.engine.loaded.shape.caches)
         assert stats.graphs == (
             decode * (pieces if mode == "piecewise" else 1) + mixed * (1 if mode == "full" else pieces)
         )

@@ -20,7 +20,7 @@ class PagedBatch:
     cu_query_lens: torch.Tensor
     kv_lens: torch.Tensor
     query_lens: list[int]  # of the real sequences
-    options: dict[str, Any] = field(default_factory=dict)  # window, soft_cap, sinks
+    options: dict[str, Any] = field(default_factory=dict)  # window, soft_cap, sinks, selection
 
     @property
     def num_real_tokens(self) -> int:
@@ -65,10 +65,12 @@ class PagedBatch:
             v_cache=self.v_cache.clone(),
             block_tables=self.block_tables.clone(),
         )
+        if self.v_cache.data_ptr() == self.k_cache.data_ptr():
+            changed.v_cache = changed.k_cache[..., : self.v_cache.shape[3]]
         changed.q[self.num_real_tokens :] = value
         unseen = ~self.seen_slots()
         for cache in (changed.k_cache, changed.v_cache):
-            cache.flatten(0, 1)[unseen] = value
+            cache.view(-1, *cache.shape[2:])[unseen] = value
         block_size = self.k_cache.shape[1]
         first = torch.arange(self.block_tables.shape[1], device=self.q.device) * block_size
         changed.block_tables[first >= self.kv_lens.unsqueeze(1)] = entry
@@ -86,6 +88,8 @@ def make_batch(
     q_heads: int = 4,
     kv_heads: int = 2,
     head_dim: int = 32,
+    value_dim: int | None = None,
+    values_in_keys: bool = False,
     block_size: int = 16,
     max_len: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -94,8 +98,12 @@ def make_batch(
     window: int | None = None,
     soft_cap: float | None = None,
     with_sinks: bool = False,
+    top_k: int | None = None,
 ) -> PagedBatch:
-    """A batch padded to ``tokens`` and ``seqs``; NaN and garbage wherever nothing is to be read."""
+    """A batch padded to ``tokens`` and ``seqs``; NaN and garbage wherever nothing is to be read.
+
+    With ``top_k`` each token sees as many keys, chosen at random.
+    """
     random = torch.Generator().manual_seed(seed)
     tokens = sum(query_lens) if tokens is None else tokens
     seqs = len(query_lens) if seqs is None else seqs
@@ -113,15 +121,32 @@ def make_batch(
         return torch.randn(shape, generator=noise, device=device).to(dtype)
 
     padding = seqs - len(query_lens)
+    q = normal(tokens, q_heads, head_dim)
+    k_cache = normal(num_blocks, block_size, kv_heads, head_dim)
+    value_dim = value_dim or head_dim
+    v_cache = k_cache[..., :value_dim] if values_in_keys else normal(num_blocks, block_size, kv_heads, value_dim)
+    selection = None
+    if top_k is not None:
+        positions = [kv - new + i for new, kv in zip(query_lens, kv_lens, strict=True) for i in range(new)]
+        selection = torch.full((tokens, top_k), GARBAGE, dtype=torch.int32)
+        for token, position in enumerate(positions):
+            picked = torch.randperm(position + 1, generator=random)[:top_k].sort().values
+            selection[token, : len(picked)] = picked.int()
+        selection = selection.to(device)
     batch = PagedBatch(
-        q=normal(tokens, q_heads, head_dim),
-        k_cache=normal(num_blocks, block_size, kv_heads, head_dim),
-        v_cache=normal(num_blocks, block_size, kv_heads, head_dim),
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
         block_tables=block_tables.to(device),
         cu_query_lens=torch.tensor([0, *query_lens, *[0] * padding], device=device).cumsum(0).int(),
         kv_lens=torch.tensor([*kv_lens, *[0] * padding], dtype=torch.int32, device=device),
         query_lens=list(query_lens),
-        options={"window": window, "soft_cap": soft_cap, "sinks": normal(q_heads) * 2 if with_sinks else None},
+        options={
+            "window": window,
+            "soft_cap": soft_cap,
+            "sinks": normal(q_heads) * 2 if with_sinks else None,
+            "selection": selection,
+        },
     )
     return batch.with_unused(float("nan"), GARBAGE)
 
@@ -143,6 +168,11 @@ def attend_one_by_one(batch: PagedBatch, dtype: torch.dtype = torch.float64) -> 
         key = torch.arange(len(slots), device=slots.device)
         position = key[len(slots) - query_len :].unsqueeze(1)
         hidden = key > position if window is None else (key > position) | (key <= position - window)
+        if (selection := batch.options.get("selection")) is not None:
+            for row in range(query_len):
+                used = selection[start + row, : int(position[row]) + 1].long()
+                hidden[row] = True
+                hidden[row, used] = False
         scores.masked_fill_(hidden, float("-inf"))
         if sinks is not None:
             scores = torch.cat([scores, sinks.to(dtype).view(-1, 1, 1).expand(-1, query_len, 1)], -1)

@@ -32,7 +32,7 @@ def run(attend, batch: PagedBatch, **options) -> torch.Tensor:
 def check(attend, batch: PagedBatch, **options) -> None:
     """Real rows are right although everything unused is poisoned; padding rows are zero."""
     output = run(attend, batch, **options)
-    assert output.shape == batch.q.shape
+    assert output.shape == (*batch.q.shape[:2], batch.v_cache.shape[3])
     assert output.dtype == batch.q.dtype
     real = batch.num_real_tokens
     expected = attend_one_by_one(batch)
@@ -70,6 +70,72 @@ def test_head_shapes(paged_attention, kernel_device: str, heads, lens) -> None:
     q_heads, kv_heads, head_dim = heads
     shape = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim}
     check(paged_attention, make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, **shape, device=kernel_device))
+
+
+SIZES = {  # of keys and values, and whether values are the first elements of keys
+    "latents, 576 of which 512": {"head_dim": 576, "value_dim": 512, "values_in_keys": True},
+    "latents, odd": {"head_dim": 44, "value_dim": 24, "values_in_keys": True},
+    "latents with nothing beside": {"head_dim": 32, "value_dim": 32, "values_in_keys": True},
+    "wider keys": {"head_dim": 192, "value_dim": 128},
+    "much wider keys": {"head_dim": 96, "value_dim": 16},
+    "wider values": {"head_dim": 16, "value_dim": 80},
+}
+
+
+@pytest.mark.parametrize("top_k", [None, 20], ids=["all keys", "twenty keys"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
+def test_keys_and_values_of_different_size(paged_attention, kernel_device: str, sizes, lens, top_k) -> None:
+    query_lens, kv_lens, tokens, seqs = lens
+    batch = make_batch(
+        query_lens,
+        kv_lens,
+        tokens=tokens,
+        seqs=seqs,
+        q_heads=6,
+        kv_heads=1,
+        top_k=top_k,
+        max_len=200,
+        device=kernel_device,
+        **sizes,
+    )
+    check(paged_attention, batch)
+
+
+@pytest.mark.parametrize("top_k", [None, 40], ids=["all keys", "forty keys"])
+@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
+def test_more_query_heads_than_a_program_takes(kernel_device: str, lens, top_k) -> None:
+    query_lens, kv_lens, tokens, seqs = lens
+    sizes = {"head_dim": 576, "value_dim": 512, "values_in_keys": True, "q_heads": 70, "kv_heads": 1}
+    batch = make_batch(
+        query_lens, kv_lens, tokens=tokens, seqs=seqs, max_len=200, top_k=top_k, device=kernel_device, **sizes
+    )
+    check(paged_attention_triton, batch)
+
+
+@pytest.mark.parametrize("extras", [{"kv_heads": 2, "soft_cap": 1.5, "with_sinks": True}, {"kv_heads": 4}])
+@pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
+def test_selected_keys(paged_attention, kernel_device: str, lens, extras) -> None:
+    query_lens, kv_lens, tokens, seqs = lens
+    batch = make_batch(
+        query_lens, kv_lens, tokens=tokens, seqs=seqs, block_size=3, top_k=33, device=kernel_device, **extras
+    )
+    check(paged_attention, batch)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+def test_split_selection(kernel_device: str, splits: int) -> None:
+    batch = make_batch([1, 1, 1], [1, 300, 150], top_k=200, head_dim=48, value_dim=32, device=kernel_device)
+    check(paged_attention_triton, batch, splits=splits)
+    batch = make_batch([1, 7], [150, 260], tokens=10, seqs=3, top_k=200, device=kernel_device)
+    check(paged_attention_triton, batch, splits=splits)
+
+
+def test_selecting_every_key_is_attention_to_all(paged_attention, kernel_device: str) -> None:
+    batch = make_batch([1, 12, 5], [40, 12, 66], top_k=66, device=kernel_device)
+    selected = run(paged_attention, batch)
+    batch.options["selection"] = None
+    torch.testing.assert_close(selected, run(paged_attention, batch), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 4, 16, 128])
@@ -291,11 +357,11 @@ def test_keys_of_a_query_block_are_those_its_window_can_see() -> None:
 
 
 def test_splits_are_chosen_by_shapes() -> None:
-    assert _choose_splits(seqs=1, kv_heads=8, max_keys=131072) == 32
-    assert _choose_splits(seqs=1, kv_heads=8, max_keys=2048) == 8
-    assert _choose_splits(seqs=12, kv_heads=8, max_keys=131072) == 2
-    assert _choose_splits(seqs=64, kv_heads=8, max_keys=131072) == 1
-    assert _choose_splits(seqs=1, kv_heads=1, max_keys=16) == 1
+    assert _choose_splits(rows=1, heads=8, max_keys=131072) == 32
+    assert _choose_splits(rows=1, heads=8, max_keys=2048) == 8
+    assert _choose_splits(rows=12, heads=8, max_keys=131072) == 2
+    assert _choose_splits(rows=64, heads=8, max_keys=131072) == 1
+    assert _choose_splits(rows=1, heads=1, max_keys=16) == 1
 
 
 @pytest.mark.parametrize("max_query_len", [1, 4])
@@ -319,7 +385,7 @@ def test_public_function_takes_the_reference_on_cpu() -> None:
         ("q", torch.zeros(4, 3, 16), "q_heads is 3, expected a multiple of kv_heads, 2"),
         ("q", torch.zeros(5, 4, 16), "tokens is 5, expected 4, one for each sequence of a decode batch"),
         ("k_cache", torch.zeros(3, 8, 2, 32), r"k_cache has shape .*, expected \[any, any, any, 16\]"),
-        ("v_cache", torch.zeros(3, 8, 1, 16), r"v_cache has shape .*, expected \[3, 8, 2, 16\]"),
+        ("v_cache", torch.zeros(3, 8, 1, 16), r"v_cache has shape .*, expected \[3, 8, 2, any\]"),
         ("v_cache", torch.zeros(3, 8, 2, 16, dtype=torch.float16), "v_cache is torch.float16, expected torch.float32"),
         ("v_cache", torch.zeros(3, 2, 8, 16).transpose(1, 2), "v_cache has strides .*, expected a contiguous tensor"),
         ("block_tables", torch.zeros(4, 2, dtype=torch.int64), "block_tables is torch.int64, expected torch.int32"),
@@ -409,3 +475,37 @@ def test_replay_follows_new_lengths_on_a_gpu(lens, extras) -> None:
         output.fill_(float("nan"))
         graph.replay()
         assert torch.equal(output, expected)
+
+
+REALISTIC_SIZES = {  # query heads, and what else make_batch takes
+    "GLM-4.7-Flash": {"q_heads": 20, "kv_heads": 1, "head_dim": 576, "value_dim": 512, "values_in_keys": True},
+    "DeepSeek-V3": {"q_heads": 128, "kv_heads": 1, "head_dim": 576, "value_dim": 512, "values_in_keys": True},
+    "expanded latents": {"q_heads": 16, "kv_heads": 16, "head_dim": 192, "value_dim": 128},
+    "Gemma 4": {"q_heads": 8, "kv_heads": 2, "head_dim": 512},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("top_k", [None, 512], ids=["all keys", "512 keys"])
+@pytest.mark.parametrize("sizes", REALISTIC_SIZES.values(), ids=REALISTIC_SIZES)
+@pytest.mark.parametrize("lens", REALISTIC.values(), ids=REALISTIC)
+def test_realistic_keys_and_values_of_different_size_on_a_gpu(lens, sizes, top_k) -> None:
+    query_lens, tokens, seqs = lens
+    random = torch.Generator().manual_seed(0)
+    kv_lens = [n + int(torch.randint(0, 1500, (), generator=random)) for n in query_lens]
+    batch = make_batch(
+        query_lens,
+        kv_lens,
+        tokens=tokens,
+        seqs=seqs,
+        max_len=4096,
+        dtype=torch.bfloat16,
+        device="cuda",
+        top_k=top_k,
+        **sizes,
+    )
+    output = run(public_paged_attention, batch)
+    expected = attend_one_by_one(batch, torch.float32)
+    real = batch.num_real_tokens
+    torch.testing.assert_close(output[:real].float(), expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(output[real:], torch.zeros_like(output[real:]))

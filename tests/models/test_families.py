@@ -29,6 +29,23 @@ SMALL = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
+# Every token takes every expert: another choice of experts, by a rounding in bfloat16, says nothing of attention.
+ALL_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
+LATENT = {  # multi-head latent attention, with sizes that are no powers of two
+    **ALL_EXPERTS,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+# Sparse, with fewer keys than most prompts have, and heads enough that no score is 0 of every head: ties are arbitrary.
+SPARSE = {**LATENT, "index_topk": 7, "index_n_heads": 16, "index_head_dim": 12}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 HYBRID = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 # The model type and what its configuration sets beyond SMALL: all that its attention can ask for, windows that cut.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,6 +72,37 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {**HYBRID, "use_sliding_window": True, "no_rope_layers": [1, 0]}),
     "exaone4": ("exaone4", {**HYBRID, "sliding_window_pattern": 2}),
     "glm": ("glm", {"head_dim": 8}),
+    "gemma4, layers of two sizes": ("gemma4_text", {**HYBRID, "head_dim": 8, "global_head_dim": 16}),
+    "gemma4, layers that share keys and values": (
+        "gemma4_text",
+        {
+            **HYBRID,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_kv_shared_layers": 2,
+        },
+    ),
+    "mimo_v2_flash, keys wider than values": (
+        "mimo_v2_flash",
+        {**HYBRID, **ALL_EXPERTS, "head_dim": 12, "v_head_dim": 8},
+    ),
+    "deepseek_v2": ("deepseek_v2", LATENT),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, "rope_parameters": {**YARN, "mscale_all_dim": 1.0}}),
+    "deepseek_v3, other ways": (
+        "deepseek_v3",
+        {**LATENT, "q_lora_rank": None, "rope_interleave": False, "attention_bias": True},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
+    "minicpm3": ("minicpm3", LATENT),
+    "youtu": ("youtu", LATENT),
+    "axk1": ("axk1", LATENT),
+    "deepseek_v32": ("deepseek_v32", SPARSE),
+    "glm_moe_dsa": ("glm_moe_dsa", SPARSE),
+    "glm_moe_dsa, picks shared by layers": ("glm_moe_dsa", {**SPARSE, "indexer_types": ["full", "shared"]}),
+    "axk2": ("axk2", SPARSE),
+    "hy_v4, sparse with sinks": ("hy_v4", SPARSE),
     "gpt2": ("gpt2", {"n_inner": 48, "num_key_value_heads": None}),
     "gpt_oss": ("gpt_oss", {**HYBRID, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }

@@ -7,7 +7,7 @@ import torch
 from graphmode.engine.config import BLOCK_SIZE
 from graphmode.engine.scheduler import Limits
 from graphmode.graph.errors import InputError
-from graphmode.models.attention import LayerCache
+from graphmode.models.attention import CacheShape, LayerCache
 from graphmode.models.loader import ModelShape
 
 # Left free beside the KV cache, for the graphs' pool and the libraries: a share of the device's memory.
@@ -17,7 +17,7 @@ _CPU_LIMIT = 2 << 30
 
 def block_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
     """Return the bytes of one block in all layers."""
-    return 2 * shape.layers * BLOCK_SIZE * shape.kv_heads * shape.head_dim * dtype.itemsize
+    return BLOCK_SIZE * sum(cache.elements for cache in shape.caches) * dtype.itemsize
 
 
 def choose_num_blocks(
@@ -50,7 +50,13 @@ def choose_num_blocks(
 
 def make_cache(shape: ModelShape, dtype: torch.dtype, num_blocks: int, device: torch.device) -> list[LayerCache]:
     """Return the zeroed cache of every layer."""
-    memory = torch.zeros(
-        (shape.layers, 2, num_blocks, BLOCK_SIZE, shape.kv_heads, shape.head_dim), dtype=dtype, device=device
-    )
-    return [LayerCache(layer[0], layer[1]) for layer in memory]
+
+    def zeros(heads: int, dim: int) -> torch.Tensor:
+        return torch.zeros((num_blocks, BLOCK_SIZE, heads, dim), dtype=dtype, device=device)
+
+    def make(cache: CacheShape) -> LayerCache:
+        keys = zeros(cache.kv_heads, cache.key_dim)
+        values = keys[..., : cache.value_dim] if cache.values_in_keys else zeros(cache.kv_heads, cache.value_dim)
+        return LayerCache(keys, values, zeros(1, cache.index_dim) if cache.index_dim else None)
+
+    return [make(cache) for cache in shape.caches]

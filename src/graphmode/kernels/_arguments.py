@@ -37,7 +37,16 @@ def require_tensor(
 
 
 def require_cache(name: str, cache: torch.Tensor, *, shape: Sequence[int | None], like: torch.Tensor) -> None:
-    """Check a KV cache: its shape, ``like``'s dtype and device, contiguous."""
+    """Check a KV cache: its shape, ``like``'s dtype and device, its strides.
+
+    It is contiguous, or part of each slot of a contiguous tensor: the slots may lie further apart than they are long.
+    """
     require_tensor(name, cache, shape=shape, dtypes=(like.dtype,), like=like)
-    if not cache.is_contiguous():
-        raise ValueError(f"{name} has strides {cache.stride()}, expected a contiguous tensor")
+    _, block_size, heads, dim = cache.shape
+    slot = cache.stride(1)
+    wanted = (block_size * slot, slot, dim, 1)
+    # The stride of a dimension of size 1 means nothing.
+    if slot < heads * dim or any(
+        size > 1 and got != want for size, got, want in zip(cache.shape, cache.stride(), wanted, strict=True)
+    ):
+        raise ValueError(f"{name} has strides {cache.stride()}, expected a contiguous tensor or a part of its slots")

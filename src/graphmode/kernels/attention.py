@@ -12,7 +12,12 @@ tokens; lengths and block tables are read on the device. Two decompositions:
 The query heads that share a key/value head are rows of one matrix: keys and values are never repeated.
 
 A sliding window cuts the keys that are read, not only those that count: a program starts at the first key that one of
-its queries sees, which it finds from the lengths on the device.
+its queries sees, which it finds from the lengths on the device. With a selection of keys every batch takes the decode
+decomposition, a program for each token, and reads the selected keys alone.
+
+Keys may be wider than values. The dot product with such keys is two, of their first ``value_dim`` elements and of the
+rest, so that sizes like 576 = 512 + 64 are not padded to a power of two; and where the values are those first elements,
+as in a cache of latents, they are read once.
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    selection: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from every new token to its sequence's tokens up to and with itself.
 
@@ -47,11 +53,12 @@ def paged_attention(
     are float32.
 
     Args:
-        q: ``[tokens, q_heads, head_dim]``, packed: one sequence's new tokens after the other's; float32, bfloat16 or
+        q: ``[tokens, q_heads, key_dim]``, packed: one sequence's new tokens after the other's; float32, bfloat16 or
             float16, any strides.
-        k_cache: ``[num_blocks, block_size, kv_heads, head_dim]`` in ``q``'s dtype, contiguous. ``q_heads`` is a
+        k_cache: ``[num_blocks, block_size, kv_heads, key_dim]`` in ``q``'s dtype, contiguous. ``q_heads`` is a
             multiple of ``kv_heads``: query head ``h`` uses key/value head ``h // (q_heads // kv_heads)``.
-        v_cache: as ``k_cache``.
+        v_cache: ``[num_blocks, block_size, kv_heads, value_dim]``, as ``k_cache``; or, of one key/value head, the view
+            ``k_cache[..., :value_dim]``.
         block_tables: int32 ``[seqs, max_blocks]``: the cache blocks of each sequence, in order. Entries beyond a
             sequence's length are not used and may hold anything.
         cu_query_lens: int32 ``[seqs + 1]``: where each sequence's new tokens start in ``q``, and after the last one
@@ -64,17 +71,20 @@ def paged_attention(
         soft_cap: bounds the scaled scores: ``soft_cap * tanh(scores / soft_cap)``.
         sinks: ``[q_heads]``, float32, bfloat16 or float16, contiguous: a logit of each head that joins the softmax's
             denominator and has no value, neither scaled nor capped.
+        selection: int32 ``[tokens, top_k]``, rows contiguous: the positions of the keys that each token sees, as
+            :func:`~graphmode.kernels.select_keys` gives them: distinct, none after the token, the first
+            ``min(p + 1, top_k)`` of a row used. Without ``window``.
 
     Returns:
-        ``[tokens, q_heads, head_dim]`` in ``q``'s dtype, contiguous; zero for padding tokens.
+        ``[tokens, q_heads, value_dim]`` in ``q``'s dtype, contiguous; zero for padding tokens.
 
     Raises:
         ValueError: a shape, dtype, layout or device does not fit, or a number is out of range.
     """
     require_tensor("q", q, shape=(None, None, None), dtypes=FLOATS, like=q)
-    tokens, q_heads, head_dim = q.shape
-    require_cache("k_cache", k_cache, shape=(None, None, None, head_dim), like=q)
-    require_cache("v_cache", v_cache, shape=k_cache.shape, like=q)
+    tokens, q_heads, key_dim = q.shape
+    require_cache("k_cache", k_cache, shape=(None, None, None, key_dim), like=q)
+    require_cache("v_cache", v_cache, shape=(*k_cache.shape[:3], None), like=q)
     kv_heads = k_cache.shape[2]
     require(q_heads % kv_heads == 0, "q_heads", q_heads, f"a multiple of kv_heads, {kv_heads}")
     require_tensor("block_tables", block_tables, shape=(None, None), dtypes=(torch.int32,), like=q)
@@ -89,6 +99,10 @@ def paged_attention(
     if sinks is not None:
         require_tensor("sinks", sinks, shape=(q_heads,), dtypes=FLOATS, like=q)
         require(sinks.is_contiguous(), "sinks.stride(0)", sinks.stride(0), "1")
+    if selection is not None:
+        require_tensor("selection", selection, shape=(tokens, None), dtypes=(torch.int32,), like=q)
+        require(selection.stride(1) == 1, "selection.stride(1)", selection.stride(1), "1")
+        require(window is None, "window", window, "None with a selection")
     attend = paged_attention_triton if runs_triton(q) else paged_attention_reference
     return attend(
         q,
@@ -102,6 +116,7 @@ def paged_attention(
         window=window,
         soft_cap=soft_cap,
         sinks=sinks,
+        selection=selection,
     )
 
 
@@ -127,24 +142,36 @@ def paged_attention_reference(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    selection: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do as :func:`paged_attention` in PyTorch with fixed shapes: each query block meets the same number of keys.
 
     Keys beyond what a block sees are gathered from the first slot that it sees instead of their own, so that masking
     them is enough: no weight of zero meets the NaN that an unused slot may hold.
     """
-    tokens = q.shape[0]
+    tokens, q_heads, _ = q.shape
     if tokens == 0:
-        return torch.empty_like(q)
-    slots = _slots(block_tables, k_cache.shape[1])
+        return q.new_empty((0, q_heads, v_cache.shape[3]))
+    block_size = k_cache.shape[1]
     lens = kv_lens.long()
     scoring = _Scoring(scale, window, soft_cap, None if sinks is None else sinks.float())
-    if max_query_len == 1:
+    if selection is not None:
+        seq, position = find_tokens(cu_query_lens, kv_lens, tokens, max_query_len)
+        last_key = position.clamp(max=selection.shape[1] - 1).unsqueeze(1)
+        used = torch.arange(selection.shape[1], device=q.device) <= last_key
+        selected = torch.where(used, selection, 0)
+        page = block_tables.long()[seq].gather(1, selected // block_size)
+        slots = page * block_size + selected % block_size
+        out = _attend_blocks(q.unsqueeze(1), last_key, slots, k_cache, v_cache, scoring)
+        real = position >= 0
+    elif max_query_len == 1:
+        slots = _slots(block_tables, block_size)
         out = _attend_blocks(q.unsqueeze(1), (lens - 1).unsqueeze(1), slots, k_cache, v_cache, scoring)
         real = lens > 0
     else:
+        slots = _slots(block_tables, block_size)
         seqs, max_len = slots.shape
-        group = q.shape[1] // k_cache.shape[2]
+        group = q_heads // k_cache.shape[2]
         block_q, num_blocks = _choose_blocks(tokens, seqs, group, max_query_len, window, max_len)
         blocks = _find_blocks(cu_query_lens.long(), lens, tokens, block_q, num_blocks)
         queries = q.index_select(0, blocks.token.view(-1)).view(num_blocks, block_q, *q.shape[1:])
@@ -152,7 +179,24 @@ def paged_attention_reference(
         out = _attend_blocks(queries, blocks.last_key, slots, k_cache, v_cache, scoring)
         out = out.flatten(0, 1).index_select(0, blocks.row_of_token)
         real = blocks.real_token
-    return torch.where(real.view(-1, 1, 1), out.view(q.shape), 0.0).to(q.dtype)
+    return torch.where(real.view(-1, 1, 1), out.view(tokens, q_heads, -1), 0.0).to(q.dtype)
+
+
+def find_tokens(
+    cu_query_lens: torch.Tensor, kv_lens: torch.Tensor, tokens: int, max_query_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sequence and the position of each token, int64 ``[tokens]``; position -1 for padding.
+
+    Arguments as of :func:`paged_attention`. The sequence of padding is some valid one.
+    """
+    lens = kv_lens.long()
+    token = torch.arange(tokens, device=kv_lens.device)
+    if max_query_len == 1:
+        return token, lens - 1
+    starts = cu_query_lens.long()
+    seq = (torch.searchsorted(starts, token, right=True) - 1).clamp(max=kv_lens.shape[0] - 1)
+    position = lens[seq] - (starts[seq + 1] - token)
+    return seq, torch.where(token < starts[-1], position, -1)
 
 
 class _Scoring(NamedTuple):
@@ -242,19 +286,19 @@ def _attend_blocks(
     """Attend with each query block to the slots of its sequence.
 
     Args:
-        queries: ``[blocks, block_q, q_heads, head_dim]``.
+        queries: ``[blocks, block_q, q_heads, key_dim]``.
         last_key: ``[blocks, block_q]``: the last position that each row sees, rising; the result is NaN for -1.
         slots: ``[blocks, max_len]``: the slot of each position; anything where no row sees it.
         k_cache: as in :func:`paged_attention`.
-        v_cache: as ``k_cache``.
+        v_cache: as in :func:`paged_attention`.
         scoring: of all rows.
 
     Returns:
-        float32 ``[blocks, block_q, q_heads, head_dim]``.
+        float32 ``[blocks, block_q, q_heads, value_dim]``.
     """
     scale, window, soft_cap, sinks = scoring
-    blocks, block_q, q_heads, head_dim = queries.shape
-    kv_heads = k_cache.shape[2]
+    blocks, block_q, q_heads, key_dim = queries.shape
+    kv_heads, value_dim = v_cache.shape[2:]
     group = q_heads // kv_heads
     max_len = slots.shape[1]
     device = queries.device
@@ -269,12 +313,12 @@ def _attend_blocks(
     hidden = hidden.view(blocks, 1, block_q, 1, num_keys)
     seen = position <= last_key[:, -1:]
     slots = torch.where(seen, slots, torch.where(seen[:, :1], slots[:, :1], 0))
-    # Rows of the caches as [slots * kv_heads, head_dim], in the order that makes one batched matrix product of them.
+    # Rows of the caches as [slots * kv_heads, dim], in the order that makes one batched matrix product of them.
     rows = slots.unsqueeze(1) * kv_heads + torch.arange(kv_heads, device=device).unsqueeze(1)
-    queries = (queries.float() * scale).view(blocks, block_q, kv_heads, group, head_dim).transpose(1, 2)
-    queries = queries.reshape(blocks, kv_heads, block_q * group, head_dim)
+    queries = (queries.float() * scale).view(blocks, block_q, kv_heads, group, key_dim).transpose(1, 2)
+    queries = queries.reshape(blocks, kv_heads, block_q * group, key_dim)
 
-    head_bytes = 4 * num_keys * max(head_dim, block_q * group)
+    head_bytes = 4 * num_keys * max(key_dim, value_dim, block_q * group)
     chunk_heads = min(max(_CHUNK_BYTES // head_bytes, 1), kv_heads)
     chunk_blocks = max(_CHUNK_BYTES // (head_bytes * kv_heads), 1)
     parts = []
@@ -283,20 +327,20 @@ def _attend_blocks(
             chunk = slice(b, b + chunk_blocks), slice(h, h + chunk_heads)
             by_head = (-1, min(chunk_heads, kv_heads - h), block_q, group)
             index = rows[chunk].reshape(-1)
-            keys = k_cache.view(-1, head_dim).index_select(0, index).view(-1, num_keys, head_dim).float()
+            keys = k_cache.view(-1, key_dim).index_select(0, index).view(-1, num_keys, key_dim).float()
             scores = torch.bmm(queries[chunk].flatten(0, 1), keys.transpose(1, 2))
             if soft_cap is not None:
                 scores.div_(soft_cap).tanh_().mul_(soft_cap)
             scores.view(*by_head, num_keys).masked_fill_(hidden[b : b + chunk_blocks], float("-inf"))
-            values = v_cache.view(-1, head_dim).index_select(0, index).view(-1, num_keys, head_dim).float()
+            values = v_cache.view(-1, value_dim).index_select(0, index).view(-1, num_keys, value_dim).float()
             part = torch.bmm(scores.softmax(-1), values)
             if sinks is not None:
                 # With a sink of weight w beside weights that sum to s, the others keep the share s / (s + w).
                 excess = scores.logsumexp(-1).view(by_head) - sinks.view(kv_heads, 1, group)[chunk[1]]
                 part.mul_(torch.sigmoid(excess).view(-1, block_q * group, 1))
             parts.append(part)
-    out = torch.cat(parts).view(blocks, kv_heads, block_q, group, head_dim)
-    return out.transpose(1, 2).reshape(blocks, block_q, q_heads, head_dim)
+    out = torch.cat(parts).view(blocks, kv_heads, block_q, group, value_dim)
+    return out.transpose(1, 2).reshape(blocks, block_q, q_heads, value_dim)
 
 
 # The kernels in Triton.
@@ -308,6 +352,10 @@ _MAX_SPLITS = 32
 _MIN_SPLIT_KEYS = 256
 # Shared memory of one tile of keys or of values; three stages of both leave room for two programs.
 _TILE_BYTES = 16384
+# Bytes of the first part of a program's queries. With a latent cache of DeepSeek's sizes (512 + 64, bf16) a program has
+# 64 rows of queries, 73,728 bytes, and two stages of 32 latents, 73,728 bytes: of the 232,448 bytes of shared memory
+# that it may have on H100, 147,456. Its sums, 64 * 512 float32, fill half the registers.
+_QUERY_BYTES = 65536
 
 
 def paged_attention_triton(
@@ -323,38 +371,55 @@ def paged_attention_triton(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    selection: torch.Tensor | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
     """Do as :func:`paged_attention` in Triton. Decode cuts the keys into ``splits`` parts; default by shapes."""
-    tokens, q_heads, head_dim = q.shape
-    out = torch.empty((tokens, q_heads, head_dim), dtype=q.dtype, device=q.device)
+    tokens, q_heads, key_dim = q.shape
+    _, block_size, kv_heads, value_dim = v_cache.shape
+    out = torch.empty((tokens, q_heads, value_dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    _, block_size, kv_heads, _ = k_cache.shape
     seqs, max_blocks = block_tables.shape
     group = q_heads // kv_heads
-    block_d = max(16, next_power_of_2(head_dim))
-    block_n = min(max(_TILE_BYTES // (block_d * q.element_size()), 16), 128)
+    first_dim = min(key_dim, value_dim)
+    block_d = max(16, next_power_of_2(first_dim))
+    block_v = max(16, next_power_of_2(value_dim))
+    values_in_keys = v_cache.data_ptr() == k_cache.data_ptr()
+    tile_bytes = _TILE_BYTES * (2 if values_in_keys else 1)
+    block_n = min(max(tile_bytes // (block_v * q.element_size()), 16), 128)
+    # Where the query heads of one key/value head are more than a program takes, several share them.
+    max_rows = max(_QUERY_BYTES // (max(block_d, block_v) * q.element_size()), 16)
+    head_blocks = -(-group // max_rows)
+    block_heads = -(-group // head_blocks)
     constants = {
         "kv_heads": kv_heads,
         "group": group,
-        "head_dim": head_dim,
+        "head_blocks": head_blocks,
+        "block_heads": block_heads,
+        "first_dim": first_dim,
+        "rest_dim": key_dim - first_dim,
+        "value_dim": value_dim,
         "block_size": block_size,
         "block_d": block_d,
+        "block_r": max(16, next_power_of_2(key_dim - first_dim)) if key_dim > first_dim else 0,
+        "block_v": block_v,
         "block_n": block_n,
+        "k_slot": k_cache.stride(1),
+        "v_slot": v_cache.stride(1),
+        "values_in_keys": values_in_keys,
         "window": window,
         "soft_cap": soft_cap,
+        "num_stages": 3 if max(block_d, block_v) <= 256 else 2,
     }
-    inputs = (q, *q.stride(), k_cache, v_cache, block_tables, block_tables.stride(0), kv_lens)
+    inputs = (q, *q.stride(), k_cache, v_cache, block_tables, block_tables.stride(0), kv_lens, cu_query_lens, sinks)
     scale_log2 = scale * math.log2(math.e)
-    if max_query_len > 1:
+    if max_query_len > 1 and selection is None:
         rows = next_power_of_2(max(tokens * group // seqs, 1))
-        block_m = max(min(rows, 128 if q.element_size() == 2 else 16), next_power_of_2(group), 16)
-        block_q = block_m // group
-        _mixed_kernel[(tokens // block_q + seqs + 1, kv_heads)](
+        block_m = max(min(rows, 128 if q.element_size() == 2 else 16, max_rows), next_power_of_2(block_heads), 16)
+        block_q = block_m // block_heads
+        _mixed_kernel[(tokens // block_q + seqs + 1, kv_heads * head_blocks)](
             *inputs,
-            cu_query_lens,
-            sinks,
             out,
             scale_log2,
             tokens,
@@ -363,54 +428,67 @@ def paged_attention_triton(
             block_q=block_q,
             block_m=block_m,
             block_seqs=next_power_of_2(seqs + 1),
-            num_warps=8 if block_m * max(block_d, 128) >= 128 * 128 else 4,
-            num_stages=3,
+            num_warps=_num_warps(block_m, block_d, block_v),
         )
         return out
     if splits is None:
-        splits = _choose_splits(seqs, kv_heads, _num_keys(1, window, max_blocks * block_size))
-    block_m = max(next_power_of_2(group), 16)
+        keys = _num_keys(1, window, max_blocks * block_size)
+        keys = keys if selection is None else min(keys, selection.shape[1])
+        splits = _choose_splits(tokens, kv_heads * head_blocks, keys)
+    block_m = max(next_power_of_2(block_heads), 16)
     if splits == 1:
         parts, tops, sums = out, kv_lens, kv_lens  # the last two are not used
     else:
-        parts = torch.empty((seqs, q_heads, splits, head_dim), dtype=torch.float32, device=q.device)
-        tops = torch.empty((seqs, q_heads, splits), dtype=torch.float32, device=q.device)
+        parts = torch.empty((tokens, q_heads, splits, value_dim), dtype=torch.float32, device=q.device)
+        tops = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=q.device)
         sums = torch.empty_like(tops)
-    _decode_kernel[(seqs, kv_heads, splits)](
+    _decode_kernel[(tokens, kv_heads * head_blocks, splits)](
         *inputs,
-        sinks,
+        selection,
+        0 if selection is None else selection.stride(0),
         parts,
         tops,
         sums,
         scale_log2,
+        tokens,
+        seqs,
         **constants,
+        top_k=0 if selection is None else selection.shape[1],
+        ragged=max_query_len > 1,
         block_m=block_m,
+        block_seqs=next_power_of_2(seqs + 1),
         splits=splits,
-        num_warps=4,
-        num_stages=3,
+        num_warps=_num_warps(block_m, block_d, block_v),
     )
     if splits > 1:
-        _combine_kernel[(seqs, q_heads)](
+        _combine_kernel[(tokens, q_heads)](
             parts,
             tops,
             sums,
             sinks,
             out,
-            head_dim=head_dim,
-            block_d=block_d,
+            value_dim=value_dim,
+            block_v=block_v,
             splits=splits,
             block_splits=next_power_of_2(splits),
         )
     return out
 
 
-def _choose_splits(seqs: int, kv_heads: int, max_keys: int) -> int:
-    """Return into how many parts a decode batch's keys are split: enough to fill the device, by shapes alone."""
-    wanted = min(_FULL_GRID // (seqs * kv_heads), max_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS)
+def _num_warps(block_m: int, block_d: int, block_v: int) -> int:
+    return 8 if block_m * max(block_d, block_v, 128) >= 128 * 128 else 4
+
+
+def _choose_splits(rows: int, heads: int, max_keys: int) -> int:
+    """Return into how many parts the keys of a decode batch, of ``rows * heads`` programs, are split.
+
+    They are enough to fill the device, by shapes alone.
+    """
+    wanted = min(_FULL_GRID // (rows * heads), max_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS)
     return 1 << (max(wanted, 1).bit_length() - 1)
 
 
-@jit()
+@jit(do_not_specialize=["tokens", "seqs"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q,
     q_stride_token,
@@ -421,81 +499,116 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     block_tables,
     table_stride,
     kv_lens,
+    cu_query_lens,
     sinks,
+    selection,
+    selection_stride,
     parts,
     tops,
     sums,
     scale_log2,
+    tokens,
+    seqs,
     kv_heads: constexpr,
     group: constexpr,
-    head_dim: constexpr,
+    head_blocks: constexpr,
+    block_heads: constexpr,
+    first_dim: constexpr,
+    rest_dim: constexpr,
+    value_dim: constexpr,
     block_size: constexpr,
     block_d: constexpr,
+    block_r: constexpr,
+    block_v: constexpr,
     block_n: constexpr,
+    k_slot: constexpr,
+    v_slot: constexpr,
+    values_in_keys: constexpr,
     window: constexpr,
     soft_cap: constexpr,
+    top_k: constexpr,
+    ragged: constexpr,
     block_m: constexpr,
+    block_seqs: constexpr,
     splits: constexpr,
 ):
-    """Attend with the query heads of one key/value head of one sequence to one part of its keys.
+    """Attend with query heads of one key/value head of one token to one part of its keys.
 
     With one part, ``parts`` is the output. Else it takes the sums before division, with each row's largest score and
     sum of weights; a part without keys says so by a sum of 0 and leaves ``parts`` as it is.
     """
-    seq = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1) // head_blocks
+    first_head = tl.program_id(1) % head_blocks * block_heads
     split = tl.program_id(2)
-    kv_len = tl.load(kv_lens + seq)
+    if ragged:
+        seq, kv_len = find_token(token.to(tl.int32), tokens, cu_query_lens, kv_lens, seqs, block_seqs)
+    else:
+        seq = token
+        kv_len = tl.load(kv_lens + token)
+    keys = kv_len
+    selected = None
+    if selection is not None:
+        keys = tl.minimum(kv_len, top_k)
+        selected = selection + token * selection_stride
     first_key = 0
     if window is not None:
-        first_key = tl.maximum(kv_len - window, 0)
-    tiles = tl.cdiv(kv_len - first_key, block_n)
+        first_key = tl.maximum(keys - window, 0)
+    tiles = tl.cdiv(keys - first_key, block_n)
     split_keys = tl.cdiv(tiles, splits) * block_n
     start = first_key + split * split_keys
-    end = tl.minimum(start + split_keys, kv_len)
+    end = tl.minimum(start + split_keys, keys)
 
     member = tl.arange(0, block_m)
-    dim = tl.arange(0, block_d)
-    head = kv_head * group + member
-    inside = (member < group)[:, None] & (dim < head_dim)[None, :]
-    q_tile = tl.load(
-        q + seq * q_stride_token + head[:, None] * q_stride_head + dim[None, :] * q_stride_dim, mask=inside, other=0.0
-    )
+    mine = (member < block_heads) & (first_head + member < group)
+    head = kv_head * group + first_head + member
+    q_row = q + token * q_stride_token + head * q_stride_head
+    q_first, q_rest = _load_queries(q_row, q_stride_dim, mine, first_dim, rest_dim, block_d, block_r)
     top = tl.full([block_m], -1e38, tl.float32)
     total = tl.zeros([block_m], tl.float32)
-    acc = tl.zeros([block_m, block_d], tl.float32)
-    last_key = tl.zeros([block_m], tl.int32) + (kv_len - 1)
+    acc = tl.zeros([block_m, block_v], tl.float32)
+    last_key = tl.zeros([block_m], tl.int32) + (keys - 1)
     top, total, acc = _attend(
-        q_tile,
+        q_first,
+        q_rest,
         top,
         total,
         acc,
         start,
         end,
         last_key,
-        block_tables + seq * table_stride,
-        k_cache + kv_head * head_dim,
-        v_cache + kv_head * head_dim,
+        selected,
+        block_tables + seq.to(tl.int64) * table_stride,
+        k_cache + kv_head * (first_dim + rest_dim),
+        v_cache + kv_head * value_dim,
         scale_log2,
-        kv_heads,
-        head_dim,
+        first_dim,
+        rest_dim,
+        value_dim,
         block_size,
         block_d,
+        block_r,
+        block_v,
         block_n,
+        k_slot,
+        v_slot,
+        values_in_keys,
         window,
         soft_cap,
         True,
     )
-    row = seq * (kv_heads * group) + head
+    dim = tl.arange(0, block_v)
+    inside = mine[:, None] & (dim < value_dim)[None, :]
+    row = token * (kv_heads * group) + head
     if splits == 1:
-        total = _join_sink(total, top, sinks, head, member < group)
+        total = _join_sink(total, top, sinks, head, mine)
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(parts + row[:, None] * head_dim + dim[None, :], acc.to(parts.dtype.element_ty), mask=inside)
+        tl.store(parts + row[:, None] * value_dim + dim[None, :], acc.to(parts.dtype.element_ty), mask=inside)
     else:
         part = row * splits + split
-        tl.store(tops + part, top, mask=member < group)
-        tl.store(sums + part, total, mask=member < group)
-        tl.store(parts + part[:, None] * head_dim + dim[None, :], acc, mask=inside & (total > 0.0)[:, None])
+        tl.store(tops + part, top, mask=mine)
+        tl.store(sums + part, total, mask=mine)
+        tl.store(parts + part[:, None] * value_dim + dim[None, :], acc, mask=inside & (total > 0.0)[:, None])
 
 
 @jit()
@@ -505,16 +618,16 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     sums,
     sinks,
     out,
-    head_dim: constexpr,
-    block_d: constexpr,
+    value_dim: constexpr,
+    block_v: constexpr,
     splits: constexpr,
     block_splits: constexpr,
 ):
-    """Combine the parts of one query head of one sequence."""
+    """Combine the parts of one query head of one token."""
     head = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
     split = tl.arange(0, block_splits)
-    dim = tl.arange(0, block_d)
+    dim = tl.arange(0, block_v)
     part = row * splits + split
     total = tl.load(sums + part, mask=split < splits, other=0.0)
     used = total > 0.0
@@ -522,11 +635,11 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     top_of_all = tl.max(top, 0)
     weight = tl.where(used, tl.exp2(top - top_of_all), 0.0)
     acc = tl.load(
-        parts + part[:, None] * head_dim + dim[None, :], mask=used[:, None] & (dim < head_dim)[None, :], other=0.0
+        parts + part[:, None] * value_dim + dim[None, :], mask=used[:, None] & (dim < value_dim)[None, :], other=0.0
     )
     total_of_all = _join_sink(tl.sum(total * weight, 0), top_of_all, sinks, head, True)
     acc = tl.sum(acc * weight[:, None], 0) / tl.where(total_of_all == 0.0, 1.0, total_of_all)
-    tl.store(out + row * head_dim + dim, acc.to(out.dtype.element_ty), mask=dim < head_dim)
+    tl.store(out + row * value_dim + dim, acc.to(out.dtype.element_ty), mask=dim < value_dim)
 
 
 @jit(do_not_specialize=["tokens", "seqs"])
@@ -548,22 +661,32 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
     seqs,
     kv_heads: constexpr,
     group: constexpr,
-    head_dim: constexpr,
+    head_blocks: constexpr,
+    block_heads: constexpr,
+    first_dim: constexpr,
+    rest_dim: constexpr,
+    value_dim: constexpr,
     block_size: constexpr,
     block_d: constexpr,
+    block_r: constexpr,
+    block_v: constexpr,
     block_n: constexpr,
+    k_slot: constexpr,
+    v_slot: constexpr,
+    values_in_keys: constexpr,
     window: constexpr,
     soft_cap: constexpr,
     block_q: constexpr,
     block_m: constexpr,
     block_seqs: constexpr,
 ):
-    """Attend with ``block_q`` queries of one sequence, in the query heads of one key/value head.
+    """Attend with ``block_q`` queries of one sequence, in query heads of one key/value head.
 
     The padding tokens at the end are one more sequence, of length 0: it sees no key and gets zeros.
     """
     block = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1) // head_blocks
+    first_head = tl.program_id(1) % head_blocks * block_heads
     # First blocks rise strictly with the sequence, so that this block's sequence is the last that starts by it.
     index = tl.arange(0, block_seqs)
     first_block = tl.load(cu_query_lens + index, mask=index <= seqs, other=0) // block_q + index
@@ -579,23 +702,20 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
     last_row = tl.minimum(first_row + block_q, query_len) - 1
 
     member = tl.arange(0, block_m)
-    dim = tl.arange(0, block_d)
-    row = first_row + member // group
-    head = kv_head * group + member % group
+    row = first_row + member // block_heads
+    mine = (member < block_q * block_heads) & (first_head + member % block_heads < group)
+    head = kv_head * group + first_head + member % block_heads
     token = (query_start + row).to(tl.int64)
-    inside = ((member < block_q * group) & (row < query_len))[:, None] & (dim < head_dim)[None, :]
-    q_tile = tl.load(
-        q + token[:, None] * q_stride_token + head[:, None] * q_stride_head + dim[None, :] * q_stride_dim,
-        mask=inside,
-        other=0.0,
-    )
+    q_row = q + token * q_stride_token + head * q_stride_head
+    mine_here = mine & (row < query_len)
+    q_first, q_rest = _load_queries(q_row, q_stride_dim, mine_here, first_dim, rest_dim, block_d, block_r)
     top = tl.full([block_m], -1e38, tl.float32)
     total = tl.zeros([block_m], tl.float32)
-    acc = tl.zeros([block_m, block_d], tl.float32)
+    acc = tl.zeros([block_m, block_v], tl.float32)
     last_key = context + row
     table = block_tables + seq.to(tl.int64) * table_stride
-    k_head = k_cache + kv_head * head_dim
-    v_head = v_cache + kv_head * head_dim
+    k_head = k_cache + kv_head * (first_dim + rest_dim)
+    v_head = v_cache + kv_head * value_dim
     # Tiles that every row sees whole need no mask. Where the window cuts, all tiles get one: they are few.
     start = 0
     whole = tl.maximum(context + first_row + 1, 0) // block_n * block_n
@@ -604,71 +724,127 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
         whole = tl.where(context + last_row < window, whole, start)
     end = tl.minimum(context + last_row + 1, kv_len)
     top, total, acc = _attend(
-        q_tile,
+        q_first,
+        q_rest,
         top,
         total,
         acc,
         start,
         whole,
         last_key,
+        None,
         table,
         k_head,
         v_head,
         scale_log2,
-        kv_heads,
-        head_dim,
+        first_dim,
+        rest_dim,
+        value_dim,
         block_size,
         block_d,
+        block_r,
+        block_v,
         block_n,
+        k_slot,
+        v_slot,
+        values_in_keys,
         window,
         soft_cap,
         False,
     )
     top, total, acc = _attend(
-        q_tile,
+        q_first,
+        q_rest,
         top,
         total,
         acc,
         whole,
         end,
         last_key,
+        None,
         table,
         k_head,
         v_head,
         scale_log2,
-        kv_heads,
-        head_dim,
+        first_dim,
+        rest_dim,
+        value_dim,
         block_size,
         block_d,
+        block_r,
+        block_v,
         block_n,
+        k_slot,
+        v_slot,
+        values_in_keys,
         window,
         soft_cap,
         True,
     )
-    total = _join_sink(total, top, sinks, head, member < block_q * group)
+    total = _join_sink(total, top, sinks, head, mine)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    dim = tl.arange(0, block_v)
     out_row = token * (kv_heads * group) + head
-    tl.store(out + out_row[:, None] * head_dim + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + out_row[:, None] * value_dim + dim[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=mine_here[:, None] & (dim < value_dim)[None, :],
+    )
+
+
+@jit()
+def find_token(token, tokens, cu_query_lens, kv_lens, seqs, block_seqs: constexpr):  # type: ignore[no-untyped-def]
+    """Return the sequence of a token of a mixed batch and how many keys the token sees: none where it is padding."""
+    index = tl.arange(0, block_seqs)
+    starts = tl.load(cu_query_lens + index, mask=index <= seqs, other=tokens)
+    seq = tl.sum(((starts <= token) & (index <= seqs)).to(tl.int32), 0) - 1
+    query_end = tl.load(cu_query_lens + seq + 1, mask=seq < seqs, other=0)
+    kv_len = tl.load(kv_lens + seq, mask=seq < seqs, other=0)
+    return seq, tl.where(seq < seqs, kv_len - (query_end - token - 1), 0)
+
+
+@jit()
+def _load_queries(  # type: ignore[no-untyped-def]
+    q_row, stride, mine, first_dim: constexpr, rest_dim: constexpr, block_d: constexpr, block_r: constexpr
+):
+    """Load a tile of queries in two parts; without a rest, the second is the first."""
+    dim = tl.arange(0, block_d)
+    inside = mine[:, None] & (dim < first_dim)[None, :]
+    first = tl.load(q_row[:, None] + dim[None, :] * stride, mask=inside, other=0.0)
+    rest = first
+    if block_r > 0:
+        rest_at = tl.arange(0, block_r)
+        inside = mine[:, None] & (rest_at < rest_dim)[None, :]
+        rest = tl.load(q_row[:, None] + (first_dim + rest_at)[None, :] * stride, mask=inside, other=0.0)
+    return first, rest
 
 
 @jit()
 def _attend(  # type: ignore[no-untyped-def]
-    q_tile,
+    q_first,
+    q_rest,
     top,
     total,
     acc,
     start,
     end,
     last_key,
+    selected,
     table,
     k_head,
     v_head,
     scale_log2,
-    kv_heads: constexpr,
-    head_dim: constexpr,
+    first_dim: constexpr,
+    rest_dim: constexpr,
+    value_dim: constexpr,
     block_size: constexpr,
     block_d: constexpr,
+    block_r: constexpr,
+    block_v: constexpr,
     block_n: constexpr,
+    k_slot: constexpr,
+    v_slot: constexpr,
+    values_in_keys: constexpr,
     window: constexpr,
     soft_cap: constexpr,
     masked: constexpr,
@@ -677,35 +853,54 @@ def _attend(  # type: ignore[no-untyped-def]
 
     Where ``masked``, row ``i`` sees keys up to ``last_key[i]``, or the last ``window`` of these, and nothing at ``end``
     or later is read; ``end`` ends a tile or is past every row's last key. Else every row sees every key of every tile.
-    ``top`` starts finite, so that a row may see nothing of the tiles before its window.
+    ``top`` starts finite, so that a row may see nothing of the tiles before its window. Where keys are ``selected``,
+    which is then their positions, the numbers of keys count these.
     """
     dim = tl.arange(0, block_d)
     for tile in range(start, end, block_n):
-        position = tile + tl.arange(0, block_n)
+        number = tile + tl.arange(0, block_n)
+        position = number
         if masked:
-            key_inside = position < end
+            key_inside = number < end
+            if selected is not None:
+                position = tl.load(selected + number, mask=key_inside, other=0)
             page = tl.load(table + position // block_size, mask=key_inside, other=0)
-            inside = key_inside[:, None] & (dim < head_dim)[None, :]
+            inside = key_inside[:, None] & (dim < first_dim)[None, :]
         else:
             page = tl.load(table + position // block_size)
-            inside = (dim < head_dim)[None, :]
+            inside = (dim < first_dim)[None, :]
         slot = page.to(tl.int64) * block_size + position % block_size
-        offset = (slot * (kv_heads * head_dim))[:, None] + dim[None, :]
-        keys = tl.load(k_head + offset, mask=inside, other=0.0)
-        scores = tl.dot(q_tile, tl.trans(keys), input_precision="ieee") * scale_log2
+        k_row = (slot * k_slot)[:, None]
+        keys = tl.load(k_head + k_row + dim[None, :], mask=inside, other=0.0)
+        scores = tl.dot(q_first, tl.trans(keys), input_precision="ieee")
+        if block_r > 0:
+            rest_at = tl.arange(0, block_r)
+            inside = (rest_at < rest_dim)[None, :]
+            if masked:
+                inside = inside & key_inside[:, None]
+            rest = tl.load(k_head + k_row + (first_dim + rest_at)[None, :], mask=inside, other=0.0)
+            scores = tl.dot(q_rest, tl.trans(rest), scores, input_precision="ieee")
+        scores = scores * scale_log2
         if soft_cap is not None:
             decay = tl.exp2(tl.abs(scores) * (-2.0 / soft_cap))  # of tanh, odd in the scores; at most 1
             bounded = (1.0 - decay) / (1.0 + decay) * (soft_cap * 1.4426950408889634)
             scores = tl.where(scores < 0.0, -bounded, bounded)
         if masked:
-            seen = position[None, :] <= last_key[:, None]
+            seen = number[None, :] <= last_key[:, None]
             if window is not None:
-                seen = seen & (position[None, :] > last_key[:, None] - window)
+                seen = seen & (number[None, :] > last_key[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         correction = tl.exp2(top - new_top)
-        values = tl.load(v_head + offset, mask=inside, other=0.0)
+        if values_in_keys:
+            values = keys
+        else:
+            value_at = tl.arange(0, block_v)
+            inside = (value_at < value_dim)[None, :]
+            if masked:
+                inside = inside & key_inside[:, None]
+            values = tl.load(v_head + (slot * v_slot)[:, None] + value_at[None, :], mask=inside, other=0.0)
         total = total * correction + tl.sum(weights, 1)
         acc = tl.dot(weights.to(values.dtype), values, acc * correction[:, None], input_precision="ieee")
         top = new_top

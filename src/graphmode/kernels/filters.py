@@ -169,13 +169,13 @@ def _threshold_kernel(  # type: ignore[no-untyped-def]
         lane = tl.arange(0, block)
         best = tl.full([block], float("-inf"), tl.float32)
         for start in range(0, vocab, block):
-            best = tl.maximum(best, _values(values, start + lane, logits_stride_vocab, vocab))
+            best = tl.maximum(best, load_values(values, start + lane, logits_stride_vocab, vocab))
         top = tl.maximum(tl.max(best, 0), -3.4028234663852886e38)
         if ratio > 0:
             ratio_at = top + tl.log(tl.minimum(ratio, 1.0)) * warmth
             at_least = tl.where(ratio_at == ratio_at, ratio_at, at_least)
         if by_count:
-            kth = _largest_reaching_triton(
+            kth = largest_reaching_triton(
                 values, logits_stride_vocab, vocab, top, 0.0, at_least, count.to(tl.int64), False, block
             )
             at_least = tl.maximum(at_least, kth)
@@ -183,11 +183,11 @@ def _threshold_kernel(  # type: ignore[no-untyped-def]
             factor = 1.0 / warmth
             total = tl.zeros([block], tl.int64)
             for start in range(0, vocab, block):
-                value = _values(values, start + lane, logits_stride_vocab, vocab)
+                value = load_values(values, start + lane, logits_stride_vocab, vocab)
                 total += _mass(value, top, factor, at_least)
             target = tl.ceil(tl.maximum(share, 0.0).to(tl.float64) * tl.sum(total, 0).to(tl.float64))
             target = tl.maximum(target.to(tl.int64), 1)
-            last = _largest_reaching_triton(
+            last = largest_reaching_triton(
                 values, logits_stride_vocab, vocab, top, factor, at_least, target, True, block
             )
             at_least = tl.maximum(at_least, last)
@@ -195,7 +195,7 @@ def _threshold_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _largest_reaching_triton(  # type: ignore[no-untyped-def]
+def largest_reaching_triton(  # type: ignore[no-untyped-def]
     values, stride, vocab, top, factor, at_least, target, by_mass: constexpr, block: constexpr
 ):
     """Do as `_largest_reaching` for one row, whose logits weigh 1 each or their mass."""
@@ -214,7 +214,7 @@ def _largest_reaching_triton(  # type: ignore[no-untyped-def]
         step = tl.full([1], 1, tl.uint32) << shift
         for start in range(0, vocab, block):
             index = start + lane
-            value = _values(values, index, stride, vocab)
+            value = load_values(values, index, stride, vocab)
             bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
             key = (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True)
             key = tl.where(index < vocab, key, 0)
@@ -250,7 +250,7 @@ def _largest_reaching_triton(  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _values(values, index, stride, vocab):  # type: ignore[no-untyped-def]
+def load_values(values, index, stride, vocab):  # type: ignore[no-untyped-def]
     """Load logits as float32: NaN as -inf, and +inf as the largest finite number."""
     value = tl.load(values + index.to(tl.int64) * stride, mask=index < vocab, other=float("-inf")).to(tl.float32)
     return tl.where(value == value, tl.minimum(value, 3.4028234663852886e38), float("-inf"))

@@ -10,8 +10,10 @@ import torch
 from transformers import AttentionInterface
 
 from graphmode.graph import outside_graph
-from graphmode.kernels import paged_attention, write_kv
+from graphmode.kernels import paged_attention, select_keys, write_kv
 from graphmode.models.errors import ModelError
+from graphmode.models.latent import absorb_keys, expand_values, keeps_latents
+from graphmode.models.sparse import BatchAsMask
 
 ATTENTION_NAME = "graphmode"
 
@@ -19,13 +21,53 @@ ATTENTION_NAME = "graphmode"
 # dropout is for training.
 _WITHOUT_EFFECT = frozenset({"dropout", "position_ids", "output_router_logits", "logits_to_keep"})
 
+# The type of layers whose keys an indexer picks, by its name in newer and older versions of transformers.
+_SPARSE = ("indexed_attention", "deepseek_sparse_attention")
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What one layer caches of a token.
+
+    Attributes:
+        kv_heads: heads of keys and values.
+        key_dim: elements of a key.
+        value_dim: elements of a value.
+        values_in_keys: whether a value is the first elements of its key, as of latents; then it is not stored again.
+        index_dim: elements of the key that the layer's indexer picks keys by; 0 without one.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    values_in_keys: bool = False
+    index_dim: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Elements stored of a token."""
+        return self.kv_heads * (self.key_dim + (0 if self.values_in_keys else self.value_dim)) + self.index_dim
+
 
 @dataclass(frozen=True)
 class LayerCache:
-    """The KV cache of one layer: keys and values, each ``[num_blocks, block_size, kv_heads, head_dim]``."""
+    """The cache of one layer.
+
+    Attributes:
+        keys: ``[num_blocks, block_size, kv_heads, key_dim]``.
+        values: ``[num_blocks, block_size, kv_heads, value_dim]``; of latents a view, ``keys[..., :value_dim]``.
+        index_keys: ``[num_blocks, block_size, 1, index_dim]``: what its indexer picks keys by; None without one.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
+    index_keys: torch.Tensor | None = None
+
+    @property
+    def new_keys(self) -> torch.Tensor:
+        """Where new keys go: ``keys``, or what of them is no value."""
+        values_in_keys = self.values.data_ptr() == self.keys.data_ptr()
+        return self.keys[..., self.values.shape[3] :] if values_in_keys else self.keys
 
 
 @dataclass(frozen=True)
@@ -50,6 +92,26 @@ class AttentionBatch:
     caches: Sequence[LayerCache]
     piecewise: bool = False
 
+    def select(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
+        """Cache index keys of a layer, then choose the keys that each token attends to.
+
+        Args:
+            layer: its index.
+            query: the indexer's, ``[tokens, heads, dim]``.
+            key: ``[tokens, 1, dim]``.
+            weights: float32 ``[tokens, heads]``.
+            top_k: how many are chosen at most.
+
+        Returns:
+            As of :func:`~graphmode.kernels.select_keys`.
+        """
+        index_keys = self.caches[layer].index_keys
+        assert index_keys is not None
+        select = _selection_outside_graph if self.piecewise else cached_selection
+        return select(query, key, weights, index_keys, self, top_k)
+
 
 def attend(
     query: torch.Tensor,
@@ -59,6 +121,7 @@ def attend(
     window: int | None,
     soft_cap: float | None,
     sinks: torch.Tensor | None,
+    selection: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to the cache, which holds the new keys and values. Arguments and result as of :func:`cached_attention`."""
     output: torch.Tensor = paged_attention(
@@ -73,6 +136,7 @@ def attend(
         window=window,
         soft_cap=soft_cap,
         sinks=sinks,
+        selection=selection,
     )
     return output
 
@@ -87,29 +151,54 @@ def cached_attention(
     window: int | None,
     soft_cap: float | None,
     sinks: torch.Tensor | None,
+    selection: torch.Tensor | None,
 ) -> torch.Tensor:
     """Write new keys and values to the cache, then attend to it.
 
     Args:
-        query: ``[tokens, q_heads, head_dim]``.
-        key: ``[tokens, kv_heads, head_dim]``.
-        value: ``[tokens, kv_heads, head_dim]``.
+        query: ``[tokens, q_heads, key_dim]``, as the cache's.
+        key: what goes to the cache's ``new_keys``, ``[tokens, kv_heads, dim]``.
+        value: ``[tokens, kv_heads, value_dim]``.
         cache: the layer's.
         batch: the step's.
         scale: this and what follows as in :func:`~graphmode.kernels.paged_attention`.
         window: of sliding-window attention.
         soft_cap: of the scores.
         sinks: one logit of each query head.
+        selection: of keys, for sparse attention.
 
     Returns:
-        ``[tokens, q_heads, head_dim]``.
+        ``[tokens, q_heads, value_dim]``.
     """
-    write_kv(key, value, cache.keys, cache.values, batch.slot_mapping)
-    return attend(query, cache, batch, scale, window, soft_cap, sinks)
+    write_kv(key, value, cache.new_keys, cache.values, batch.slot_mapping)
+    return attend(query, cache, batch, scale, window, soft_cap, sinks, selection)
+
+
+def cached_selection(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weights: torch.Tensor,
+    index_keys: torch.Tensor,
+    batch: AttentionBatch,
+    top_k: int,
+) -> torch.Tensor:
+    """Write new index keys to the cache, then choose among its keys; arguments as of :meth:`AttentionBatch.select`."""
+    write_kv(key, None, index_keys, None, batch.slot_mapping)
+    return select_keys(
+        query,
+        weights,
+        index_keys,
+        batch.block_tables,
+        batch.cu_query_lens,
+        batch.kv_lens,
+        top_k=top_k,
+        max_query_len=batch.max_query_len,
+    )
 
 
 attend_outside_graph = outside_graph(attend)
 _attention_outside_graph = outside_graph(cached_attention)
+_selection_outside_graph = outside_graph(cached_selection)
 
 
 def attention_hook(
@@ -117,30 +206,32 @@ def attention_hook(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | BatchAsMask | None,
     *,
     attention_batch: AttentionBatch,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' models call it.
 
     Args:
         module: the attention module, with its ``layer_idx``.
-        query: ``[1, q_heads, tokens, head_dim]``, rotated.
-        key: ``[1, kv_heads, tokens, head_dim]``, rotated.
-        value: ``[1, kv_heads, tokens, head_dim]``.
-        attention_mask: must be None; sequences are told apart by ``attention_batch``.
+        query: ``[1, q_heads, tokens, key_dim]``, rotated.
+        key: ``[1, kv_heads, tokens, key_dim]``, rotated; of a module that keeps latents their rotated part.
+        value: ``[1, kv_heads, tokens, value_dim]``; of a module that keeps latents these.
+        attention_mask: must be None, or the batch in its place; sequences are told apart by ``attention_batch``.
         attention_batch: the step's; the engine passes it through the model as a keyword.
-        scaling: of the scores; default ``head_dim ** -0.5``.
+        scaling: of the scores; default ``key_dim ** -0.5``.
         softcap: of the scores.
         s_aux: ``[q_heads]``: attention sinks.
+        indices: int32 ``[1, tokens, top_k]``: the keys that an indexer picked.
         **kwargs: what the model asks for beyond that: ``sliding_window``, and what has no effect.
 
     Returns:
-        ``[1, tokens, q_heads, head_dim]``, and no attention weights.
+        ``[1, tokens, q_heads, value_dim]``, and no attention weights.
 
     Raises:
         ModelError: the model asks for something that the kernel does not do.
@@ -149,10 +240,14 @@ def attention_hook(
     assert isinstance(layer, int)
     cache = attention_batch.caches[layer]
     window = sliding_window(module, kwargs)
-    _refuse_the_rest(module, key, value, attention_mask, cache, kwargs)
+    if is_sparse(module) and indices is None:
+        raise _refusal(module, "is sparse, and nothing picks its keys")
+    mask = None if isinstance(attention_mask, BatchAsMask) else attention_mask
+    _refuse_the_rest(module, key, value, mask, cache, kwargs)
+    latent = keeps_latents(module)
     attend = _attention_outside_graph if attention_batch.piecewise else cached_attention
     output = attend(
-        query[0].transpose(0, 1),
+        (absorb_keys(module, query[0]) if latent else query[0]).transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         cache,
@@ -161,8 +256,21 @@ def attention_hook(
         window,
         softcap,
         s_aux,
+        None if indices is None else indices[0],
     )
+    if latent:
+        output = expand_values(module, output)
     return output.unsqueeze(0), None
+
+
+def is_sparse(module: Any) -> bool:
+    """Return whether the configuration says that the layer attends to picked keys alone."""
+    return _layer_type(module) in _SPARSE
+
+
+def _layer_type(module: Any) -> str | None:
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+    return layer_types[module.layer_idx] if layer_types else None
 
 
 def sliding_window(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> int | None:
@@ -170,18 +278,16 @@ def sliding_window(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> int | 
 
     Most models pass it. Some only build masks by it, which this attention does not get: then the configuration says.
     """
-    config = getattr(module, "config", None)
-    layer_types = getattr(config, "layer_types", None)
-    layer_type = layer_types[module.layer_idx] if layer_types else None
-    if layer_type not in (None, "full_attention", "sliding_attention"):
+    layer_type = _layer_type(module)
+    if layer_type not in (None, "full_attention", "sliding_attention", *_SPARSE):
         raise _refusal(module, f"is of type {layer_type!r}")
     window: int | None
     if "sliding_window" in kwargs:
         window = kwargs["sliding_window"]
-    elif layer_type == "full_attention":
+    elif layer_type in ("full_attention", *_SPARSE):
         window = None
     else:
-        window = getattr(config, "sliding_window", None)
+        window = getattr(getattr(module, "config", None), "sliding_window", None)
     return window
 
 
@@ -201,9 +307,8 @@ def _refuse_the_rest(
         raise _refusal(module, "lets tokens see later ones (is_causal=False)")
     if attention_mask is not None:
         raise _refusal(module, "brings a mask of its own")
-    cached = list(cache.keys.shape[2:])
-    for name, tensor in (("keys", key), ("values", value)):
-        shape = [tensor.shape[1], tensor.shape[3]]
+    for name, tensor, place in (("keys", key, cache.new_keys), ("values", value, cache.values)):
+        shape, cached = [tensor.shape[1], tensor.shape[3]], list(place.shape[2:])
         if shape != cached:
             raise _refusal(
                 module,

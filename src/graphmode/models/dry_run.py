@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from graphmode.models.attention import sliding_window
+from graphmode.models.attention import CacheShape, is_sparse, sliding_window
 from graphmode.models.errors import ModelError
+from graphmode.models.latent import expand, keeps_latents
+from graphmode.models.sparse import BatchAsMask
 
 DRY_RUN_NAME = "graphmode_dry_run"
 
@@ -30,6 +32,8 @@ class AttentionCall:
         query: ``[q_heads, tokens, key_dim]``.
         key: ``[kv_heads, tokens, key_dim]``.
         value: ``[kv_heads, tokens, value_dim]``.
+        index: the queries, keys and weights of the indexer that picks the layer's keys, ``[tokens, ...]``; else empty.
+        cache: what the layer caches.
         mask: what the model handed over as its mask, of those that :func:`dry_run_mask` makes or of its own.
         causal: whether a token attends to none after it.
         window: how many tokens each attends to, as the true hook reads it; None for all.
@@ -39,6 +43,8 @@ class AttentionCall:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+    index: tuple[torch.Tensor, ...]
+    cache: CacheShape
     mask: torch.Tensor | None
     causal: bool
     window: int | None
@@ -51,25 +57,19 @@ class _Recorder:
     Attributes:
         slot_mapping: as of :class:`~graphmode.models.attention.AttentionBatch`; the experts read it.
         calls: of attention, in order.
+        index: what the last indexer chose by, until the layer's call of attention takes it.
     """
 
     slot_mapping: torch.Tensor
     calls: list[AttentionCall] = field(default_factory=list)
+    index: tuple[torch.Tensor, ...] = ()
 
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Sizes that attention has in every layer.
-
-    Attributes:
-        layers: that have attention, numbered from 0.
-        kv_heads: heads of keys and values.
-        head_dim: elements of a head.
-    """
-
-    layers: int
-    kv_heads: int
-    head_dim: int
+    def select(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
+        """Record an indexer's choice. Arguments and result as of the true batch."""
+        self.index = (query, key, weights)
+        return torch.zeros((query.shape[0], 1), dtype=torch.int32, device=query.device)
 
 
 def dry_run_hook(
@@ -77,9 +77,10 @@ def dry_run_hook(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | BatchAsMask | None,
     *,
     attention_batch: _Recorder | None = None,
+    indices: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Record a call of attention, and let each token attend to itself. Shapes as of the true hook.
@@ -91,13 +92,25 @@ def dry_run_hook(
         raise ModelError("it does not hand keyword arguments on to attention, which needs the step's batch")
     layer = getattr(module, "layer_idx", None)
     causal = options.pop("is_causal", None)
+    if is_sparse(module) and indices is None:
+        raise ModelError("its attention is sparse, and nothing picks its keys")
+    index, attention_batch.index = attention_batch.index, ()
+    index_dim = index[1].shape[2] if index else 0
+    if keeps_latents(module):
+        rank, rope = value.shape[3], key.shape[3]
+        key, value = expand(module, key, value)
+        cache = CacheShape(1, rank + rope, rank, values_in_keys=True, index_dim=index_dim)
+    else:
+        cache = CacheShape(key.shape[1], key.shape[3], value.shape[3], index_dim=index_dim)
     attention_batch.calls.append(
         AttentionCall(
             layer if isinstance(layer, int) else None,
             query[0],
             key[0],
             value[0],
-            mask=attention_mask,
+            index,
+            cache,
+            mask=None if isinstance(attention_mask, BatchAsMask) else attention_mask,
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
             window=sliding_window(module, options),
         )
@@ -118,8 +131,8 @@ AttentionInterface.register(DRY_RUN_NAME, dry_run_hook)
 AttentionMaskInterface.register(DRY_RUN_NAME, dry_run_mask)
 
 
-def attention_shape(model: PreTrainedModel) -> AttentionShape:
-    """Run a model dry and return the sizes of its attention.
+def cache_shapes(model: PreTrainedModel) -> tuple[CacheShape, ...]:
+    """Run a model dry and return what each of its layers caches.
 
     Raises:
         ModelError: graphmode cannot run it; why, in words that follow the model's name.
@@ -127,12 +140,12 @@ def attention_shape(model: PreTrainedModel) -> AttentionShape:
     implementation = model.config._attn_implementation
     model.set_attn_implementation(DRY_RUN_NAME)
     try:
-        shape = _check_calls(model)
+        shapes = _check_calls(model)
         _check_positions(model)
         _check_tokens_apart(model)
     finally:
         model.set_attn_implementation(implementation)
-    return shape
+    return shapes
 
 
 def check_class(cls: type[PreTrainedModel], config: PretrainedConfig) -> None:
@@ -152,8 +165,6 @@ def check_class(cls: type[PreTrainedModel], config: PretrainedConfig) -> None:
         raise ModelError("it takes no position_ids: it numbers tokens by itself, as if all were one sequence")
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise ModelError("it takes no keyword arguments for attention, which needs the step's batch")
-    if getattr(config.get_text_config(), "index_topk", None):
-        raise ModelError("its attention is sparse: an indexer picks keys")
 
 
 def _run(
@@ -180,7 +191,7 @@ def _run(
     return logits[0], recorder.calls
 
 
-def _check_calls(model: PreTrainedModel) -> AttentionShape:
+def _check_calls(model: PreTrainedModel) -> tuple[CacheShape, ...]:
     """Refuse attention that is not causal softmax attention over each layer's own keys and values."""
     config = model.config.get_text_config()
     _, calls = _run(model, [0, 1, 2], tokens=[1, 2, 3])
@@ -199,23 +210,15 @@ def _check_calls(model: PreTrainedModel) -> AttentionShape:
             raise ModelError("its mask and its own cache do not agree on how far a token sees")
         if call.key.shape[1] != call.query.shape[1]:
             raise ModelError("its keys are not those of the tokens alone")
-        if call.key.shape[2] != call.value.shape[2]:
-            raise ModelError(
-                f"its keys have {call.key.shape[2]} elements and its values {call.value.shape[2]}; graphmode "
-                "caches both at one size"
-            )
-    shapes = {(call.key.shape[0], call.key.shape[2]) for call in calls}
-    if len(shapes) > 1:
-        raise ModelError(f"its layers differ in (kv_heads, head_dim): {sorted(shapes)}; graphmode caches one size")
-    kv_heads, head_dim = shapes.pop()
-    return AttentionShape(layers, kv_heads, head_dim)
+    return tuple(call.cache for call in calls)
 
 
 def _check_positions(model: PreTrainedModel) -> None:
     """Refuse models that know a token's place by more than ``position_ids``: same token and place, same result."""
     logits, calls = _run(model, [0, 0, 0], tokens=[1, 1, 1])
     tolerance = 1e-3 if model.dtype == torch.float32 else 2e-2
-    for tensor in [logits, *(part.transpose(0, 1) for call in calls for part in (call.query, call.key, call.value))]:
+    by_token = [part.transpose(0, 1) for call in calls for part in (call.query, call.key, call.value)]
+    for tensor in [logits, *by_token, *(part for call in calls for part in call.index)]:
         apart = (tensor - tensor[:1]).float().norm()
         if apart > tolerance * tensor.float().norm():
             raise ModelError("it numbers positions by itself, as if all tokens of a step were one sequence")

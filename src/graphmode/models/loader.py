@@ -14,10 +14,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from graphmode.models.attention import ATTENTION_NAME
-from graphmode.models.dry_run import AttentionShape, attention_shape, check_class
+from graphmode.models.attention import ATTENTION_NAME, CacheShape
+from graphmode.models.dry_run import cache_shapes, check_class
 from graphmode.models.errors import ModelError
 from graphmode.models.experts import EXPERTS_NAME, share_real_rows
+from graphmode.models.latent import keep_latents
+from graphmode.models.sparse import use_indexers
 
 LoadFormat = Literal["auto", "dummy"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -28,17 +30,13 @@ class ModelShape:
     """What the engine must know of a model.
 
     Attributes:
-        layers: decoder layers, each with a KV cache.
-        kv_heads: heads of keys and values.
-        head_dim: elements of a head.
+        caches: what each decoder layer caches.
         vocab_size: rows of the embedding.
         max_positions: tokens that the model was made for.
         eos_token_ids: tokens that end a text.
     """
 
-    layers: int
-    kv_heads: int
-    head_dim: int
+    caches: tuple[CacheShape, ...]
     vocab_size: int
     max_positions: int
     eos_token_ids: frozenset[int]
@@ -106,8 +104,10 @@ def load_model(
             module.warn_if_padding_and_no_attention_mask = _no_warning  # type: ignore[method-assign]
     share_real_rows(model)
     with _refusals(name, type(model)):
-        attention = attention_shape(model)
-    shape: ModelShape = _read(partial(_shape, model, attention), name, "the shape of its KV cache")
+        keep_latents(model)
+        use_indexers(model)
+        caches = cache_shapes(model)
+    shape: ModelShape = _read(partial(_shape, model, caches), name, "the shape of its KV cache")
     tokenizer = None
     if _has_tokenizer(name):
         tokenizer = _read(partial(AutoTokenizer.from_pretrained, name), name, "the tokenizer")
@@ -161,13 +161,11 @@ def _has_tokenizer(name: str | Path) -> bool:
     return not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
 
 
-def _shape(model: PreTrainedModel, attention: AttentionShape) -> ModelShape:
+def _shape(model: PreTrainedModel, caches: tuple[CacheShape, ...]) -> ModelShape:
     config = model.config.get_text_config()
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
     return ModelShape(
-        layers=attention.layers,
-        kv_heads=attention.kv_heads,
-        head_dim=attention.head_dim,
+        caches=caches,
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),

@@ -91,6 +91,7 @@ _TINY: Mapping[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
+    "index_topk": 8,
     "vocab_size_per_layer_input": 131,
     "hidden_size_per_layer_input": 8,
     "bos_token_id": 1,
@@ -102,6 +103,12 @@ _WINDOW = 8
 # What a type needs beyond that, or instead; None leaves a field as it is by default.
 _OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "dots3_note_text": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+    },
     "falcon": {"head_dim": None},
     "gemma3n_text": {"num_kv_shared_layers": 1},
     "gpt_neo": {"attention_types": [[["global"], 4]]},
@@ -145,7 +152,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 def _sizes(default: PretrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {name: value for name, value in _TINY.items() if _has(default, name)}
     if hasattr(default, "qk_rope_head_dim"):  # latent attention: other names for a head's size, and no shared heads
-        sizes |= {"head_dim": None, "num_key_value_heads": sizes["num_attention_heads"]}
+        sizes |= {"head_dim": None, "num_key_value_heads": sizes.get("num_attention_heads")}
     if getattr(default, "sliding_window", None):
         sizes["sliding_window"] = _WINDOW
     sizes |= overrides
