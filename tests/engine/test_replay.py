@@ -30,7 +30,7 @@ class Harness:
 
         def fn(family: str, **inputs: torch.Tensor) -> Any:
             tokens = step.forward(family=family, filtered=True, **inputs)
-            read = {name: inputs[name] for name in signature(step.logits).parameters if name != "family"}
+            read = {name: inputs[name] for name in signature(step.logits).parameters if name in inputs}
             return tokens, step.logits(family=family, **read)
 
         self.graphs = GraphRunner(

@@ -19,11 +19,12 @@ from graphmode.engine.config import (
     resolve_limits,
 )
 from graphmode.engine.kv_cache import choose_num_blocks, make_cache
+from graphmode.engine.multimodal import VisionPrompt
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.scheduler import Scheduler
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import StepRunner, StepUnderWay
-from graphmode.graph import InputError, get_backend
+from graphmode.graph import InputError, RunnerStats, get_backend
 from graphmode.models.loader import load_model
 from graphmode.models.rotary import fix_rotary_embeddings
 
@@ -47,6 +48,8 @@ class EngineStats:
         decode_ms_per_step: mean wall time of a decode step, scheduling and sampling included; None before the first.
         generated_tokens: tokens generated.
         preemptions: times that a sequence gave up its blocks for want of memory, to be computed again.
+        vision_runs: images and videos that the vision tower computed.
+        vision_misses: those that found no graph captured, by reason.
     """
 
     steps: int
@@ -61,6 +64,8 @@ class EngineStats:
     decode_ms_per_step: float | None
     generated_tokens: int
     preemptions: int
+    vision_runs: int = 0
+    vision_misses: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the stats as plain values."""
@@ -129,8 +134,10 @@ class Engine:
         self.runner.probe()
         self.runner.capture(progress=self.progress)
 
-    def add(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Sequence]:
-        """Queue a request and return its sequences, ``params.n`` of them.
+    def add(
+        self, prompt_token_ids: list[int], params: SamplingParams, vision: VisionPrompt | None = None
+    ) -> list[Sequence]:
+        """Queue a request, with the images of its prompt, and return its sequences, ``params.n`` of them.
 
         Raises:
             InputError: the prompt holds a token that the model does not have, or does not fit the limits.
@@ -139,7 +146,7 @@ class Engine:
         request_id, self._next_id = self._next_id, self._next_id + 1
         seed = _derived_seed(self.options.seed, request_id) if params.seed is None else params.seed
         seeds = [seed, *(_derived_seed(seed, index) for index in range(1, params.n))]
-        sequences = [Sequence(request_id, list(prompt_token_ids), params, each) for each in seeds]
+        sequences = [Sequence(request_id, list(prompt_token_ids), params, each, vision) for each in seeds]
         for sequence in sequences:
             self.scheduler.add(sequence)
         return sequences
@@ -178,6 +185,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the steps did since the start or the last :meth:`reset_stats`."""
         graphs, clock = self.runner.graphs.stats, self._clock
+        vision = self.runner.vision.graphs.stats if self.runner.vision else RunnerStats()
         return EngineStats(
             steps=graphs.steps,
             replays=graphs.replays,
@@ -185,17 +193,21 @@ class Engine:
             hit_rate=graphs.hit_rate,
             misses={str(reason): count for reason, count in graphs.misses.items()},
             padding_ratio=graphs.padding_ratio,
-            graphs=graphs.graphs,
-            capture_seconds=graphs.capture_seconds,
-            graph_bytes=graphs.graph_bytes,
+            graphs=graphs.graphs + vision.graphs,
+            capture_seconds=graphs.capture_seconds + vision.capture_seconds,
+            graph_bytes=graphs.graph_bytes + vision.graph_bytes,
             decode_ms_per_step=1e3 * clock.seconds / clock.steps if clock.steps else None,
             generated_tokens=clock.tokens,
             preemptions=self.scheduler.preemptions,
+            vision_runs=vision.steps,
+            vision_misses={str(reason): count for reason, count in vision.misses.items()},
         )
 
     def reset_stats(self) -> None:
         """Forget the steps so far; keep what is known of the graphs."""
         self.runner.graphs.stats.reset_steps()
+        if self.runner.vision:
+            self.runner.vision.graphs.stats.reset_steps()
         self._clock = _Clock()
 
 

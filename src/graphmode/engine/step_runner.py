@@ -10,6 +10,7 @@ import torch
 
 from graphmode.engine.config import BLOCK_SIZE
 from graphmode.engine.scheduler import Batch, Family, Limits
+from graphmode.engine.vision_runner import VisionRunner
 from graphmode.graph import GraphRunner, Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.staging import Event, StagingRing
@@ -32,6 +33,12 @@ INPUTS = (
     Input("top_p", torch.float32, ("seqs",), padding=1.0),
     Input("min_p", torch.float32, ("seqs",), padding=0.0),
     Input("block_tables", torch.int32, ("seqs", "blocks"), padding=0),
+)
+# A model with a vision tower takes positions of three coordinates, and is told which tokens stand for images.
+VISION_INPUTS = (
+    *(spec for spec in INPUTS if spec.name != "positions"),
+    Input("positions", torch.int64, ("tokens", 3), padding=0),
+    Input("visual", torch.bool, ("tokens",), padding=False),
 )
 
 
@@ -92,13 +99,17 @@ class StepRunner:
         self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=backend.device)
         # Two steps are under way at most: one being read, one computed.
         self._results = StagingRing(8 * limits.max_num_seqs, 3, backend.host_buffer, backend.event)
+        self.vision: VisionRunner | None = None
+        if loaded.vision is not None:
+            self.vision = VisionRunner(loaded.vision, backend, limits, enabled=buckets is not None, strict=strict)
+        self._inputs = INPUTS if self.vision is None else VISION_INPUTS
         self.graphs = GraphRunner(
             self.forward,
-            INPUTS,
+            self._inputs,
             buckets or {"decode": limits.max_num_seqs, "mixed": limits.max_num_batched_tokens},
             axes={"seqs": lambda tokens: min(tokens, limits.max_num_seqs), "blocks": self._max_blocks},
             output_axes=[("seqs",)],
-            static={"filtered": (False, True)},
+            static={"filtered": (False, True), **({} if self.vision is None else {"images": (False, True)})},
             backend=backend,
             enabled=buckets is not None,
             max_padding_ratio=max_padding_ratio,
@@ -113,11 +124,14 @@ class StepRunner:
         """
         device = self.graphs.backend.device
         sizes = {"tokens": 1, "seqs": 1, "blocks": self._max_blocks}
-        inputs = {
+        inputs: dict[str, Any] = {
             spec.name: torch.full(
-                [sizes[str(axis)] for axis in spec.shape], spec.padding, dtype=spec.dtype, device=device
+                [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape],
+                spec.padding,
+                dtype=spec.dtype,
+                device=device,
             )
-            for spec in INPUTS
+            for spec in self._inputs
         }
         with torch.inference_mode():
             self.forward("mixed", False, **inputs)
@@ -125,6 +139,9 @@ class StepRunner:
     def launch(self, batch: Batch) -> StepUnderWay:
         """Put one step on the device and return without waiting for it."""
         inputs: dict[str, Any] = step_inputs(batch, self._max_blocks)
+        if self.vision is not None:
+            inputs |= self.vision.step_inputs(batch, inputs["positions"])
+            inputs["images"] = bool(inputs["visual"].any())
         tokens = self.graphs(family=batch.family, filtered=is_filtered(batch), **inputs)
         assert isinstance(tokens, torch.Tensor)
         slot = self._results.acquire()
@@ -134,8 +151,9 @@ class StepRunner:
         return StepUnderWay(batch, on_host, slot.event)
 
     def capture(self, *, progress: bool) -> None:
-        """Capture the graphs of all sizes; those of steps that filter what is sampled are captured at first use."""
-        self.graphs.capture(progress=progress, filtered=False)
+        """Capture the graphs of all sizes; those of steps that filter or read images are captured at first use."""
+        images = {} if self.vision is None else {"images": False}
+        self.graphs.capture(progress=progress, filtered=False, **images)
 
     def forward(
         self,
@@ -154,6 +172,8 @@ class StepRunner:
         top_p: torch.Tensor,
         min_p: torch.Tensor,
         block_tables: torch.Tensor,
+        visual: torch.Tensor | None = None,
+        images: bool = False,
     ) -> torch.Tensor:
         """Compute a step: the function that is captured. Shapes as in ``INPUTS``.
 
@@ -161,13 +181,24 @@ class StepRunner:
         without them gets the same token either way.
 
         A token whose value the host does not know yet is taken from the row of the step before that sampled it
-        (``token_sources``); the tokens sampled here are left for the next step.
+        (``token_sources``); the tokens sampled here are left for the next step. Where no token stands for a part of an
+        image (``images``), the graph reads no features.
 
         Returns:
             The sampled tokens, int64 ``[seqs]``.
         """
         token_ids = torch.where(token_sources < 0, token_ids, self._sampled[token_sources.clamp(min=0)])
-        logits = self.logits(family, token_ids, positions, slot_mapping, query_lens, kv_lens, logits_rows, block_tables)
+        logits = self.logits(
+            family,
+            token_ids,
+            positions,
+            slot_mapping,
+            query_lens,
+            kv_lens,
+            logits_rows,
+            block_tables,
+            visual if images else None,
+        )
         filters = Filters(top_k, top_p, min_p) if filtered else None
         sampled: torch.Tensor = sample(logits, temperature, seeds, kv_lens.to(torch.int64), filters)
         # Padding rows keep what is there: a capture between two steps must not touch what the one left for the other.
@@ -185,6 +216,7 @@ class StepRunner:
         kv_lens: torch.Tensor,
         logits_rows: torch.Tensor,
         block_tables: torch.Tensor,
+        visual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the logits of ``logits_rows``, ``[seqs, vocab]`` in the model's dtype."""
         cu_query_lens = torch.nn.functional.pad(torch.cumsum(query_lens, 0, dtype=torch.int32), (1, 0))
@@ -197,9 +229,12 @@ class StepRunner:
             caches=self._caches,
             piecewise=family in self._piecewise,
         )
+        tokens: dict[str, Any] = {"input_ids": token_ids.unsqueeze(0)}
+        if self.vision is not None and visual is not None:
+            tokens = self.vision.embed(token_ids, visual)
         output = self._model(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
+            **tokens,
+            position_ids=positions.unsqueeze(0) if positions.dim() == 1 else positions.t().unsqueeze(1),
             use_cache=False,
             logits_to_keep=logits_rows,
             attention_batch=batch,

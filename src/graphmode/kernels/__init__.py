@@ -7,6 +7,7 @@ from graphmode.kernels.kv_cache import write_kv
 from graphmode.kernels.logits import Adjustments, adjust_logits
 from graphmode.kernels.logprobs import LogProbabilities, log_probabilities
 from graphmode.kernels.sampling import sample
+from graphmode.kernels.segment_attention import segment_attention
 
 __all__ = [
     "Adjustments",
@@ -17,6 +18,7 @@ __all__ = [
     "log_probabilities",
     "paged_attention",
     "sample",
+    "segment_attention",
     "start_history",
     "write_kv",
 ]

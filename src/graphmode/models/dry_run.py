@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from graphmode.models.attention import sliding_window
 from graphmode.models.errors import ModelError
+from graphmode.models.multimodal_positions import has_grid_positions
 
 DRY_RUN_NAME = "graphmode_dry_run"
 
@@ -161,11 +162,14 @@ def _run(
 ) -> tuple[torch.Tensor, list[AttentionCall]]:
     """Return the logits of the first and the last of three tokens, ``[2, vocab]``, and the attention calls."""
     recorder = _Recorder(torch.arange(3, device=model.device))
+    position_ids = torch.tensor([positions], device=model.device)
+    if has_grid_positions(model):
+        position_ids = position_ids.expand(3, 1, 3)
     try:
         with torch.no_grad():
             output = model(
                 input_ids=torch.tensor([tokens], device=model.device),
-                position_ids=torch.tensor([positions], device=model.device),
+                position_ids=position_ids,
                 use_cache=False,
                 logits_to_keep=torch.tensor([0, 2], device=model.device),
                 attention_batch=recorder,

@@ -1,7 +1,8 @@
-"""Loading a causal language model and its tokenizer from a local folder or the hub."""
+"""Loading a causal language model, with its vision part if it has one, and its tokenizer from a folder or the hub."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,21 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from graphmode.models.attention import ATTENTION_NAME
 from graphmode.models.dry_run import AttentionShape, attention_shape, check_class
 from graphmode.models.errors import ModelError
 from graphmode.models.experts import EXPERTS_NAME, share_real_rows
+from graphmode.models.vision import VisionTower
 
 LoadFormat = Literal["auto", "dummy"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -52,11 +62,13 @@ class LoadedModel:
         model: transformers' module, in evaluation mode, with our attention and experts.
         shape: its sizes.
         tokenizer: None where the model comes without one; then prompts must be token ids.
+        vision: its vision tower; None where it takes text alone.
     """
 
     model: PreTrainedModel
     shape: ModelShape
     tokenizer: PreTrainedTokenizerBase | None
+    vision: VisionTower | None = None
 
 
 def load_model(
@@ -81,16 +93,17 @@ def load_model(
     config = _read(partial(AutoConfig.from_pretrained, name), name, "config.json")
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
-    cls: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    auto = _auto_class(config)
+    cls: Any = auto._model_mapping.get(type(config), None)
     if isinstance(cls, type):
         with _refusals(name, cls):
             check_class(cls, config)
     options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME, "experts_implementation": EXPERTS_NAME}
     if load_format == "dummy":
         with device:
-            model = _read(partial(AutoModelForCausalLM.from_config, config, **options), name, "config.json")
+            model = _read(partial(auto.from_config, config, **options), name, "config.json")
     else:
-        load = partial(AutoModelForCausalLM.from_pretrained, name, output_loading_info=True, **options)
+        load = partial(auto.from_pretrained, name, output_loading_info=True, **options)
         model, report = _read(load, name, "the weights")
         if report["missing_keys"]:
             raise ModelError(
@@ -105,11 +118,20 @@ def load_model(
     share_real_rows(model)
     with _refusals(name, type(model)):
         attention = attention_shape(model)
+        vision = VisionTower(model) if auto is AutoModelForImageTextToText else None
     shape: ModelShape = _read(partial(_shape, model, attention), name, "the shape of its KV cache")
     tokenizer = None
     if _has_tokenizer(name):
         tokenizer = _read(partial(AutoTokenizer.from_pretrained, name), name, "the tokenizer")
-    return LoadedModel(model, shape, tokenizer)
+    return LoadedModel(model, shape, tokenizer, vision)
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Return what makes the model: with its vision part where that takes packed patches and their grids."""
+    cls: Any = AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    if isinstance(cls, type) and "image_grid_thw" in inspect.signature(cls.forward).parameters:  # type: ignore[attr-defined]
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _check_folder(name: str | Path, load_format: LoadFormat) -> None:
