@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from graphmode.models.attention import ATTENTION_NAME
-from graphmode.models.dry_run import AttentionShape, attention_shape, check_class
+from graphmode.models.dry_run import AttentionShape, attention_shape, check_class, check_features_apart
 from graphmode.models.errors import ModelError
 from graphmode.models.experts import EXPERTS_NAME, share_real_rows
 from graphmode.models.vision import VisionTower
@@ -119,6 +119,8 @@ def load_model(
     with _refusals(name, type(model)):
         attention = attention_shape(model)
         vision = VisionTower(model) if auto is AutoModelForImageTextToText else None
+        if vision is not None:
+            check_features_apart(model, vision.embed(*vision.spoiled_features()))
     shape: ModelShape = _read(partial(_shape, model, attention), name, "the shape of its KV cache")
     tokenizer = None
     if _has_tokenizer(name):
@@ -127,11 +129,10 @@ def load_model(
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
-    """Return what makes the model: with its vision part where that takes packed patches and their grids."""
-    cls: Any = AutoModelForImageTextToText._model_mapping.get(type(config), None)
-    if isinstance(cls, type) and "image_grid_thw" in inspect.signature(cls.forward).parameters:  # type: ignore[attr-defined]
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    """Return what makes the model: with its vision part where its positions are those of a grid, as in Qwen2-VL."""
+    base: Any = AutoModel._model_mapping.get(type(config), None)
+    vision = AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    return AutoModelForImageTextToText if vision and hasattr(base, "get_rope_index") else AutoModelForCausalLM
 
 
 def _check_folder(name: str | Path, load_format: LoadFormat) -> None:

@@ -94,7 +94,7 @@ class VisionTower:
     def __init__(self, model: PreTrainedModel) -> None:
         base: Any = model.base_model
         visual: Any = getattr(base, "visual", None)
-        if visual is None or not hasattr(base, "get_image_features") or not hasattr(visual, "patch_embed"):
+        if visual is None or not hasattr(visual, "patch_embed") or not hasattr(base, "language_model"):
             raise ModelError("its vision part is not a tower over packed patches, as that of Qwen2-VL")
         self._visual = visual
         self._embed = model.get_input_embeddings()
@@ -203,6 +203,14 @@ class VisionTower:
                 torch.where(chosen, features[:, level], 0).unsqueeze(0) for level in range(1, self.levels)
             ]
         return arguments
+
+    def spoiled_features(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return arguments of :meth:`embed` for three tokens, of which the second stands for an image that is NaN."""
+        device = self._visual.device
+        features = torch.zeros((3, self.levels, self.hidden_size), dtype=self.dtype, device=device)
+        features[1] = torch.nan
+        visual = torch.tensor([False, True, False], device=device)
+        return torch.tensor([1, self.image_token_id, 3], device=device), features, visual
 
     def _check(self) -> int:
         """Run the tower whole and split, on two random grids, and return its levels.
