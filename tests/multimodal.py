@@ -121,7 +121,7 @@ def generate_greedily(
     made = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
+        mm_token_type_ids=(ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int(),
         max_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
