@@ -99,3 +99,35 @@ def test_keys_are_equal_exactly_where_all_tokens_so_far_are(a: list[int], b: lis
     for index, (key_a, key_b) in enumerate(zip(keys_a, keys_b, strict=False)):
         end = (index + 1) * size
         assert (key_a == key_b) == (a[:end] == b[:end])
+
+
+@given(
+    st.integers(1, 6),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9), st.sampled_from([b"cat", b"dog"])), max_size=4),
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9), st.sampled_from([b"cat", b"dog"])), max_size=4),
+    st.integers(0, 5),
+)
+def test_blocks_with_tokens_that_stand_for_something_else_have_other_keys(
+    block_size: int, first: list, second: list, known: int
+) -> None:
+    """Keys agree up to the first block in which what tokens stand for differs; known ones are taken as they are."""
+
+    def contents(gaps: list) -> list[tuple[int, int, bytes]]:
+        spans, at = [], 0
+        for gap, length, digest in gaps:
+            spans.append((at + gap, at + gap + length, digest))
+            at += gap + length
+        return spans
+
+    tokens = [7] * 48
+    both = [contents(first), contents(second)]
+    keys = [block_keys(tokens, block_size, contents=each) for each in both]
+    for index, pair in enumerate(zip(*keys, strict=True)):
+        seen = [
+            [[digest for low, high, digest in each if low < start + block_size and start < high] for start in starts]
+            for each in both
+            for starts in [range(0, (index + 1) * block_size, block_size)]
+        ]
+        assert (pair[0] == pair[1]) == (seen[0] == seen[1])
+    assert block_keys(tokens, block_size, keys[0][:known], both[0]) == keys[0]
+    assert block_keys(tokens, block_size, contents=[]) == block_keys(tokens, block_size)

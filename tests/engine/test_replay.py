@@ -34,7 +34,7 @@ class Harness:
 
         def fn(family: str, **inputs: torch.Tensor) -> Any:
             tokens = step.forward(family=family, level=SamplingLevel.SCORED, **inputs)
-            read = {name: inputs[name] for name in signature(step.logits).parameters if name != "family"}
+            read = {name: inputs[name] for name in signature(step.logits).parameters if name in inputs}
             logits = step.logits(family=family, **read)
             scored = len(inputs["scored_rows"])
             return tokens, logits, reports[: len(tokens)].clone(), reports[SEQS : SEQS + scored].clone()

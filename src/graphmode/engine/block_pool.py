@@ -8,18 +8,34 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 
-def block_keys(token_ids: Sequence[int], block_size: int, known: Sequence[bytes] = ()) -> list[bytes]:
+def block_keys(
+    token_ids: Sequence[int],
+    block_size: int,
+    known: Sequence[bytes] = (),
+    contents: Sequence[tuple[int, int, bytes]] = (),
+) -> list[bytes]:
     """Return the key of each full block of a sequence: a digest of its tokens and of all before them.
+
+    Tokens that stand for an image are the same for all images, so its digest joins the keys of their blocks.
 
     Args:
         token_ids: the sequence.
         block_size: tokens in a block.
         known: keys of its first blocks, computed before.
+        contents: ``(start, end, digest)`` in order: tokens ``start`` to ``end - 1`` stand for what has this digest.
     """
     keys = list(known)
+    at = 0
     for start in range(len(keys) * block_size, len(token_ids) - block_size + 1, block_size):
         digest = hashlib.blake2b(keys[-1] if keys else b"", digest_size=16)
         digest.update(array("q", token_ids[start : start + block_size]).tobytes())
+        while at < len(contents) and contents[at][0] < start + block_size:
+            _, end, content = contents[at]
+            if start < end:
+                digest.update(content)
+            if end > start + block_size:
+                break
+            at += 1
         keys.append(digest.digest())
     return keys
 

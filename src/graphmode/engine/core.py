@@ -19,11 +19,12 @@ from graphmode.engine.config import (
     resolve_limits,
 )
 from graphmode.engine.kv_cache import choose_num_blocks, make_cache
+from graphmode.engine.multimodal import VisionPrompt
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.scheduler import Batch, Scheduler
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import StepResult, StepRunner, StepUnderWay
-from graphmode.graph import InputError, get_backend
+from graphmode.graph import InputError, RunnerStats, get_backend
 from graphmode.models.fused import fuse
 from graphmode.models.loader import load_model
 from graphmode.models.rotary import fix_rotary_embeddings
@@ -48,6 +49,8 @@ class EngineStats:
         decode_ms_per_step: mean wall time of a decode step, scheduling and sampling included; None before the first.
         generated_tokens: tokens generated.
         preemptions: times that a sequence gave up its blocks for want of memory, to be computed again.
+        vision_runs: images and videos that the vision tower computed.
+        vision_misses: those that found no graph captured, by reason.
     """
 
     steps: int
@@ -62,6 +65,8 @@ class EngineStats:
     decode_ms_per_step: float | None
     generated_tokens: int
     preemptions: int
+    vision_runs: int = 0
+    vision_misses: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the stats as plain values."""
@@ -131,8 +136,10 @@ class Engine:
         self.runner.probe()
         self.runner.capture(progress=self.progress)
 
-    def add(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Sequence]:
-        """Queue a request and return its sequences, ``params.n`` of them.
+    def add(
+        self, prompt_token_ids: list[int], params: SamplingParams, vision: VisionPrompt | None = None
+    ) -> list[Sequence]:
+        """Queue a request, with the images of its prompt, and return its sequences, ``params.n`` of them.
 
         Raises:
             InputError: the prompt holds a token that the model does not have, or does not fit the limits.
@@ -144,7 +151,7 @@ class Engine:
         # The prompt is the same for all completions: one scores it.
         unscored = replace(params, prompt_logprobs=None)
         sequences = [
-            Sequence(request_id, list(prompt_token_ids), unscored if index else params, each)
+            Sequence(request_id, list(prompt_token_ids), unscored if index else params, each, vision)
             for index, each in enumerate(seeds)
         ]
         for sequence in sequences:
@@ -188,6 +195,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the steps did since the start or the last :meth:`reset_stats`."""
         graphs, clock = self.runner.graphs.stats, self._clock
+        vision = self.runner.vision.graphs.stats if self.runner.vision else RunnerStats()
         return EngineStats(
             steps=graphs.steps,
             replays=graphs.replays,
@@ -195,17 +203,21 @@ class Engine:
             hit_rate=graphs.hit_rate,
             misses={str(reason): count for reason, count in graphs.misses.items()},
             padding_ratio=graphs.padding_ratio,
-            graphs=graphs.graphs,
-            capture_seconds=graphs.capture_seconds,
-            graph_bytes=graphs.graph_bytes,
+            graphs=graphs.graphs + vision.graphs,
+            capture_seconds=graphs.capture_seconds + vision.capture_seconds,
+            graph_bytes=graphs.graph_bytes + vision.graph_bytes,
             decode_ms_per_step=1e3 * clock.seconds / clock.steps if clock.steps else None,
             generated_tokens=clock.tokens,
             preemptions=self.scheduler.preemptions,
+            vision_runs=vision.steps,
+            vision_misses={str(reason): count for reason, count in vision.misses.items()},
         )
 
     def reset_stats(self) -> None:
         """Forget the steps so far; keep what is known of the graphs."""
         self.runner.graphs.stats.reset_steps()
+        if self.runner.vision:
+            self.runner.vision.graphs.stats.reset_steps()
         self._clock = _Clock()
 
 

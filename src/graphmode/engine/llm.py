@@ -5,27 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine, EngineStats
+from graphmode.engine.multimodal import VisionPrompt
 from graphmode.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
+from graphmode.engine.prompts import Prompt, PromptReader
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.sequence import Sequence as TokenSequence
 from graphmode.graph.errors import InputError
 from graphmode.models.bundled_model import bundled_model
-
-
-class TokensPrompt(TypedDict):
-    """A prompt given as token ids."""
-
-    prompt_token_ids: list[int]
-
-
-Prompt = str | TokensPrompt
 
 
 class LLM:
@@ -52,6 +45,7 @@ class LLM:
         self._progress = progress
         self.engine = Engine(model or bundled_model(), _options(options), progress)
         self._tokenizer = self.engine.loaded.tokenizer
+        self._reader = PromptReader(self.engine.loaded, self.engine.model)
 
     @property
     def stats(self) -> EngineStats:
@@ -66,7 +60,8 @@ class LLM:
         """Generate for all prompts together.
 
         Args:
-            prompts: texts, or ``{"prompt_token_ids": [...]}``; one or a list.
+            prompts: texts, ``{"prompt_token_ids": [...]}``, or with images or videos
+                :class:`~graphmode.engine.prompts.MultiModalPrompt`; one or a list.
             sampling_params: for all prompts, or one for each.
 
         Returns:
@@ -86,8 +81,8 @@ class LLM:
                 )
         requests = [(self._checked(prompt, each), each) for prompt, each in zip(prompts, params, strict=True)]
         answers = [
-            [_Answer(sequence, self._tokenizer) for sequence in self.engine.add(token_ids, each)]
-            for token_ids, each in requests
+            [_Answer(sequence, self._tokenizer) for sequence in self.engine.add(token_ids, each, vision)]
+            for (token_ids, vision), each in requests
         ]
         self._run([answer for completions in answers for answer in completions])
         return [_output(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
@@ -102,7 +97,8 @@ class LLM:
             InputError: the prompt does not fit.
         """
         params = sampling_params or SamplingParams()
-        answers = [_Answer(each, self._tokenizer) for each in self.engine.add(self._checked(prompt, params), params)]
+        token_ids, vision = self._checked(prompt, params)
+        answers = [_Answer(each, self._tokenizer) for each in self.engine.add(token_ids, params, vision)]
         for changed in self._steps(answers):
             if changed:
                 yield _output(prompt, answers)
@@ -127,31 +123,17 @@ class LLM:
             for answer in answers:
                 self.engine.scheduler.abort(answer.sequence)
 
-    def _checked(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        """Return the tokens of a prompt that can run.
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], VisionPrompt | None]:
+        """Return the tokens and images of a prompt that can run.
 
         Raises:
             InputError: it cannot.
         """
         if params.stop and self._tokenizer is None:
             raise InputError("the model comes without a tokenizer, so stop texts cannot be found; use stop_token_ids")
-        token_ids = self._token_ids(prompt)
+        token_ids, vision = self._reader.read(prompt)
         self.engine.check(token_ids, params)
-        return token_ids
-
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, Mapping):
-            token_ids = prompt.get("prompt_token_ids")
-            if not isinstance(token_ids, list) or not all(isinstance(token, int) for token in token_ids):
-                raise InputError(f"prompt {prompt!r} has no list of integers under 'prompt_token_ids'")
-            return token_ids
-        if not isinstance(prompt, str):
-            raise InputError(f"prompt is {type(prompt).__name__}; give a text or {{'prompt_token_ids': [...]}}")
-        if self._tokenizer is None:
-            raise InputError("the model comes without a tokenizer; give prompts as {'prompt_token_ids': [...]}")
-        token_ids = self._tokenizer(prompt)["input_ids"]
-        assert isinstance(token_ids, list)
-        return token_ids
+        return token_ids, vision
 
 
 class _Answer:
@@ -223,11 +205,15 @@ class _Answer:
         return self.text
 
 
+def _text(prompt: Mapping[str, Any]) -> str | None:
+    return prompt.get("prompt")
+
+
 def _output(prompt: Prompt, answers: Sequence[_Answer]) -> RequestOutput:
     first = answers[0].sequence
     return RequestOutput(
         request_id=first.request_id,
-        prompt=prompt if isinstance(prompt, str) else None,
+        prompt=prompt if isinstance(prompt, str) else _text(prompt),
         prompt_token_ids=first.prompt_token_ids,
         outputs=[replace(answer.output, index=index) for index, answer in enumerate(answers)],
         finished=all(answer.sequence.finish_reason is not None for answer in answers),

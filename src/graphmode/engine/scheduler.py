@@ -242,7 +242,7 @@ class Scheduler:
         known = sequence.token_ids[: sequence.num_computed]
         first = len(sequence.block_keys)
         if len(known) // self.pool.block_size > first:
-            sequence.block_keys = block_keys(known, self.pool.block_size, sequence.block_keys)
+            sequence.block_keys = block_keys(known, self.pool.block_size, sequence.block_keys, sequence.contents)
             for block, key in zip(sequence.blocks[first:], sequence.block_keys[first:], strict=False):
                 self.pool.publish(block, key)
 
@@ -269,7 +269,9 @@ class Scheduler:
             return 0
         # One token at least is computed, so that there is something to sample from.
         usable = self._prefix_caching and sequence.params.prompt_logprobs is None
-        keys = block_keys(sequence.token_ids[:-1], self.pool.block_size) if usable else []
+        keys = []
+        if usable:
+            keys = block_keys(sequence.token_ids[:-1], self.pool.block_size, contents=sequence.contents)
         found = self.pool.find(keys)
         self.pool.share(found)
         cached = len(found) * self.pool.block_size

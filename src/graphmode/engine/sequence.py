@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from graphmode.engine.multimodal import VisionPrompt
 from graphmode.engine.outputs import FinishReason, TokenLogprobs
 from graphmode.engine.sampling_params import SamplingParams
 
@@ -17,6 +18,7 @@ class Sequence:
         prompt_token_ids: the prompt, at least one token.
         params: how to sample it.
         seed: of its random numbers, resolved.
+        vision: the images and videos of the prompt; None where it has none.
         token_ids: prompt and generated tokens, as far as the host knows them.
         in_flight: tokens that steps under way are making: one for each that samples it.
         last_row: its row in the last step that did.
@@ -34,6 +36,7 @@ class Sequence:
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
+    vision: VisionPrompt | None = None
     token_ids: list[int] = field(init=False)
     in_flight: int = 0
     last_row: int = -1
@@ -53,6 +56,11 @@ class Sequence:
     def output_token_ids(self) -> list[int]:
         """The generated tokens."""
         return self.token_ids[len(self.prompt_token_ids) :]
+
+    @property
+    def contents(self) -> list[tuple[int, int, bytes]]:
+        """What tokens stand for beside themselves: ``(start, end, digest)`` of each image's."""
+        return self.vision.contents if self.vision else []
 
     @property
     def num_tokens(self) -> int:

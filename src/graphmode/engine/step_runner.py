@@ -12,6 +12,7 @@ from graphmode.engine.config import BLOCK_SIZE
 from graphmode.engine.outputs import TokenLogprobs
 from graphmode.engine.sampler import Sampler, SamplingLevel, level_of, unpacked
 from graphmode.engine.scheduler import Batch, Family, Limits
+from graphmode.engine.vision_runner import VisionRunner
 from graphmode.graph import GraphRunner, Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.inputs import all_padding
@@ -33,6 +34,12 @@ INPUTS = (
     Input("scored_tokens", torch.int64, ("scored",), padding=0, optional=True),
     Input("scored_slots", torch.int64, ("scored",), padding=0, optional=True),
     Input("block_tables", torch.int32, ("seqs", "blocks"), padding=0),
+)
+# A model with a vision tower takes positions of three coordinates, and is told which tokens stand for images.
+VISION_INPUTS = (
+    *(spec for spec in INPUTS if spec.name != "positions"),
+    Input("positions", torch.int64, ("tokens", 3), padding=0),
+    Input("visual", torch.bool, ("tokens",), padding=False, optional=True),
 )
 
 
@@ -116,9 +123,13 @@ class StepRunner:
         # Two steps are under way at most: one being read, one computed.
         report_bytes = 2 * limits.max_num_seqs * self.sampler.reports.shape[1] * 4
         self._results = StagingRing(8 * limits.max_num_seqs + report_bytes, 3, backend.host_buffer, backend.event)
+        self.vision: VisionRunner | None = None
+        if loaded.vision is not None:
+            self.vision = VisionRunner(loaded.vision, backend, limits, enabled=buckets is not None, strict=strict)
+        self._inputs = INPUTS if self.vision is None else VISION_INPUTS
         self.graphs = GraphRunner(
             self.forward,
-            INPUTS,
+            self._inputs,
             buckets or {"decode": limits.max_num_seqs, "mixed": limits.max_num_batched_tokens},
             axes={
                 "seqs": lambda tokens: min(tokens, limits.max_num_seqs),
@@ -126,7 +137,7 @@ class StepRunner:
                 "blocks": self._max_blocks,
             },
             output_axes=[("seqs",)],
-            static={"level": tuple(SamplingLevel)},
+            static={"level": tuple(SamplingLevel), **({} if self.vision is None else {"images": (False, True)})},
             backend=backend,
             enabled=buckets is not None,
             max_padding_ratio=max_padding_ratio,
@@ -141,7 +152,7 @@ class StepRunner:
         """
         device = self.graphs.backend.device
         sizes = {"tokens": 1, "seqs": 1, "scored": 1, "blocks": self._max_blocks}
-        inputs = {spec.name: all_padding(spec, sizes, device) for spec in INPUTS}
+        inputs: dict[str, Any] = {spec.name: all_padding(spec, sizes, device) for spec in self._inputs}
         with torch.inference_mode():
             self.forward("mixed", SamplingLevel.PLAIN, **inputs)
 
@@ -150,6 +161,9 @@ class StepRunner:
         level = max(level_of(row) for row in batch.rows)
         self.sampler.admit(batch, level)
         inputs: dict[str, Any] = step_inputs(batch, self._max_blocks)
+        if self.vision is not None:
+            inputs |= self.vision.step_inputs(batch, inputs["positions"])
+            inputs["images"] = "visual" in inputs
         sampled = self.graphs(family=batch.family, level=level, **inputs)
         assert isinstance(sampled, torch.Tensor)
         slot = self._results.acquire()
@@ -168,8 +182,9 @@ class StepRunner:
         return StepUnderWay(batch, tokens, reports, slot.event)
 
     def capture(self, *, progress: bool) -> None:
-        """Capture the graphs of all sizes; those of more than plain sampling are captured at first use."""
-        self.graphs.capture(progress=progress, level=SamplingLevel.PLAIN)
+        """Capture the graphs of all sizes; those that read images or do more than plain sampling wait for their use."""
+        images = {} if self.vision is None else {"images": False}
+        self.graphs.capture(progress=progress, level=SamplingLevel.PLAIN, **images)
 
     def forward(
         self,
@@ -187,11 +202,14 @@ class StepRunner:
         scored_tokens: torch.Tensor,
         scored_slots: torch.Tensor,
         block_tables: torch.Tensor,
+        visual: torch.Tensor | None = None,
+        images: bool = False,
     ) -> torch.Tensor:
         """Compute a step: the function that is captured. Shapes as in ``INPUTS``.
 
         A token whose value the host does not know yet is taken from the row of the step before that sampled it
-        (``token_sources``); the tokens sampled here are left for the next step.
+        (``token_sources``); the tokens sampled here are left for the next step. Where no token stands for a part of an
+        image (``images``), the graph reads no features.
 
         Returns:
             The sampled tokens, int64 ``[seqs]``.
@@ -199,7 +217,17 @@ class StepRunner:
         token_ids = torch.where(token_sources < 0, token_ids, self._sampled[token_sources.clamp(min=0)])
 
         def logits_of(rows: torch.Tensor) -> torch.Tensor:
-            return self.logits(family, token_ids, positions, slot_mapping, query_lens, kv_lens, rows, block_tables)
+            return self.logits(
+                family,
+                token_ids,
+                positions,
+                slot_mapping,
+                query_lens,
+                kv_lens,
+                rows,
+                block_tables,
+                visual if images else None,
+            )
 
         sampled = self.sampler(
             logits_of, level, slots, kv_lens.to(torch.int64), logits_rows, scored_rows, scored_tokens, scored_slots
@@ -219,6 +247,7 @@ class StepRunner:
         kv_lens: torch.Tensor,
         logits_rows: torch.Tensor,
         block_tables: torch.Tensor,
+        visual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the logits of ``logits_rows``, ``[seqs, vocab]`` in the model's dtype."""
         cu_query_lens = torch.nn.functional.pad(torch.cumsum(query_lens, 0, dtype=torch.int32), (1, 0))
@@ -231,9 +260,12 @@ class StepRunner:
             caches=self._caches,
             piecewise=family in self._piecewise,
         )
+        tokens: dict[str, Any] = {"input_ids": token_ids.unsqueeze(0)}
+        if self.vision is not None and visual is not None:
+            tokens = self.vision.embed(token_ids, visual)
         output = self._model(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
+            **tokens,
+            position_ids=positions.unsqueeze(0) if positions.dim() == 1 else positions.t().unsqueeze(1),
             use_cache=False,
             logits_to_keep=logits_rows,
             attention_batch=batch,

@@ -10,6 +10,7 @@ from graphmode.kernels.logprobs import LogProbabilities, log_probabilities
 from graphmode.kernels.norm import rms_norm, silu_mul
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 from graphmode.kernels.sampling import sample
+from graphmode.kernels.segment_attention import segment_attention
 from graphmode.kernels.selection import select_keys
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "rms_norm",
     "rotate_and_cache",
     "sample",
+    "segment_attention",
     "select_keys",
     "silu_mul",
     "start_history",

@@ -9,6 +9,7 @@ attention, and refused where it does any of that. This looks at what the model d
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from graphmode.models.attention import CacheShape, is_sparse, sliding_window
 from graphmode.models.errors import ModelError
 from graphmode.models.latent import expand, keeps_latents
+from graphmode.models.multimodal_positions import has_grid_positions
 from graphmode.models.sparse import BatchAsMask
 
 DRY_RUN_NAME = "graphmode_dry_run"
@@ -148,6 +150,29 @@ def cache_shapes(model: PreTrainedModel) -> tuple[CacheShape, ...]:
     return shapes
 
 
+def check_features_apart(model: PreTrainedModel, tokens: Mapping[str, Any]) -> None:
+    """Refuse models in which the features of an image reach other tokens than by attention.
+
+    Args:
+        model: the model.
+        tokens: what it takes in place of three token ids; the features of the second one are NaN.
+
+    Raises:
+        ModelError: graphmode cannot run it; why, in words that follow the model's name.
+    """
+    text: Any = model.base_model.language_model
+    implementation = text.config._attn_implementation
+    text.set_attn_implementation(DRY_RUN_NAME)
+    try:
+        logits, calls = _run(model, [0, 1, 2], tokens=tokens)
+    finally:
+        text.set_attn_implementation(implementation)
+    if calls[-1].value[:, 1].isfinite().any():
+        raise ModelError("it does not take the features of images in place of embeddings")
+    if not logits.isfinite().all():
+        raise ModelError("the features of an image reach tokens that do not stand for it")
+
+
 def check_class(cls: type[PreTrainedModel], config: PretrainedConfig) -> None:
     """Refuse what a class and a configuration say, before any weight is read.
 
@@ -168,15 +193,19 @@ def check_class(cls: type[PreTrainedModel], config: PretrainedConfig) -> None:
 
 
 def _run(
-    model: PreTrainedModel, positions: list[int], *, tokens: list[int]
+    model: PreTrainedModel, positions: list[int], *, tokens: list[int] | Mapping[str, Any]
 ) -> tuple[torch.Tensor, list[AttentionCall]]:
     """Return the logits of the first and the last of three tokens, ``[2, vocab]``, and the attention calls."""
     recorder = _Recorder(torch.arange(3, device=model.device))
+    position_ids = torch.tensor([positions], device=model.device)
+    if has_grid_positions(model):
+        position_ids = position_ids.expand(3, 1, 3)
+    given = tokens if isinstance(tokens, Mapping) else {"input_ids": torch.tensor([tokens], device=model.device)}
     try:
         with torch.no_grad():
             output = model(
-                input_ids=torch.tensor([tokens], device=model.device),
-                position_ids=torch.tensor([positions], device=model.device),
+                **given,
+                position_ids=position_ids,
                 use_cache=False,
                 logits_to_keep=torch.tensor([0, 2], device=model.device),
                 attention_batch=recorder,

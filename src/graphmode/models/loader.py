@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer from a local folder or the hub."""
+"""Loading a causal language model, with its vision part if it has one, and its tokenizer from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from graphmode.models.attention import ATTENTION_NAME, CacheShape
-from graphmode.models.dry_run import cache_shapes, check_class
+from graphmode.models.dry_run import cache_shapes, check_class, check_features_apart
 from graphmode.models.errors import ModelError
 from graphmode.models.experts import EXPERTS_NAME, share_real_rows
 from graphmode.models.latent import keep_latents
 from graphmode.models.sparse import use_indexers
+from graphmode.models.vision import VisionTower
 
 LoadFormat = Literal["auto", "dummy"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -50,11 +60,13 @@ class LoadedModel:
         model: transformers' module, in evaluation mode, with our attention and experts.
         shape: its sizes.
         tokenizer: None where the model comes without one; then prompts must be token ids.
+        vision: its vision tower; None where it takes text alone.
     """
 
     model: PreTrainedModel
     shape: ModelShape
     tokenizer: PreTrainedTokenizerBase | None
+    vision: VisionTower | None = None
 
 
 def load_model(
@@ -79,19 +91,18 @@ def load_model(
     config = _read(partial(AutoConfig.from_pretrained, name), name, "config.json")
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
-    cls: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    auto = _auto_class(config)
+    cls: Any = auto._model_mapping.get(type(config), None)
     if isinstance(cls, type):
         with _refusals(name, cls):
             check_class(cls, config)
     options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME, "experts_implementation": EXPERTS_NAME}
     if load_format == "dummy":
         with device:
-            model = _read(partial(AutoModelForCausalLM.from_config, config, **options), name, "config.json")
+            model = _read(partial(auto.from_config, config, **options), name, "config.json")
     else:
         # Each tensor goes from its shard to the device: the host never holds the weights.
-        load = partial(
-            AutoModelForCausalLM.from_pretrained, name, output_loading_info=True, device_map={"": device}, **options
-        )
+        load = partial(auto.from_pretrained, name, output_loading_info=True, device_map={"": device}, **options)
         model, report = _read(load, name, "the weights")
         if report["missing_keys"]:
             raise ModelError(
@@ -107,11 +118,21 @@ def load_model(
         keep_latents(model)
         use_indexers(model)
         caches = cache_shapes(model)
+        vision = VisionTower(model) if auto is AutoModelForImageTextToText else None
+        if vision is not None:
+            check_features_apart(model, vision.embed(*vision.spoiled_features()))
     shape: ModelShape = _read(partial(_shape, model, caches), name, "the shape of its KV cache")
     tokenizer = None
     if _has_tokenizer(name):
         tokenizer = _read(partial(AutoTokenizer.from_pretrained, name), name, "the tokenizer")
-    return LoadedModel(model, shape, tokenizer)
+    return LoadedModel(model, shape, tokenizer, vision)
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Return what makes the model: with its vision part where its positions are those of a grid, as in Qwen2-VL."""
+    base: Any = AutoModel._model_mapping.get(type(config), None)
+    vision = AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    return AutoModelForImageTextToText if vision and hasattr(base, "get_rope_index") else AutoModelForCausalLM
 
 
 def _check_folder(name: str | Path, load_format: LoadFormat) -> None:

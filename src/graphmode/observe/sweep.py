@@ -26,7 +26,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from graphmode.engine.llm import LLM, Prompt
+from graphmode.engine.llm import LLM
+from graphmode.engine.prompts import Prompt
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.graph.errors import CaptureError
 from graphmode.models.dry_run import check_class

@@ -1,0 +1,131 @@
+"""Tiny models with vision towers, prompts with random images for them, and what transformers makes of these."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
+
+IMAGE, VIDEO, VISION_START, VISION_END = 190, 191, 192, 193
+PATCH = 3 * 2 * 4 * 4
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 200,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+VISION = {"depth": 3, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "initializer_range": 0.3}
+QWEN3_TEXT = {
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4},
+}
+QWEN3_VISION = {
+    "intermediate_size": 48,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 36,
+    "deepstack_visual_indexes": [0, 1],
+}
+QWEN2_TEXT = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
+# What text and vision configuration of each type need beyond TEXT and VISION.
+TYPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2_vl": (QWEN2_TEXT, {"embed_dim": 32, "mlp_ratio": 2}),
+    "qwen2_5_vl": (
+        QWEN2_TEXT,
+        {"intermediate_size": 48, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
+    ),
+    "qwen3_vl": (QWEN3_TEXT, QWEN3_VISION),
+    "qwen3_vl_moe": (
+        {**QWEN3_TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        QWEN3_VISION,
+    ),
+}
+
+Part = int | tuple[str, list[int]]
+
+
+def make_model(model_type: str) -> PreTrainedModel:
+    """A model with random weights, wild enough that the largest logit means something."""
+    text, vision = TYPES[model_type]
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](
+        text_config={**TEXT, **text},
+        vision_config={**VISION, **vision},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+
+
+def save_model(model_type: str, folder: Path) -> PreTrainedModel:
+    model = make_model(model_type)
+    model.save_pretrained(folder)
+    return model
+
+
+def make_prompt(model_type: str, parts: list[Part], seed: int) -> dict[str, Any]:
+    """A prompt of random text, images and videos, prepared as the type's own processor would.
+
+    Args:
+        model_type: one of ``TYPES``.
+        parts: in order: a number of text tokens, or ``("image" or "video", grid)``.
+        seed: of the text and the pixels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    token_ids: list[int] = []
+    pixels: dict[str, list[torch.Tensor]] = {"image": [], "video": []}
+    grids: dict[str, list[list[int]]] = {"image": [], "video": []}
+    for part in parts:
+        if isinstance(part, int):
+            token_ids += torch.randint(1, 180, (part,), generator=generator).tolist()
+            continue
+        kind, (frames, height, width) = part
+        patches = frames * height * width
+        pixels[kind].append(torch.randn(patches, PATCH, generator=generator))
+        grids[kind].append([frames, height, width])
+        if kind == "video" and model_type.startswith("qwen3"):  # every frame by itself, after its time
+            for frame in range(frames):
+                token_ids += [5 + frame, VISION_START, *[VIDEO] * (patches // frames // 4), VISION_END]
+        else:
+            token_ids += [VISION_START, *[IMAGE if kind == "image" else VIDEO] * (patches // 4), VISION_END]
+    prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
+    for kind, names in {
+        "image": ("pixel_values", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }.items():
+        if pixels[kind]:
+            prompt |= {names[0]: torch.cat(pixels[kind]), names[1]: torch.tensor(grids[kind])}
+    if grids["video"] and model_type == "qwen2_5_vl":
+        prompt["second_per_grid_ts"] = [2.0] * len(grids["video"])
+    return prompt
+
+
+def generate_greedily(
+    model: PreTrainedModel, prompt: dict[str, Any], new_tokens: int
+) -> tuple[list[int], torch.Tensor]:
+    """What transformers' own ``generate`` gives for a prompt alone, and the logits behind its first token."""
+    given = {name: torch.as_tensor(value) for name, value in prompt.items() if name != "prompt_token_ids"}
+    ids = torch.tensor([prompt["prompt_token_ids"]], device=model.device)
+    model.base_model.rope_deltas = None
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=(ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int(),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **{name: value.to(model.device) for name, value in given.items()},
+    )
+    return made.sequences[0, ids.shape[1] :].tolist(), made.logits[0][0]
