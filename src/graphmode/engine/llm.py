@@ -60,7 +60,7 @@ class LLM:
 
         Args:
             prompts: texts, ``{"prompt_token_ids": [...]}``, or with images or videos
-                :class:`~graphmode.engine.prompts.MultiModalPrompt`; one or a list.
+                :class:`~graphmode.engine.prompts.PromptParts`; one or a list.
             sampling_params: for all prompts, or one for each.
 
         Returns:
@@ -171,15 +171,11 @@ class _Answer:
         return self.text
 
 
-def _text(prompt: Mapping[str, Any]) -> str | None:
-    return prompt.get("prompt")
-
-
 def _output(prompt: Prompt, answers: Sequence[_Answer]) -> RequestOutput:
     first = answers[0].sequence
     return RequestOutput(
         request_id=first.request_id,
-        prompt=prompt if isinstance(prompt, str) else _text(prompt),
+        prompt=prompt if isinstance(prompt, str) else prompt.get("prompt"),
         prompt_token_ids=first.prompt_token_ids,
         outputs=[
             CompletionOutput(index, answer.shown(), answer.sequence.output_token_ids, answer.sequence.finish_reason)
