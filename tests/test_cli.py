@@ -21,6 +21,8 @@ STATS = {
     "graphs",
     "capture_seconds",
     "graph_bytes",
+    "vision_runs",
+    "vision_misses",
     "decode_ms_per_step",
     "generated_tokens",
     "preemptions",

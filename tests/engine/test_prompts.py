@@ -112,6 +112,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "patches of another size": (changed(pixel_values=PIXELS[:, 1:]), rf"\(24, {PATCH - 1}\).*\(24, {PATCH}\)"),
     "a grid that cannot be merged": (changed(image_grid_thw=torch.tensor([[1, 3, 8]])), r"\[1, 3, 8\].*multiples of 2"),
     "a grid without a height": (changed(image_grid_thw=torch.tensor([[4, 6]])), r"\[images, 3\]"),
+    "a grid that is not positive": (changed(image_grid_thw=torch.tensor([[1, -4, -6]])), "positive integers"),
     "no grid": (changed(image_grid_thw=None), "image_grid_thw"),
     "images that touch": (
         changed(

@@ -65,8 +65,8 @@ class EngineStats:
     decode_ms_per_step: float | None
     generated_tokens: int
     preemptions: int
-    vision_runs: int = 0
-    vision_misses: dict[str, int] = field(default_factory=dict)
+    vision_runs: int
+    vision_misses: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the stats as plain values."""

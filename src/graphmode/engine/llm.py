@@ -61,7 +61,7 @@ class LLM:
 
         Args:
             prompts: texts, ``{"prompt_token_ids": [...]}``, or with images or videos
-                :class:`~graphmode.engine.prompts.MultiModalPrompt`; one or a list.
+                :class:`~graphmode.engine.prompts.PromptParts`; one or a list.
             sampling_params: for all prompts, or one for each.
 
         Returns:
@@ -205,15 +205,11 @@ class _Answer:
         return self.text
 
 
-def _text(prompt: Mapping[str, Any]) -> str | None:
-    return prompt.get("prompt")
-
-
 def _output(prompt: Prompt, answers: Sequence[_Answer]) -> RequestOutput:
     first = answers[0].sequence
     return RequestOutput(
         request_id=first.request_id,
-        prompt=prompt if isinstance(prompt, str) else _text(prompt),
+        prompt=prompt if isinstance(prompt, str) else prompt.get("prompt"),
         prompt_token_ids=first.prompt_token_ids,
         outputs=[replace(answer.output, index=index) for index, answer in enumerate(answers)],
         finished=all(answer.sequence.finish_reason is not None for answer in answers),

@@ -98,17 +98,17 @@ def make_item(
         tower: the model's.
         kind: image or video.
         pixels: ``[patches, patch_size]``, any dtype.
-        grid: patches in time, height and width.
+        grid: patches in time, height and width, positive.
         seconds_per_grid: as of :class:`VisionItem`.
 
     Raises:
         InputError: pixels and grid do not fit each other or the tower.
     """
     frames, height, width = (int(size) for size in grid)
-    if min(frames, height, width) < 1 or height % tower.merge_size or width % tower.merge_size:
+    if height % tower.merge_size or width % tower.merge_size:
         raise InputError(
-            f"the grid of a {kind} is {[frames, height, width]}; it must be positive, its height and width "
-            f"multiples of {tower.merge_size}, the side of the patches that are merged"
+            f"the grid of a {kind} is {[frames, height, width]}; its height and width must be multiples of "
+            f"{tower.merge_size}, the side of the patches that are merged"
         )
     if tuple(pixels.shape) != (frames * height * width, tower.patch_size):
         raise InputError(

@@ -16,17 +16,11 @@ from graphmode.graph.errors import InputError
 from graphmode.models.loader import LoadedModel
 
 
-class TokensPrompt(TypedDict):
-    """A prompt given as token ids."""
+class PromptParts(TypedDict, total=False):
+    """A prompt given as token ids, or with images or videos.
 
-    prompt_token_ids: list[int]
-
-
-class MultiModalPrompt(TypedDict, total=False):
-    """A prompt with images or videos.
-
-    Its text names each by the model's placeholder, as its chat template does. Token ids may have one placeholder for
-    an image or as many as it takes; beside what is prepared already, as many as it takes.
+    The text names each image by the model's placeholder, as its chat template does. Token ids may have one placeholder
+    for an image or as many as it takes; beside what is prepared already, as many as it takes.
 
     Attributes:
         prompt: the text; or
@@ -52,7 +46,7 @@ class MultiModalPrompt(TypedDict, total=False):
     second_per_grid_ts: Sequence[float]
 
 
-Prompt = str | TokensPrompt | MultiModalPrompt
+Prompt = str | PromptParts
 
 _PREPARED: Mapping[Kind, tuple[str, str]] = {
     "image": ("pixel_values", "image_grid_thw"),
@@ -87,7 +81,7 @@ class PromptReader:
         return token_ids, make_vision_prompt(self._loaded, token_ids, items)
 
     def _read(self, prompt: Mapping[str, Any]) -> tuple[list[int], list[VisionItem]]:
-        known = MultiModalPrompt.__annotations__
+        known = PromptParts.__annotations__
         if unknown := sorted(prompt.keys() - known.keys()):
             raise InputError(f"a prompt holds {unknown}; it may hold {', '.join(known)}")
         if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
@@ -155,6 +149,8 @@ class PromptReader:
                 f"{names} have shapes {tuple(pixels.shape)} and {tuple(grids.shape)}; they must be [patches, "
                 f"patch_size] and [{kind}s, 3]"
             )
+        if grids.is_floating_point() or (grids < 1).any():
+            raise InputError(f"{names.split()[-1]} is {grids.tolist()}; it must hold positive integers")
         patches = grids.prod(-1).tolist()
         if sum(patches) != len(pixels):
             raise InputError(
