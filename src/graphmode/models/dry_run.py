@@ -230,7 +230,10 @@ def _check_calls(model: PreTrainedModel) -> tuple[CacheShape, ...]:
         raise ModelError(f"{len(missing)} of its {layers} layers keep a state of another kind than keys and values")
     if called != list(range(layers)):
         raise ModelError(f"its layers call attention in the order {called}, not once each")
-    for call, forgets in zip(calls, DynamicCache(config=config).is_sliding, strict=True):
+    # Last layers that share the keys and values of earlier ones have no cache in older versions of transformers.
+    sliding = DynamicCache(config=config).is_sliding
+    sliding += [False] * (layers - len(sliding))
+    for call, forgets in zip(calls, sliding, strict=True):
         if not call.causal:
             raise ModelError("its attention is not causal")
         if call.mask is not None and (call.window is None or (call.mask != call.window).any()):
