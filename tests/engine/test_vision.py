@@ -1,5 +1,6 @@
 """Prompts with images and videos give what transformers gives, however they are batched, cut, preempted and cached."""
 
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from graphmode.engine.prompts import PromptReader
 from graphmode.engine.scheduler import Batch, Row
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import VISION_INPUTS, step_inputs
-from graphmode.graph import GraphRunner, Input
+from graphmode.graph import GraphRunner
 from tests.multimodal import IMAGE, TYPES, generate_greedily, make_prompt, save_model
 
 NEW_TOKENS = 10
@@ -152,7 +153,7 @@ def test_generated_placeholders_are_text(folder: dict[str, Path]) -> None:
     assert batch is not None
     assert batch.num_tokens == 4
     assert llm.engine.runner.vision is not None
-    assert not llm.engine.runner.vision.step_inputs(batch, torch.arange(4))["visual"].any()
+    assert "visual" not in llm.engine.runner.vision.step_inputs(batch, torch.arange(4))
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
@@ -220,12 +221,10 @@ def test_what_padding_holds_changes_no_bit_of_a_step_with_images(folder: dict[st
     values = step_inputs(batch, 8)
     step.vision.features.fill_(float("nan"))
     values |= step.vision.step_inputs(batch, values["positions"])
-    garbage = {"token_ids": 199, "positions": 255, "visual": True, "block_tables": 2**31 - 1, "temperature": 1e30}
+    garbage = {"token_ids": 199, "positions": 255, "visual": True, "block_tables": 2**31 - 1, "slots": 3}
     results = []
     for padding in ({}, garbage):
-        inputs = tuple(
-            Input(spec.name, spec.dtype, spec.shape, padding.get(spec.name, spec.padding)) for spec in VISION_INPUTS
-        )
+        inputs = tuple(replace(spec, padding=padding.get(spec.name, spec.padding)) for spec in VISION_INPUTS)
         read = signature(step.logits).parameters
 
         def fn(family: str, **given: torch.Tensor) -> torch.Tensor:
@@ -235,7 +234,7 @@ def test_what_padding_holds_changes_no_bit_of_a_step_with_images(folder: dict[st
             fn,
             inputs,
             {"mixed": [32]},
-            axes={"seqs": 4, "blocks": 8},
+            axes={"seqs": 4, "scored": 4, "blocks": 8},
             output_axes=[("seqs", None)],
             backend="cpu",
             strict=True,
