@@ -97,8 +97,9 @@ def test_requests_without_a_seed_differ_and_repeat_from_run_to_run(tiny: Path) -
     assert len({tuple(tokens) for tokens in runs[0]}) == 4
 
 
-def test_texts_stream_in_whole_characters_and_end_as_generate_gives_them(bundled: Path) -> None:
-    llm = LLM(bundled, device="cpu", max_num_seqs=2)
+@pytest.mark.parametrize("decode_steps", [1, 6])
+def test_texts_stream_in_whole_characters_and_end_as_generate_gives_them(bundled: Path, decode_steps: int) -> None:
+    llm = LLM(bundled, device="cpu", max_num_seqs=2, decode_steps=decode_steps)
     params = SamplingParams(temperature=0, max_tokens=30)
     whole = llm.generate("JULIET.\nO Romeo, Romeo", params)[0].outputs[0]
     parts = [output.outputs[0] for output in llm.stream("JULIET.\nO Romeo, Romeo", params)]
@@ -169,11 +170,12 @@ def test_a_cache_too_small_for_a_request_says_so_and_a_small_one_serves_in_turns
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in roomy]
 
 
-def test_preemption_and_eviction_change_no_token(tiny: Path, device: str) -> None:
+@pytest.mark.parametrize("decode_steps", [1, 4])
+def test_preemption_and_eviction_change_no_token(tiny: Path, device: str, decode_steps: int) -> None:
     """A cache so small that sequences are preempted and cached prefixes evicted gives what each request gives alone."""
     each = 2 * 2 * 16 * 2 * 16 * 4
     common = {"device": device, "dtype": "float32", "max_num_seqs": 6, "max_num_batched_tokens": 24}
-    llm = LLM(tiny, kv_cache_memory=12 * each, **common)
+    llm = LLM(tiny, kv_cache_memory=12 * each, decode_steps=decode_steps, **common)
     torch.manual_seed(1)
     shared = torch.randint(0, 199, (40,)).tolist()
     lengths = torch.randint(1, 45, (40,)).tolist()
@@ -220,16 +222,23 @@ def test_no_call_of_a_steady_step_waits_for_the_device(tiny: Path) -> None:
     assert [output.outputs[0].token_ids for output in outputs] == expected
 
 
-def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path) -> None:
-    llm = LLM(bundled, device="cpu", max_num_seqs=2)
+@pytest.mark.parametrize("decode_steps", [1, 6])
+def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path, decode_steps: int) -> None:
+    llm = LLM(bundled, device="cpu", max_num_seqs=2, decode_steps=decode_steps)
     prompt, plain = "JULIET.\nO Romeo, Romeo", SamplingParams(temperature=0, max_tokens=40)
-    text = llm.generate(prompt, plain)[0].outputs[0].text
+    whole = llm.generate(prompt, plain)[0].outputs[0]
+    text, tokenizer = whole.text, llm.engine.loaded.tokenizer
+    assert tokenizer is not None
     for stop in (text[10:13], text[17], text[5:25]):
         at = text.index(stop)
         params = SamplingParams(temperature=0, max_tokens=40, stop=["never said", stop])
         (output,) = llm.generate(prompt, params)
         assert output.outputs[0].text == text[:at]
         assert output.outputs[0].finish_reason == "stop"
+        made = output.outputs[0].token_ids
+        assert made == whole.token_ids[: len(made)]
+        assert stop in tokenizer.decode(made)
+        assert stop not in tokenizer.decode(made[:-1])
         streamed = [output.outputs[0].text for output in llm.stream(prompt, params)]
         assert streamed[-1] == text[:at]
         assert all(text[:at].startswith(part) for part in streamed)

@@ -63,9 +63,12 @@ def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-@pytest.mark.parametrize("mode", ["full", "piecewise", "none"])
-def test_penalties_and_biases_of_many_rows_at_once(tiny: Path, device: str, model: torch.nn.Module, mode: str) -> None:
-    llm = LLM(tiny, device=device, dtype="float32", max_num_seqs=8, max_num_batched_tokens=32, graph_mode=mode)
+@pytest.mark.parametrize(("mode", "steps"), [("full", 1), ("full", 4), ("piecewise", 3), ("none", 3)])
+def test_penalties_and_biases_of_many_rows_at_once(
+    tiny: Path, device: str, model: torch.nn.Module, mode: str, steps: int
+) -> None:
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "decode_steps": steps}
+    llm = LLM(tiny, device=device, dtype="float32", graph_mode=mode, **limits)
     cases = [(prompt, params) for prompt in PROMPTS for params in ADJUSTED]
     outputs = run(llm, [prompt for prompt, _ in cases], [params for _, params in cases])
     expected = [reference(model, prompt, params) for prompt, params in cases]
@@ -94,7 +97,7 @@ def test_no_end_before_the_minimum_of_tokens(tiny: Path, bundled: Path, device: 
     assert [len(tokens) for tokens in tokens_of(outputs)] == [1, 2, 10]
     assert all(tokens[-1] in (4, 6) and not {4, 6} & set(tokens[:-1]) for tokens in tokens_of(outputs))
 
-    llm = LLM(bundled, device=device, max_num_seqs=4)
+    llm = LLM(bundled, device=device, max_num_seqs=4, decode_steps=7)
     free = llm.generate("ROMEO.", replace(GREEDY, max_tokens=60)).pop().outputs[0]
     stop = free.text[10:12]
     late = llm.generate("ROMEO.", replace(GREEDY, max_tokens=60, stop=[stop], min_tokens=30)).pop().outputs[0]

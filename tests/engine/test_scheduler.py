@@ -26,12 +26,37 @@ class Device:
         self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
         self.sampled: list[int] = []
 
-    def run(self, batch: Batch, choose: list[int]) -> list[int]:
+    def run(self, batch: Batch, choose: list[int]) -> list[list[int]]:
+        """Run a batch's steps, whose rows sample what ``choose`` says in turn."""
+        made = [self.run_first(batch, choose[: len(batch.rows)])]
+        extra = {row: [made[0][index]] for index, row in enumerate(batch.rows)}
+        for step in range(1, batch.steps):
+            following = [choose[(index + 5 * step) % len(choose)] for index in range(len(batch.rows))]
+            for row, token in zip(batch.rows, following, strict=True):
+                if step < row.steps:
+                    before = self.slots[row.sequence.blocks[row.start // SIZE], row.start % SIZE]
+                    tokens = (*before, *extra[row])
+                    at = row.start + step
+                    assert len(tokens) == at + 1 < len(row.sequence.blocks) * SIZE + 1
+                    for place in range(at):
+                        held = self.slots.get((row.sequence.blocks[place // SIZE], place % SIZE))
+                        assert held == tokens[: place + 1], f"position {place} reads the cache of other tokens"
+                    self.slots[row.sequence.blocks[at // SIZE], at % SIZE] = tokens
+                    extra[row].append(token)
+                    self.sampled[batch.rows.index(row)] = token
+            made.append(following)
+        return made
+
+    def run_first(self, batch: Batch, choose: list[int]) -> list[int]:
         rows = []
         for row in batch.rows:
             tokens = list(row.sequence.token_ids[: row.start + row.num_tokens])
             if row.source >= 0:
-                tokens.append(self.sampled[row.source])
+                # The host knows fewer tokens than the device has made.
+                last = row.start - 1
+                before = self.slots[row.sequence.blocks[last // SIZE], last % SIZE]
+                assert list(before[: len(tokens)]) == tokens[: len(before)]
+                tokens = [*before, self.sampled[row.source]]
             assert len(tokens) == row.start + row.num_tokens
             for at in range(row.start, len(tokens)):
                 self.slots[row.sequence.blocks[at // SIZE], at % SIZE] = tuple(tokens[: at + 1])
@@ -40,7 +65,7 @@ class Device:
             for at in range(len(tokens)):
                 held = self.slots.get((row.sequence.blocks[at // SIZE], at % SIZE))
                 assert held == tuple(tokens[: at + 1]), f"position {at} reads the cache of other tokens"
-        self.sampled = choose
+        self.sampled = list(choose)
         return choose
 
 
@@ -51,16 +76,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         length=st.integers(2, 40),
         blocks=st.integers(0, 14),
         caching=st.booleans(),
+        decode_steps=st.sampled_from([1, 2, 5]),
     )
-    def start(self, seqs: int, extra: int, length: int, blocks: int, caching: bool) -> None:
-        self.limits = Limits(seqs, seqs + extra, length)
+    def start(self, seqs: int, extra: int, length: int, blocks: int, caching: bool, decode_steps: int) -> None:
+        self.limits = Limits(seqs, seqs + extra, length, decode_steps)
         self.total = -(-length // SIZE) + blocks
         self.pool = BlockPool(self.total, SIZE)
         self.scheduler = Scheduler(self.limits, self.pool, prefix_caching=caching)
         self.device = Device()
         self.sequences: list[Sequence] = []
         self.aborted: set[int] = set()
-        self.under_way: tuple[Batch, list[int]] | None = None
+        self.under_way: tuple[Batch, list[list[int]]] | None = None
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=45),
@@ -86,13 +112,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.aborted.add(sequence.request_id)
         self.scheduler.abort(sequence)
 
-    @rule(choose=st.lists(st.sampled_from([1, 2, 2, EOS]), min_size=5, max_size=5))
+    @rule(choose=st.lists(st.sampled_from([1, 2, 2, 2, 2, EOS]), min_size=25, max_size=25))
     def step(self, choose: list[int]) -> None:
         batch = self.scheduler.schedule()
         before, self.under_way = self.under_way, None
         if batch is not None:
             self.check(batch)
-            self.under_way = batch, self.device.run(batch, choose[: len(batch.rows)])
+            self.under_way = batch, self.device.run(batch, choose)
         if before is not None:
             lengths = {sequence: len(sequence.token_ids) for sequence in self.sequences}
             changed = self.scheduler.update(*before, frozenset({EOS}))
@@ -101,7 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert at == len(row.sequence.prompt_logprobs), "a token of the prompt is scored twice, or never"
                     row.sequence.prompt_logprobs.append({})
             for sequence in self.sequences:
-                assert len(sequence.token_ids) - lengths[sequence] == int(sequence in changed)
+                assert len(sequence.token_ids) - lengths[sequence] == changed.get(sequence, 0)
         elif batch is None:
             assert not self.scheduler.has_work
 
@@ -119,7 +145,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for row in batch.rows:
             assert row.num_tokens >= 1
             assert all(row.start <= at < row.start + row.num_tokens for at in row.scored)
-            assert row.start + row.num_tokens == row.sequence.num_computed <= len(row.sequence.blocks) * SIZE
+            end = row.start + row.num_tokens + row.steps - 1
+            assert end == row.sequence.num_computed <= len(row.sequence.blocks) * SIZE
+            assert 1 <= row.steps <= (self.limits.decode_steps if batch.family == "decode" else 1)
             assert row.samples == (row.sequence.num_computed == row.sequence.num_tokens - int(row.samples))
             assert row.sequence.num_computed < self.limits.max_model_len
 
@@ -137,7 +165,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(200 * (1 + len(self.sequences))):
             if not self.scheduler.has_work and self.under_way is None:
                 break
-            self.step([2] * 5)
+            self.step([2] * 25)
         assert not self.scheduler.has_work
         assert self.pool.num_free == self.total
         for sequence in self.sequences:
@@ -161,12 +189,12 @@ TestScheduler.settings = settings(max_examples=150, stateful_step_count=50)
 
 def run_to_end(scheduler: Scheduler, device: Device) -> list[Batch]:
     batches: list[Batch] = []
-    before: tuple[Batch, list[int]] | None = None
+    before: tuple[Batch, list[list[int]]] | None = None
     while scheduler.has_work or before is not None:
         batch = scheduler.schedule()
         late, before = before, None
         if batch is not None:
-            before = batch, device.run(batch, [1] * len(batch.rows))
+            before = batch, device.run(batch, [1] * 25)
             batches.append(batch)
         if late is not None:
             scheduler.update(*late, frozenset())
@@ -187,7 +215,7 @@ def test_a_long_prompt_is_cut_into_chunks_and_does_not_hold_up_others() -> None:
         assert following.family == "mixed"
         assert following.rows[0].sequence is first
         chunks.append(following.rows[1].num_tokens)
-        scheduler.update(batch, [1] * len(batch.rows), frozenset())
+        scheduler.update(batch, [[1] * len(batch.rows)], frozenset())
         batch = following
     assert chunks == [15, 15, 10]
 

@@ -56,11 +56,11 @@ def run_alone(engine: Engine, prompt: list[int], params: SamplingParams) -> Sequ
     return sequence
 
 
-@pytest.mark.parametrize("mode", ["full", "none"])
-def test_each_request_gets_what_it_gets_alone(tiny: Path, device: str, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "decode_steps"), [("full", 1), ("full", 5), ("none", 3)])
+def test_each_request_gets_what_it_gets_alone(tiny: Path, device: str, mode: str, decode_steps: int) -> None:
     rng = random.Random(5)
     requests = make_requests(rng)
-    busy = engine(tiny, device, graph_mode=mode, kv_cache_memory=11 * BLOCK)
+    busy = engine(tiny, device, graph_mode=mode, kv_cache_memory=11 * BLOCK, decode_steps=decode_steps)
     sequences: list[Sequence] = []
     aborted: set[int] = set()
     while len(sequences) < REQUESTS or busy.scheduler.has_work:
@@ -84,7 +84,7 @@ def test_each_request_gets_what_it_gets_alone(tiny: Path, device: str, mode: str
     assert len(aborted) > 5
     assert busy.scheduler.pool.num_free == 11
 
-    alone = engine(tiny, device, graph_mode="full", enable_prefix_caching=False)
+    alone = engine(tiny, device, graph_mode="full", enable_prefix_caching=False, decode_steps=1)
     for sequence, (prompt, params) in zip(sequences, requests, strict=True):
         expected = run_alone(alone, prompt, params)
         if sequence.request_id in aborted:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graphmode.graph import GraphRunner, Input, InputError, Reason, StaleAddressError
+from graphmode.graph.inputs import STAGING_SLOTS
 
 BUCKETS = [1, 2, 4, 8, 13]
 SIZES = sorted(
@@ -216,3 +217,48 @@ def test_first_use_in_the_middle_leaves_other_graphs_right(device: str) -> None:
     before = {size: runner(x=x[size], own=True) for size in BUCKETS}
     for size in reversed(BUCKETS):
         assert torch.equal(runner(x=x[size]), before[size])
+
+
+def test_a_step_that_leaves_the_next_ones_inputs_can_be_repeated(device: str) -> None:
+    """A recurrence: each run adds its input to a sum and doubles the input in place."""
+    total = torch.zeros(4, device=device)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        total[: len(x)].add_(x)
+        x.mul_(2)
+        return x + 0
+
+    runner = GraphRunner(step, [Input("x", torch.float32, ("n",))], [2, 4], backend=device)
+    runner.capture()
+    for size, repeats in ((3, 4), (1, 1), (2, 3)):
+        for enabled in (True, False):
+            each = runner if enabled else GraphRunner(step, runner._inputs, [4], backend=device, enabled=False)
+            total.zero_()
+            x = torch.arange(1.0, size + 1)
+            last = each(x=x, repeats=repeats, own=True)
+            assert torch.equal(last.cpu(), x * 2**repeats)
+            assert torch.equal(total[:size].cpu(), x * (2**repeats - 1))
+            assert torch.equal(x, torch.arange(1.0, size + 1)), "the caller's tensor was changed"
+    assert runner.stats.steps == runner.stats.replays == 8
+    assert runner.stats.rows == 3 * 4 + 1 + 2 * 3
+
+
+def test_an_optional_input_that_is_left_out_is_padding(device: str) -> None:
+    inputs = [
+        Input("x", torch.float32, ("n",)),
+        Input("extra", torch.float32, ("n",), padding=5.0, optional=True),
+        Input("others", torch.int64, ("m",), padding=-1, optional=True),
+    ]
+
+    def step(x: torch.Tensor, extra: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return x + extra + (others >= 0).sum()
+
+    for enabled in (True, False):
+        runner = GraphRunner(step, inputs, [4], axes={"m": 3}, backend=device, enabled=enabled)
+        x, extra, others = torch.ones(2), torch.full((2,), 10.0), torch.tensor([7, 8])
+        for _ in range(STAGING_SLOTS + 1):
+            assert runner(x=x, own=True).tolist() == [6.0, 6.0]
+            assert runner(x=x, extra=extra, own=True).tolist() == [11.0, 11.0]
+            assert runner(x=x, others=others, own=True).tolist() == [8.0, 8.0]
+        with pytest.raises(InputError, match="missing: \\['x'\\]"):
+            runner(extra=extra)

@@ -36,7 +36,7 @@ def test_rows_move_on_until_their_limits(data: st.DataObject, implementation: st
     kv_lens = tensor(lens, torch.int32)
     decode = DecodeRows(
         token_sources=tensor([-1] * rows),
-        positions=tensor([positions] * kinds) if kinds > 1 else tensor(positions),
+        positions=tensor([[each] * kinds for each in positions]) if kinds > 1 else tensor(positions),
         slot_mapping=tensor([-5] * rows),
         kv_lens=kv_lens,
         slots=tensor(slots),
@@ -68,7 +68,7 @@ def test_rows_move_on_until_their_limits(data: st.DataObject, implementation: st
             lens[row] = lens[row] + 1 if goes_on else 0
             assert decode.slot_mapping[row] == slot
         assert decode.token_sources.tolist() == list(range(rows))
-        assert decode.positions.tolist() == (positions if kinds == 1 else [positions] * kinds)
+        assert decode.positions.tolist() == (positions if kinds == 1 else [[each] * kinds for each in positions])
         assert decode.slots.tolist() == slots
         assert decode.kv_lens.tolist() == lens
         assert decode.limits.tolist() == limits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,10 @@ class Engine:
                 raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
 
     def step(self) -> list[Sequence]:
-        """Launch the next step, then take in the one before; return the sequences that got a token from it.
+        """Launch the next batch, then take in the one before; return the sequences that got tokens from it.
 
-        The device computes a step while the host reads the one before: what ends a sequence is known a step late, and
-        what that step made for it is dropped.
+        The device computes a batch while the host reads the one before: what ends a sequence is known a batch late,
+        and what was made for it since is dropped.
         """
         start = time.perf_counter()
         batch = self.scheduler.schedule()
@@ -184,12 +185,12 @@ class Engine:
             return []
         result = before.result()
         changed = self.scheduler.update(before.batch, result.tokens, self.loaded.shape.eos_token_ids)
-        _note_logprobs(before.batch, result, set(changed))
-        self._clock.tokens += len(changed)
+        _note_logprobs(before.batch, result, changed.keys())
+        self._clock.tokens += sum(changed.values())
         if batch is not None and batch.family == before.batch.family == "decode":
-            self._clock.steps += 1
+            self._clock.steps += batch.steps
             self._clock.seconds += time.perf_counter() - start
-        return changed
+        return list(changed)
 
     @property
     def stats(self) -> EngineStats:
@@ -227,7 +228,7 @@ def _derived_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _note_logprobs(batch: Batch, result: StepResult, changed: set[Sequence]) -> None:
+def _note_logprobs(batch: Batch, result: StepResult, changed: Collection[Sequence]) -> None:
     """Give the log-probabilities of a step to its sequences: of tokens that they took, and of their prompts."""
     if result.logprobs is None:
         return

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine, EngineStats
 from graphmode.engine.multimodal import VisionPrompt
-from graphmode.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
+from graphmode.engine.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, TokenLogprobs
 from graphmode.engine.prompts import Prompt, PromptReader
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.sequence import Sequence as TokenSequence
@@ -98,7 +98,8 @@ class LLM:
         """
         params = sampling_params or SamplingParams()
         token_ids, vision = self._checked(prompt, params)
-        answers = [_Answer(each, self._tokenizer) for each in self.engine.add(token_ids, params, vision)]
+        sequences = self.engine.add(token_ids, params, vision)
+        answers = [_Answer(each, self._tokenizer, streamed=True) for each in sequences]
         for changed in self._steps(answers):
             if changed:
                 yield _output(prompt, answers)
@@ -107,18 +108,20 @@ class LLM:
         """Step until everything is finished."""
         with _Progress(len(answers), self._progress) as progress:
             for changed in self._steps(answers):
-                progress.advance(sum(answer.sequence.finish_reason is not None for answer in changed))
+                progress.advance(sum(answer.finish_reason is not None for answer in changed))
 
     def _steps(self, answers: Sequence[_Answer]) -> Iterator[list[_Answer]]:
-        """Step until all answers are finished, yielding those that got a token. Left early, it aborts the rest."""
+        """Step until all answers are finished, yielding those that took in a token. Left early, it aborts the rest."""
         of = {answer.sequence: answer for answer in answers}
         try:
             while any(answer.sequence.finish_reason is None for answer in answers):
                 changed = [of[sequence] for sequence in self.engine.step() if sequence in of]
-                for answer in changed:
-                    if answer.read():
-                        self.engine.scheduler.stop(answer.sequence)
-                yield changed
+                while changed:
+                    for answer in changed:
+                        if answer.read():
+                            self.engine.scheduler.stop(answer.sequence, answer.num_read)
+                    yield changed
+                    changed = [answer for answer in changed if answer.unread]
         finally:
             for answer in answers:
                 self.engine.scheduler.abort(answer.sequence)
@@ -139,26 +142,50 @@ class LLM:
 class _Answer:
     """A sequence and its text so far."""
 
-    def __init__(self, sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self, sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase | None, *, streamed: bool = False
+    ) -> None:
         self.sequence = sequence
         self.text = ""
+        self._read = len(sequence.prompt_token_ids)
+        # Decoding costs the host time at every token: where nothing looks at the text before its end, it is done there.
+        self._as_it_comes = streamed or bool(sequence.params.stop)
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._searched = 0  # a stop text may begin here: what the minimum of tokens made is not searched
         self._logprobs: list[dict[int, Logprob]] = []
         self._prompt_logprobs: list[dict[int, Logprob] | None] = [None]
 
+    @property
+    def num_read(self) -> int:
+        """The tokens that are taken in, the prompt's among them."""
+        return self._read
+
+    @property
+    def unread(self) -> bool:
+        """Whether the sequence has tokens that are not taken in."""
+        return self._read < len(self.sequence.token_ids)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None while it runs or has tokens that are not taken in."""
+        return None if self.unread else self.sequence.finish_reason
+
     def read(self) -> bool:
-        """Take in the sequence's last token; return whether the text has come to a stop text, where it is cut."""
+        """Take in the next token; return whether the text has come to a stop text, where it is cut."""
+        self._read += 1
         if self._tokenizer is None:
             return False
-        new = self._decoder.step(self._tokenizer.backend_tokenizer, self.sequence.token_ids[-1]) or ""
-        if self.sequence.finish_reason is not None:
-            new = str(self._tokenizer.decode(self.sequence.output_token_ids, skip_special_tokens=True))[
-                len(self.text) :
-            ]
+        made = self._read - len(self.sequence.prompt_token_ids)
+        if self.finish_reason is not None:
+            tokens = self.sequence.output_token_ids
+            new = str(self._tokenizer.decode(tokens, skip_special_tokens=True))[len(self.text) :]
+        elif self._as_it_comes:
+            new = self._decoder.step(self._tokenizer.backend_tokenizer, self.sequence.token_ids[self._read - 1]) or ""
+        else:
+            return False
         before, self.text = len(self.text), self.text + new
-        if len(self.sequence.output_token_ids) <= self.sequence.params.min_tokens:
+        if made <= self.sequence.params.min_tokens:
             self._searched = len(self.text)
             return False
         stops = self.sequence.params.stop
@@ -172,11 +199,13 @@ class _Answer:
     def output(self) -> CompletionOutput:
         """The completion so far, without its index."""
         sequence = self.sequence
-        output = CompletionOutput(0, self._shown(), sequence.output_token_ids, sequence.finish_reason)
+        token_ids = sequence.token_ids[len(sequence.prompt_token_ids) : self._read]
+        output = CompletionOutput(0, self._shown(), token_ids, self.finish_reason)
         if sequence.params.logprobs is not None:
-            self._logprobs += [self._named(each) for each in sequence.logprobs[len(self._logprobs) :]]
+            known = sequence.logprobs[: len(token_ids)]
+            self._logprobs += [self._named(each) for each in known[len(self._logprobs) :]]
             output.logprobs = list(self._logprobs)
-            chosen = zip(sequence.output_token_ids, sequence.logprobs, strict=True)
+            chosen = zip(token_ids, known, strict=True)
             output.cumulative_logprob = sum(each[token][0] for token, each in chosen)
         return output
 
@@ -197,7 +226,7 @@ class _Answer:
 
     def _shown(self) -> str:
         """Return the text, without an end that may become a stop text."""
-        if self.sequence.finish_reason is None:
+        if self.finish_reason is None:
             for stop in self.sequence.params.stop:
                 for size in range(min(len(stop) - 1, len(self.text)), 0, -1):
                     if self.text.endswith(stop[:size]):
@@ -212,7 +241,7 @@ def _output(prompt: Prompt, answers: Sequence[_Answer]) -> RequestOutput:
         prompt=prompt if isinstance(prompt, str) else prompt.get("prompt"),
         prompt_token_ids=first.prompt_token_ids,
         outputs=[replace(answer.output, index=index) for index, answer in enumerate(answers)],
-        finished=all(answer.sequence.finish_reason is not None for answer in answers),
+        finished=all(answer.finish_reason is not None for answer in answers),
         prompt_logprobs=answers[0].prompt_logprobs,
     )
 

@@ -7,7 +7,7 @@ makes is known to exist but not by value. The scheduler needs lengths; values ar
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from graphmode.engine.block_pool import BlockPool, block_keys
@@ -26,11 +26,13 @@ class Limits:
         max_num_seqs: sequences in a step.
         max_num_batched_tokens: tokens in a step; longer prompts are computed in chunks.
         max_model_len: tokens of a sequence, prompt and output together.
+        decode_steps: decode steps that are launched together at most, one after the other without the host.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    decode_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Row:
         samples: whether the step ends at the sequence's last token, so that it makes the next one.
         source: where the last token is still in flight: the row of the step before that makes it; else -1.
         scored: the positions in the prompt, of those that the step computes, whose next token it scores.
+        steps: in how many of the batch's steps it takes part: each after the first computes the token that the one
+            before made.
     """
 
     sequence: Sequence
@@ -52,16 +56,17 @@ class Row:
     samples: bool
     source: int = -1
     scored: range = range(0)
+    steps: int = 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step.
+    """One step, or several decode steps of the same sequences one after the other.
 
     Attributes:
         family: ``decode`` where every sequence computes one token, else ``mixed``.
         rows: the sequences, in order.
-        num_tokens: tokens of all rows.
+        num_tokens: tokens of all rows, in the first step.
         admitted: the sequences that run from this step on.
     """
 
@@ -69,6 +74,11 @@ class Batch:
     rows: tuple[Row, ...]
     num_tokens: int
     admitted: tuple[Sequence, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """How many steps it is."""
+        return max(row.steps for row in self.rows)
 
 
 class Scheduler:
@@ -165,43 +175,49 @@ class Scheduler:
             scores -= len(row.scored)
         if not rows:
             return None
-        for index, row in enumerate(rows.values()):
-            row.sequence.num_computed += row.num_tokens
+        chosen = self._repeated(list(rows.values())) if self.preemptions == preemptions else list(rows.values())
+        for index, row in enumerate(chosen):
+            row.sequence.num_computed += row.num_tokens + row.steps - 1
             if row.samples:
-                row.sequence.in_flight += 1
+                row.sequence.in_flight += row.steps
                 row.sequence.last_row = index
-        num_tokens = sum(row.num_tokens for row in rows.values())
+        num_tokens = sum(row.num_tokens for row in chosen)
         family: Family = "decode" if num_tokens == len(rows) else "mixed"
-        return Batch(family, tuple(rows.values()), num_tokens, tuple(admitted))
+        return Batch(family, tuple(chosen), num_tokens, tuple(admitted))
 
-    def update(self, batch: Batch, tokens: list[int], eos_token_ids: frozenset[int]) -> list[Sequence]:
-        """Take in what a step made and return the sequences that got a token.
+    def update(self, batch: Batch, tokens: list[list[int]], eos_token_ids: frozenset[int]) -> dict[Sequence, int]:
+        """Take in what a batch made and return how many tokens each sequence got that got any.
 
         Args:
-            batch: the step.
-            tokens: the sampled token of each row; those of rows that do not sample are ignored, and those of
-                sequences that ended while the step was under way.
+            batch: the batch.
+            tokens: of each of its steps, the sampled token of each row. Ignored are those of rows that do not sample
+                and those of sequences that have ended.
             eos_token_ids: tokens that end a text.
         """
-        changed = []
-        for row, token in zip(batch.rows, tokens, strict=True):
+        changed: dict[Sequence, int] = {}
+        for index, row in enumerate(batch.rows):
             sequence = row.sequence
             if row.samples:
-                sequence.in_flight -= 1
-                if not self._holds(sequence):
-                    continue
-                sequence.token_ids.append(token)
-                changed.append(sequence)
+                sequence.in_flight -= row.steps
+            if not self._holds(sequence):
+                continue
+            for made in tokens[: row.steps] if row.samples else ():
+                sequence.token_ids.append(made[index])
+                changed[sequence] = changed.get(sequence, 0) + 1
+                if reason := self._reason_to_end(sequence, eos_token_ids):
+                    sequence.finish_reason = reason
+                    break
             self._publish(sequence)
-            if reason := self._reason_to_end(sequence, eos_token_ids) if row.samples else None:
-                sequence.finish_reason = reason
+            if sequence.finish_reason:
                 self._drop(sequence)
         return changed
 
-    def stop(self, sequence: Sequence) -> None:
-        """End a sequence whose text has come to one of its stop texts."""
-        sequence.finish_reason = "stop"
+    def stop(self, sequence: Sequence, length: int) -> None:
+        """End a sequence whose text has come to one of its stop texts with its first ``length`` tokens."""
         self.abort(sequence)
+        sequence.finish_reason = "stop"
+        del sequence.token_ids[length:]
+        del sequence.logprobs[length - len(sequence.prompt_token_ids) :]
 
     def abort(self, sequence: Sequence) -> None:
         """Drop a sequence, waiting or running, and take its blocks back. A finished one is left as it is."""
@@ -245,6 +261,24 @@ class Scheduler:
             sequence.block_keys = block_keys(known, self.pool.block_size, sequence.block_keys, sequence.contents)
             for block, key in zip(sequence.blocks[first:], sequence.block_keys[first:], strict=False):
                 self.pool.publish(block, key)
+
+    def _repeated(self, rows: list[Row]) -> list[Row]:
+        """Let decode rows go on for several steps, as far as there are blocks; others are left as they are."""
+        steps = self.limits.decode_steps
+        if steps == 1 or any(row.num_tokens > 1 or not row.samples or _reports(row) for row in rows):
+            return rows
+        while steps > 1:
+            longer = [
+                replace(row, steps=min(steps, self._max_len(row.sequence) - 1 - row.sequence.num_computed))
+                for row in rows
+            ]
+            needed = [self.pool.blocks_for(row.start + row.steps) - len(row.sequence.blocks) for row in longer]
+            if sum(needed) <= self.pool.num_free:
+                for row, count in zip(longer, needed, strict=True):
+                    row.sequence.blocks += self.pool.allocate(count)
+                return longer
+            steps //= 2
+        return rows
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Give ``sequence`` blocks for ``tokens`` more, if there are as many."""
@@ -298,6 +332,11 @@ def _scored(sequence: Sequence, start: int, end: int) -> range:
     if sequence.params.prompt_logprobs is None:
         return range(0)
     return range(max(start, len(sequence.prompt_logprobs)), min(end, len(sequence.prompt_token_ids) - 1))
+
+
+def _reports(row: Row) -> bool:
+    """Return whether a step's log-probabilities are wanted, which hold one step at a time."""
+    return bool(row.scored) or row.sequence.params.logprobs is not None
 
 
 def _row(sequence: Sequence, num_tokens: int) -> Row:

@@ -17,6 +17,7 @@ from graphmode.graph import GraphRunner, Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.inputs import all_padding
 from graphmode.graph.staging import Event, StagingRing
+from graphmode.kernels.advance import DecodeRows, Handover, hand_on
 from graphmode.models.attention import AttentionBatch, LayerCache
 from graphmode.models.loader import LoadedModel
 
@@ -30,6 +31,8 @@ INPUTS = (
     Input("kv_lens", torch.int32, ("seqs",), padding=0),
     Input("logits_rows", torch.int64, ("seqs",), padding=0),
     Input("slots", torch.int64, ("seqs",), padding=0),
+    Input("limits", torch.int32, ("seqs",), padding=0),
+    Input("step", torch.int64, (1,), padding=0, optional=True),
     Input("scored_rows", torch.int64, ("scored",), padding=0, optional=True),
     Input("scored_tokens", torch.int64, ("scored",), padding=0, optional=True),
     Input("scored_slots", torch.int64, ("scored",), padding=0, optional=True),
@@ -45,26 +48,26 @@ VISION_INPUTS = (
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step made.
+    """What a batch made.
 
     Attributes:
-        tokens: the sampled token of every row; of one that does not sample, anything.
+        tokens: of each of its steps, the sampled token of every row; of one that does not sample, anything.
         logprobs: of every row, where any row wants them.
         prompt_logprobs: of the scored tokens, in the order of the rows.
     """
 
-    tokens: list[int]
+    tokens: list[list[int]]
     logprobs: list[TokenLogprobs] | None
     prompt_logprobs: list[TokenLogprobs]
 
 
 @dataclass(frozen=True)
 class StepUnderWay:
-    """A step that the device computes.
+    """A batch that the device computes.
 
     Attributes:
         batch: what was scheduled.
-        tokens: where its sampled tokens arrive, int64 ``[rows]`` on the host.
+        tokens: where its sampled tokens arrive, int64 ``[steps, max_num_seqs]`` on the host.
         reports: the same for log-probabilities, int32 ``[rows + scored, columns]`` of ``Sampler.reports``; None where
             none are wanted.
         event: when they have.
@@ -76,14 +79,14 @@ class StepUnderWay:
     event: Event
 
     def result(self) -> StepResult:
-        """Wait for the step and return what it made. To be called before two more steps are launched."""
+        """Wait for the batch and return what it made. To be called before two more are launched."""
         self.event.synchronize()
-        tokens: list[int] = self.tokens.tolist()
+        rows = len(self.batch.rows)
+        tokens: list[list[int]] = self.tokens[:, :rows].tolist()
         if self.reports is None:
             return StepResult(tokens, None, [])
-        rows = len(tokens)
         return StepResult(
-            tokens, unpacked(self.reports[:rows], tokens), unpacked(self.reports[rows:], scored_tokens(self.batch))
+            tokens, unpacked(self.reports[:rows], tokens[0]), unpacked(self.reports[rows:], scored_tokens(self.batch))
         )
 
 
@@ -119,10 +122,11 @@ class StepRunner:
         self._max_seqs = limits.max_num_seqs
         self._max_blocks = -(-limits.max_model_len // BLOCK_SIZE)
         self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=backend.device)
+        self._log = torch.zeros(limits.decode_steps, limits.max_num_seqs, dtype=torch.int64, device=backend.device)
         self.sampler = Sampler(backend, limits, loaded.shape.vocab_size, loaded.shape.eos_token_ids)
-        # Two steps are under way at most: one being read, one computed.
+        # Two batches are under way at most: one being read, one computed.
         report_bytes = 2 * limits.max_num_seqs * self.sampler.reports.shape[1] * 4
-        self._results = StagingRing(8 * limits.max_num_seqs + report_bytes, 3, backend.host_buffer, backend.event)
+        self._results = StagingRing(self._log.nbytes + report_bytes, 3, backend.host_buffer, backend.event)
         self.vision: VisionRunner | None = None
         if loaded.vision is not None:
             self.vision = VisionRunner(loaded.vision, backend, limits, enabled=buckets is not None, strict=strict)
@@ -157,27 +161,26 @@ class StepRunner:
             self.forward("mixed", SamplingLevel.PLAIN, **inputs)
 
     def launch(self, batch: Batch) -> StepUnderWay:
-        """Put one step on the device and return without waiting for it."""
+        """Put one batch on the device and return without waiting for it."""
         level = max(level_of(row) for row in batch.rows)
         self.sampler.admit(batch, level)
         inputs: dict[str, Any] = step_inputs(batch, self._max_blocks)
         if self.vision is not None:
             inputs |= self.vision.step_inputs(batch, inputs["positions"])
             inputs["images"] = "visual" in inputs
-        sampled = self.graphs(family=batch.family, level=level, **inputs)
-        assert isinstance(sampled, torch.Tensor)
+        self.graphs(family=batch.family, level=level, repeats=batch.steps, **inputs)
         slot = self._results.acquire()
         rows, scored = len(batch.rows), len(scored_tokens(batch))
-        tokens = slot.memory[: 8 * rows].view(torch.int64)
-        tokens.copy_(sampled, non_blocking=True)
+        tokens = slot.memory[: self._log.nbytes].view(torch.int64).view(self._log.shape)[: batch.steps]
+        tokens.copy_(self._log[: batch.steps], non_blocking=True)
         reports = None
         if scored or any(row.sequence.params.logprobs is not None for row in batch.rows):
             source = self.sampler.reports
             width = source.shape[1]
-            reports = slot.memory[8 * rows : 8 * rows + 4 * (rows + scored) * width].view(torch.int32).view(-1, width)
+            start = self._log.nbytes
+            reports = slot.memory[start : start + 4 * (rows + scored) * width].view(torch.int32).view(-1, width)
             reports[:rows].copy_(source[:rows], non_blocking=True)
-            start = self._max_seqs
-            reports[rows:].copy_(source[start : start + scored], non_blocking=True)
+            reports[rows:].copy_(source[self._max_seqs : self._max_seqs + scored], non_blocking=True)
         self._results.release(slot)
         return StepUnderWay(batch, tokens, reports, slot.event)
 
@@ -198,6 +201,8 @@ class StepRunner:
         kv_lens: torch.Tensor,
         logits_rows: torch.Tensor,
         slots: torch.Tensor,
+        limits: torch.Tensor,
+        step: torch.Tensor,
         scored_rows: torch.Tensor,
         scored_tokens: torch.Tensor,
         scored_slots: torch.Tensor,
@@ -208,8 +213,8 @@ class StepRunner:
         """Compute a step: the function that is captured. Shapes as in ``INPUTS``.
 
         A token whose value the host does not know yet is taken from the row of the step before that sampled it
-        (``token_sources``); the tokens sampled here are left for the next step. Where no token stands for a part of an
-        image (``images``), the graph reads no features.
+        (``token_sources``); the tokens sampled here are left for the next step, and a decode step leaves its inputs as
+        the next one needs them. Where no token stands for a part of an image (``images``), the graph reads no features.
 
         Returns:
             The sampled tokens, int64 ``[seqs]``.
@@ -232,9 +237,11 @@ class StepRunner:
         sampled = self.sampler(
             logits_of, level, slots, kv_lens.to(torch.int64), logits_rows, scored_rows, scored_tokens, scored_slots
         )
-        # Padding rows keep what is there: a capture between two steps must not touch what the one left for the other.
-        kept = self._sampled[: len(sampled)]
-        kept.copy_(torch.where(kv_lens > 0, sampled, kept))
+        decode = None
+        if family == "decode":
+            decode = DecodeRows(token_sources, positions, slot_mapping, kv_lens, slots, limits, block_tables)
+        # Padding rows hand nothing on: a capture between two steps must not touch what the one left for the other.
+        hand_on(sampled, kv_lens, Handover(self._sampled, self._log, step), decode, BLOCK_SIZE)
         return sampled
 
     def logits(
@@ -311,6 +318,7 @@ def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
         "logits_rows": ends - 1,
         # A row that only computes a part of a prompt draws nothing that counts.
         "slots": torch.tensor([row.sequence.slot if row.samples else 0 for row in batch.rows]),
+        "limits": torch.tensor([row.start + row.steps for row in batch.rows], dtype=torch.int32),
         "block_tables": tables,
     }
     if any(row.scored for row in batch.rows):

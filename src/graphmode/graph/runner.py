@@ -44,7 +44,8 @@ class GraphRunner:
     holds it, copies its values in, refills the padding and replays; a call that no graph serves runs the function
     eagerly, and ``stats`` says why.
 
-    The function must be the same work each time: Python code, shapes and scalars are those of the capture, and only
+    The function may change its inputs in place: a step that leaves the inputs of the next one can be repeated by one
+    call. It must be the same work each time: Python code, shapes and scalars are those of the capture, and only
     what tensors hold changes. It must leave padding rows harmless: the declared padding values are how it knows them.
 
     Example::
@@ -162,11 +163,12 @@ class GraphRunner:
         """Say how a call of ``size`` on the bucketed axis would run, and why. Changes nothing."""
         return dispatch(size, self.policy, self._programs, self._failed, family, self._variant(family, static))
 
-    def __call__(self, *, family: str = DEFAULT_FAMILY, own: bool = False, **values: Any) -> Any:
-        """Run one step.
+    def __call__(self, *, family: str = DEFAULT_FAMILY, own: bool = False, repeats: int = 1, **values: Any) -> Any:
+        """Run one step, or several over the same inputs as the function leaves them.
 
         Args:
             family: which family of graphs, where there are several.
+            repeats: how many times in a row the step runs; what is returned is of the last.
             own: whether to return tensors that stay. Otherwise outputs are views of memory that the **next call of
                 this runner overwrites**: use them, or copy them, before it.
             **values: the inputs, on the host or on the device, at their true sizes; and the static arguments.
@@ -190,16 +192,20 @@ class GraphRunner:
             check_fit(sizes, self._bind(decision.key.size).sizes)
         if decision.mode is Mode.CAPTURE and decision.key is not None:
             decision = self._capture_for(decision, decision.key)
-        self._count(decision, size)
+        self._count(decision, size, repeats)
         if decision.mode is Mode.EAGER or decision.key is None:
             device = self.backend.device
             on_device = {
-                spec.name: values[spec.name].to(device) if spec.name in values else all_padding(spec, sizes, device)
+                spec.name: values[spec.name].to(device, copy=True)
+                if spec.name in values
+                else all_padding(spec, sizes, device)
                 for spec in self._inputs
             }
             with torch.inference_mode():
+                for _ in range(repeats - 1):
+                    self._call(family, variant, on_device)
                 return self._call(family, variant, on_device)
-        outputs = self._replay(decision.key, values, sizes)
+        outputs = self._replay(decision.key, values, sizes, repeats)
         return _clone(outputs) if own else outputs
 
     def run_eagerly(self, key: GraphKey, **values: torch.Tensor) -> Any:
@@ -277,13 +283,14 @@ class GraphRunner:
         self.stats.capture_seconds += time.perf_counter() - start
         self.stats.graph_bytes += self.backend.memory_used(self._pool.handle) - memory
 
-    def _replay(self, key: GraphKey, values: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> Any:
+    def _replay(self, key: GraphKey, values: Mapping[str, torch.Tensor], sizes: Mapping[str, int], repeats: int) -> Any:
         program, bound = self._programs[key], self._bind(key.size)
         if key not in self._verified:
             program.guard.check_addresses()
             self._verified.add(key)
         self._buffers.load(bound, values)
-        program.replay()
+        for _ in range(repeats):
+            program.replay()
         return self._cut(tree_unflatten(program.outputs, program.spec), sizes, bound.sizes)
 
     def _cut(self, outputs: Any, sizes: Mapping[str, int], graph_sizes: Mapping[str, int]) -> Any:
@@ -305,17 +312,18 @@ class GraphRunner:
             cut.append(leaf[tuple(slice(None if axis is None else sizes[axis]) for axis in axes)])
         return tree_unflatten(cut, spec)
 
-    def _count(self, decision: Decision, size: int) -> None:
+    def _count(self, decision: Decision, size: int, repeats: int) -> None:
         stats = self.stats
-        stats.steps += 1
+        stats.steps += repeats
         if decision.reason is not None:
-            stats.misses[decision.reason] += 1
+            # A capture at first use serves the repeats too.
+            stats.misses[decision.reason] += repeats if decision.mode is Mode.EAGER else 1
         if decision.mode is Mode.EAGER:
-            stats.eager_steps += 1
+            stats.eager_steps += repeats
         else:
-            stats.replays += 1
-            stats.rows += size
-            stats.padded_rows += decision.padding
+            stats.replays += repeats
+            stats.rows += size * repeats
+            stats.padded_rows += decision.padding * repeats
 
 
 def _bucket_sizes(buckets: Buckets) -> tuple[int, ...]:

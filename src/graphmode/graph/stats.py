@@ -13,7 +13,7 @@ class RunnerStats:
     """Counters of one runner, from its creation or the last :meth:`reset_steps`.
 
     Attributes:
-        steps: calls of the runner.
+        steps: calls of the runner, each as often as it was repeated.
         replays: steps that replayed a graph.
         eager_steps: steps that ran eagerly.
         misses: steps that were no hit, by reason. A first use that captured and then replayed counts here too.

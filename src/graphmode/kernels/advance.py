@@ -27,7 +27,7 @@ class DecodeRows(NamedTuple):
 
     Attributes:
         token_sources: int64 ``[rows]``: the row that sampled a row's token.
-        positions: int64 ``[..., rows]``: of the token.
+        positions: int64 ``[rows]``, or ``[rows, kinds]``: of the token, contiguous.
         slot_mapping: int64 ``[rows]``: where its key and value go.
         kv_lens: int32 ``[rows]``: length of the sequence with it; 0 for padding and for a row that has ended.
         slots: int64 ``[rows]``: of the sampling parameters; 0 likewise.
@@ -109,7 +109,7 @@ def hand_on_reference(
     position = decode.kv_lens.long().clamp(max=decode.block_tables.shape[1] * block_size - 1)
     block = decode.block_tables.gather(1, (position // block_size).unsqueeze(1)).squeeze(1)
     decode.token_sources.copy_(torch.arange(len(sampled), device=sampled.device))
-    decode.positions.add_(goes_on)
+    decode.positions.view(len(sampled), -1).add_(goes_on.unsqueeze(1))
     decode.slot_mapping.copy_(torch.where(goes_on, block * block_size + position % block_size, -1))
     decode.slots.mul_(goes_on)
     decode.kv_lens.copy_(torch.where(goes_on, decode.kv_lens + 1, 0))
@@ -182,5 +182,5 @@ def _hand_on_kernel(  # type: ignore[no-untyped-def]
         tl.store(slots + row, 0, mask=real & (goes_on == 0))
         tl.store(kv_lens + row, tl.where(goes_on, length + 1, 0), mask=real)
         for kind in tl.static_range(kinds):
-            position = tl.load(positions + kind * rows + row, mask=goes_on, other=0)
-            tl.store(positions + kind * rows + row, position + 1, mask=goes_on)
+            position = tl.load(positions + row * kinds + kind, mask=goes_on, other=0)
+            tl.store(positions + row * kinds + kind, position + 1, mask=goes_on)
