@@ -9,14 +9,12 @@ from typing import Literal, get_args
 import torch
 
 from graphmode.engine.scheduler import Family, Limits
-from graphmode.graph import make_buckets
+from graphmode.graph import Backend, make_buckets
 from graphmode.graph.buckets import check_buckets
 from graphmode.graph.errors import InputError
 
 GraphMode = Literal["none", "piecewise", "full", "full_decode_only", "full_and_piecewise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class EngineOptions:
     """What the user may choose; None means that the engine does.
 
     Attributes:
-        device: ``"auto"``, or a device such as ``"cpu"`` or ``"cuda:1"``.
+        device: ``"auto"``, a device such as ``"cpu"`` or ``"cuda:1"``, or a backend object.
         dtype: of the weights and the KV cache; ``"auto"`` takes the checkpoint's, on a CPU float32.
         load_format: ``"auto"`` reads the weights, ``"dummy"`` makes random ones.
         enforce_eager: run every step eagerly, as ``graph_mode="none"``.
@@ -42,7 +40,7 @@ class EngineOptions:
         strict: a capture that fails ends the start-up, instead of leaving that size to run eagerly.
     """
 
-    device: str = "auto"
+    device: str | Backend = "auto"
     dtype: Dtype = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     enforce_eager: bool = False

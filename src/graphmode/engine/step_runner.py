@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from graphmode.engine.config import BLOCK_SIZE
 from graphmode.engine.scheduler import Batch, Family, Limits
-from graphmode.graph import GraphRunner, Input
+from graphmode.graph import GraphRunner, HostArguments, Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.staging import Event, StagingRing
 from graphmode.kernels import Filters, sample
-from graphmode.models.attention import AttentionBatch, LayerCache
+from graphmode.models.attention import PORTABLE_ATTENTION, AttentionBatch, DeviceAttention, LayerCache
 from graphmode.models.loader import LoadedModel
 
 # A padding token has slot -1 and a padding sequence length 0: they write no KV and read none.
@@ -68,6 +68,7 @@ class StepRunner:
         backend: the device.
         limits: what a step may hold.
         buckets: sizes of the ``decode`` and the ``mixed`` family; None runs everything eagerly.
+        attention: the device's.
         piecewise: the families whose attention runs outside their graphs.
         max_padding_ratio: as of :class:`~graphmode.graph.GraphRunner`.
         strict: as of :class:`~graphmode.graph.GraphRunner`.
@@ -81,6 +82,7 @@ class StepRunner:
         limits: Limits,
         buckets: Mapping[str, tuple[int, ...]] | None,
         *,
+        attention: DeviceAttention = PORTABLE_ATTENTION,
         piecewise: frozenset[Family] = frozenset(),
         max_padding_ratio: float | None = None,
         strict: bool = False,
@@ -88,7 +90,11 @@ class StepRunner:
         self._model = loaded.model
         self._caches = caches
         self._piecewise = piecewise
-        self._max_blocks = -(-limits.max_model_len // BLOCK_SIZE)
+        self._attention = attention
+        self._host_arguments = None
+        if attention.host_lengths is not None:
+            self._host_arguments = HostArguments(partial(attention.host_lengths, limits.max_model_len))
+        self._max_blocks = -(-limits.max_model_len // attention.block_size)
         self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=backend.device)
         # Two steps are under way at most: one being read, one computed.
         self._results = StagingRing(8 * limits.max_num_seqs, 3, backend.host_buffer, backend.event)
@@ -99,6 +105,7 @@ class StepRunner:
             axes={"seqs": lambda tokens: min(tokens, limits.max_num_seqs), "blocks": self._max_blocks},
             output_axes=[("seqs",)],
             static={"filtered": (False, True)},
+            host_arguments=self._host_arguments,
             backend=backend,
             enabled=buckets is not None,
             max_padding_ratio=max_padding_ratio,
@@ -119,12 +126,14 @@ class StepRunner:
             )
             for spec in INPUTS
         }
+        if self._host_arguments is not None:
+            self._host_arguments.set("mixed", sizes, {})
         with torch.inference_mode():
             self.forward("mixed", False, **inputs)
 
     def launch(self, batch: Batch) -> StepUnderWay:
         """Put one step on the device and return without waiting for it."""
-        inputs: dict[str, Any] = step_inputs(batch, self._max_blocks)
+        inputs: dict[str, Any] = step_inputs(batch, self._max_blocks, self._attention.block_size)
         tokens = self.graphs(family=batch.family, filtered=is_filtered(batch), **inputs)
         assert isinstance(tokens, torch.Tensor)
         slot = self._results.acquire()
@@ -196,6 +205,8 @@ class StepRunner:
             max_query_len=1 if family == "decode" else token_ids.shape[0],
             caches=self._caches,
             piecewise=family in self._piecewise,
+            attend=self._attention.attend,
+            host_arguments={} if self._host_arguments is None else self._host_arguments.current,
         )
         output = self._model(
             input_ids=token_ids.unsqueeze(0),
@@ -214,7 +225,9 @@ def is_filtered(batch: Batch) -> bool:
     return any(row.sequence.params.filters for row in batch.rows)
 
 
-def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
+def step_inputs(
+    batch: Batch, max_blocks: int, block_size: int = PORTABLE_ATTENTION.block_size
+) -> dict[str, torch.Tensor]:
     """Return the inputs of a step at their true sizes, on the host."""
     token_ids: list[int] = []
     sources: list[int] = []
@@ -231,7 +244,7 @@ def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
             sources.append(row.source)
         positions += range(row.start, end)
         blocks = sequence.blocks
-        slots += [blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(row.start, end)]
+        slots += [blocks[at // block_size] * block_size + at % block_size for at in range(row.start, end)]
         tables[index, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
     query_lens = torch.tensor([row.num_tokens for row in batch.rows], dtype=torch.int32)
     return {
