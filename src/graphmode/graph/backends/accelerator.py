@@ -10,7 +10,6 @@ import torch
 
 from graphmode.graph.backends.base import Capabilities, Graph, Support
 from graphmode.graph.backends.streams import GraphInterface, StreamBackend, StreamPool, StreamRecording
-from graphmode.graph.errors import BackendError
 from graphmode.graph.host_arguments import HostArguments
 
 SUPPORT = Support(
@@ -19,6 +18,17 @@ SUPPORT = Support(
     limits="torch 2.13 or newer; the PyTorch reference kernels",
     verified="run on a toy PrivateUse1 device in C++ (a slow test), torch 2.13",
 )
+
+
+def registers_graphs() -> bool:
+    """Return whether this torch has ``torch.accelerator.Graph`` and the current accelerator registers it."""
+    if not hasattr(torch.accelerator, "Graph"):
+        return False
+    try:
+        torch.accelerator.Graph()
+    except RuntimeError:
+        return False
+    return True
 
 
 class AcceleratorModule:
@@ -73,25 +83,12 @@ class AcceleratorModule:
 
 
 class AcceleratorBackend(StreamBackend):
-    """Graphs of the current accelerator, whatever it is.
-
-    Raises:
-        BackendError: torch is too old, or the device registers no graphs.
-    """
+    """Graphs of the current accelerator, whatever it is: one for which :func:`registers_graphs`."""
 
     interface = GraphInterface("accelerator", "Graph")
     capabilities = Capabilities(runs_while_capturing=False, shared_pool=True, random=False, pinned_host_memory=False)
 
     def __init__(self, device: torch.device) -> None:
-        if not hasattr(torch.accelerator, "Graph"):
-            raise BackendError(
-                f"device {device.type!r} has no backend of its own, and torch {torch.__version__} has no "
-                "torch.accelerator.Graph, which came with torch 2.13"
-            )
-        try:
-            torch.accelerator.Graph()
-        except RuntimeError as error:
-            raise BackendError(f"device {device.type!r} registers no graphs with torch: {error}") from error
         super().__init__(device, AcceleratorModule())
 
     def recording(self, pool: StreamPool, host_arguments: HostArguments | None) -> AcceleratorRecording:
@@ -99,14 +96,19 @@ class AcceleratorBackend(StreamBackend):
 
 
 class AcceleratorRecording(StreamRecording):
-    """One function being captured. The graph is its own capture context, on the current stream."""
+    """One function being captured, on the current stream."""
 
     def make_graph(self) -> Any:
         return torch.accelerator.Graph(pool=self.pool.handle, capture_error_mode="thread_local")
 
-    def open_capture(self, graph: Any) -> AbstractContextManager[object]:
-        capture: AbstractContextManager[object] = graph
-        return capture
+    @contextmanager
+    def open_capture(self, graph: Any) -> Iterator[None]:
+        """Capture without the graph's own context, which crashes on a device that has no pinned host memory."""
+        graph.capture_begin()
+        try:
+            yield
+        finally:
+            graph.capture_end()
 
     def finished(self, graph: Any) -> Graph:
         if self.pool.handle is None:

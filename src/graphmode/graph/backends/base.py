@@ -134,6 +134,14 @@ def _load(module: str, name: str) -> Any:
     return getattr(import_module(f"{__package__}.{module}"), name)
 
 
+def _opener(module: str, name: str) -> Callable[[torch.device], Backend]:
+    def open_backend(device: torch.device) -> Backend:
+        backend: Backend = _load(module, name)(device)
+        return backend
+
+    return open_backend
+
+
 def device_support() -> dict[str, Support]:
     """Return how each device with a built-in backend is supported; ``other`` stands for those without one."""
     return {device: _load(module, "SUPPORT") for device, (module, _) in {**_BUILT_IN, "other": _GENERIC}.items()}
@@ -142,20 +150,19 @@ def device_support() -> dict[str, Support]:
 def available_backends() -> dict[str, Callable[[torch.device], Backend]]:
     """Return the backend factories by device type: the built-in ones and those of installed packages.
 
+    The current accelerator is among them if it registers graphs with torch (``torch.accelerator.Graph``, torch 2.13).
+
     A package adds one by the entry point group ``graphmode.backends``: the name is the device type, the object a
     callable that takes a ``torch.device`` and returns a :class:`Backend`.
     """
     plugins = {
         entry.name: lambda device, entry=entry: entry.load()(device) for entry in entry_points(group=ENTRY_POINT_GROUP)
     }
-    built_in = {
-        device_type: lambda device, where=where: _load(*where)(device) for device_type, where in _BUILT_IN.items()
-    }
-    generic = {}
+    known = {**{device_type: _opener(*where) for device_type, where in _BUILT_IN.items()}, **plugins}
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None and hasattr(torch.accelerator, "Graph"):
-        generic[accelerator.type] = lambda device: _load(*_GENERIC)(device)
-    return {**generic, **built_in, **plugins}
+    if accelerator is not None and accelerator.type not in known and _load(_GENERIC[0], "registers_graphs")():
+        known[accelerator.type] = _opener(*_GENERIC)
+    return known
 
 
 def default_device() -> torch.device:
@@ -180,8 +187,9 @@ def get_backend(device: str | torch.device | Backend = "auto") -> Backend:
     backends = available_backends()
     if resolved.type not in backends:
         raise BackendError(
-            f"no backend for device type {resolved.type!r}; there are {sorted(backends)}. A package can add one by the "
-            f"entry point group {ENTRY_POINT_GROUP!r}"
+            f"no backend for device type {resolved.type!r}; there are {sorted(backends)}. A device that registers "
+            "graphs with torch needs none (torch.accelerator.Graph, torch 2.13 or newer), and a package can add one by "
+            f"the entry point group {ENTRY_POINT_GROUP!r}"
         )
     return backends[resolved.type](resolved)
 

@@ -14,7 +14,7 @@ SUPPORT = Support(
 
 
 class MluBackend(StreamBackend):
-    """Graphs of one MLU. Its default error mode is the relaxed one, since its libraries allocate during capture."""
+    """Graphs of one MLU, in the error mode that torch_mlu takes by default."""
 
     interface = GraphInterface("mlu", "MLUGraph", "torch_mlu", {"capture_error_mode": "relaxed"})
     capabilities = Capabilities(runs_while_capturing=False, shared_pool=True, random=True, pinned_host_memory=True)

@@ -23,7 +23,7 @@ _STREAMS_A_GROUP = 40
 SUPPORT = Support(
     captured="torch.npu.NPUGraph, torch.npu.graph(auto_dispatch_capture=, capture_error_mode='thread_local')",
     parameters="tensors, read at replay; lengths of attention by NPUGraph.update on its own stream",
-    limits=f"2,048 streams: {_USABLE_STREAMS} graphs are captured at most, and one kernel path a graph",
+    limits=f"2,048 streams: {_USABLE_STREAMS:,} graphs are captured at most; one kernel path a graph",
     verified="written to torch_npu 2.14.0, by a fake device with its signatures in CI; not run on hardware",
 )
 

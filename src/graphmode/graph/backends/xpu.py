@@ -8,7 +8,7 @@ from graphmode.graph.backends.streams import GraphInterface, StreamBackend
 SUPPORT = Support(
     captured="torch.xpu.XPUGraph, torch.xpu.graph",
     parameters="tensors in fixed buffers, read at replay",
-    limits="a torch that has torch.xpu.XPUGraph; other threads must leave the device alone while one captures",
+    limits="a torch that has torch.xpu.XPUGraph, and no error mode: let no other thread use the device during capture",
     verified="written to torch 2.13, by a fake device with its signatures in CI; not run on hardware",
 )
 
