@@ -129,8 +129,8 @@ class GraphRunner:
     def keys(self) -> list[GraphKey]:
         """Every key that can have a graph, in the order of capture: the largest first, so that memory is shared.
 
-        On a device that may run out of graphs, one family after the other as they were declared, each from its largest
-        and smallest size to those between.
+        On a device that may run out of graphs, one family after the other as they were declared (full graphs first:
+        piecewise ones take the room of many), each from its largest and smallest size to those between.
         """
         names = list(self._static)
         limited = self.backend.capabilities.graph_limit is not None
@@ -292,11 +292,11 @@ class GraphRunner:
             if self._strict:
                 raise
             if error.__cause__ is not None and self.backend.out_of_resources(error.__cause__):
-                self._stop_capturing(f"the device refused the next: {error.__cause__}")
-                return
-            unsupported = isinstance(error, UnsupportedOpError)
-            self._failed[key] = Reason.UNSUPPORTED_OP if unsupported else Reason.CAPTURE_FAILED
-            log.error("%s runs eagerly: %s", key, error)
+                self._stop_capturing(f"it refused the next: {error.__cause__}")
+            else:
+                unsupported = isinstance(error, UnsupportedOpError)
+                self._failed[key] = Reason.UNSUPPORTED_OP if unsupported else Reason.CAPTURE_FAILED
+                log.error("%s runs eagerly: %s", key, error)
         else:
             self._programs[key] = program
             self.stats.captures += 1

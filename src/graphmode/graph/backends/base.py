@@ -198,8 +198,9 @@ def _as_device(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        name = str(device).partition(":")[0]
-        if name not in _BUILT_IN:
+        backend = _BUILT_IN.get(str(device).partition(":")[0])
+        interface = getattr(_load(*backend), "interface", None) if backend else None
+        if interface is None or interface.package is None:
             raise BackendError(f"{device!r} is not a device that torch knows: {error}") from error
-    _load(*_BUILT_IN[name]).interface.load()  # imports the package that makes the device known
-    return torch.device(device)
+        interface.load()  # imports the package that makes the device known
+        return torch.device(device)
