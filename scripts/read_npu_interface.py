@@ -61,6 +61,20 @@ def update_keys(source: str) -> list[str]:
     raise SystemExit(f"the wheel's graphs do not update {ATTENTION}")
 
 
+def attributes(source: str, name: str) -> list[str]:
+    """Return the attributes that a class has or sets when it is made."""
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for member in node.body:
+                targets = [member] if isinstance(member, ast.Assign) else []
+                if isinstance(member, ast.FunctionDef) and member.name == "__init__":
+                    targets = [each for each in ast.walk(member) if isinstance(each, ast.Assign)]
+                for target in (each.targets[0] for each in targets):
+                    found.add(target.attr if isinstance(target, ast.Attribute) else ast.unparse(target))
+    return sorted(found)
+
+
 def main(wheel: str) -> None:
     """Read the wheel and write the interface."""
     with ZipFile(wheel) as files:
@@ -74,6 +88,7 @@ def main(wheel: str) -> None:
         "signatures": {
             key: value for name, keys in WANTED.items() for key, value in signatures(text[name], keys).items()
         },
+        "attributes": {name: attributes(text[GRAPHS], name) for name in ("NPUGraph", "_GraphDispatchMode")},
         "attention": schema[1],
         "updated_by": update_keys(text[HANDLERS]),
     }

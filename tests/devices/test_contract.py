@@ -25,7 +25,7 @@ from graphmode.graph.backends.mlu import MluBackend
 from graphmode.graph.backends.npu import NpuBackend, graph_limit
 from graphmode.graph.backends.streams import StreamBackend
 from tests.devices.conftest import fake_mlu, fake_npu
-from tests.devices.fake import DeviceError, DispatchMode, FakeDevice, on_cpu
+from tests.devices.fake import NPU_INTERFACE, DeviceError, DispatchMode, FakeDevice, on_cpu
 
 INPUT = [Input("x", torch.float32, ("n", 3))]
 MODES = {"cuda": {"capture_error_mode": "thread_local"}, "mlu": {"capture_error_mode": "relaxed"}, "xpu": {}}
@@ -174,6 +174,13 @@ def step(size: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(size, 1, 16, generator=generator).bfloat16()
     return {"q": q, "lens": torch.randint(1, 129, (size,), generator=generator)}
+
+
+def test_the_published_graph_has_what_updates_are_made_with() -> None:
+    attributes = NPU_INTERFACE["attributes"]
+    assert "graph_dispatch_mode" in attributes["NPUGraph"]
+    assert {"update_stream", "graph_dispatch_records"} <= set(attributes["_GraphDispatchMode"])
+    assert set(NPU_INTERFACE["updated_by"]) == lengths("", {"n": 1}, {}).keys()
 
 
 def test_replays_take_the_lengths_of_their_step() -> None:
