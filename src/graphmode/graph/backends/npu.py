@@ -32,8 +32,8 @@ def graph_limit(communication_groups: int = 0) -> int:
     """Return how many graphs have streams on one NPU.
 
     A graph takes one stream and two for each group that its collectives run on, and each group takes some of its own.
-    A piecewise size is as many graphs as the model has layers, and one. Source: ``update_aclgraph_sizes`` of
-    vLLM-Ascend 0.11.
+    A piecewise size is as many graphs as the model has layers, and one. Source: vLLM-Ascend's former rule for the
+    sizes that fit (``update_aclgraph_sizes``).
     """
     return max(0, (_USABLE_STREAMS - _STREAMS_A_GROUP * communication_groups) // (1 + 2 * communication_groups))
 
