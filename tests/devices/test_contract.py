@@ -167,7 +167,7 @@ def attention_runner(device: FakeDevice, **options: Any) -> GraphRunner:
 
     inputs = [Input("q", torch.bfloat16, ("n", 1, 16)), Input("lens", torch.int64, ("n",))]
     backend = on_cpu(NpuBackend, device)
-    return GraphRunner(fn, inputs, [1, 2, 4], backend=backend, host_arguments=host, strict=True, **options)
+    return GraphRunner(fn, inputs, [1, 2, 4], backend=backend, host_arguments=host, **{"strict": True, **options})
 
 
 def step(size: int, seed: int) -> dict[str, torch.Tensor]:
@@ -235,6 +235,20 @@ def test_the_fake_sees_updates_that_come_too_early_or_never() -> None:
     fake.update_stream.wait_stream(fake.current)
     with pytest.raises(DeviceError, match="waits for the replay that waits for it"):
         graph.update(cpu_update_input=arguments)
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_a_refused_capture_takes_its_dispatch_mode_with_it(at_end: bool) -> None:
+    """Where the device refuses a graph, its own context leaves the mode that records operators behind."""
+    fake, eager = fake_npu(max_graphs=10000 if at_end else 1), attention_runner(fake_npu(), enabled=False)
+    fake.fail_at_end = at_end
+    runner = attention_runner(fake, strict=False)
+    runner.capture(progress=False)
+    assert innermost() is None
+    assert runner.stats.captures == (2 if at_end else 1)
+    for size in (1, 2, 4):
+        values = step(size, size)
+        assert torch.equal(runner(**values), eager(**values))
 
 
 def test_host_arguments_need_a_device_that_takes_them() -> None:
