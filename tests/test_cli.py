@@ -120,8 +120,12 @@ def test_info_and_version() -> None:
     found = json.loads(run("info", "--json"))
     assert found["versions"]["graphmode"] == __version__
     assert found["devices"][0]["device"] == "cpu"
-    assert {"cpu", "cuda"} <= set(found["backends"])
-    assert "torch" in run("info")
+    assert {"cpu", "cuda", "mlu", "npu", "xpu"} <= set(found["backends"])
+    assert {"cpu", "cuda", "mlu", "npu", "other", "xpu"} == set(found["support"])
+    text = run("info")
+    assert "torch" in text
+    for support in found["support"].values():
+        assert all(words in text for words in support.values())
 
 
 def test_the_runtime_loads_neither_the_engine_nor_transformers() -> None:

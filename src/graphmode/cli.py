@@ -93,7 +93,7 @@ def generate(
     max_padding_ratio: Annotated[
         float | None, typer.Option(help="Steps with a larger share of padding run eagerly.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ... or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -152,7 +152,7 @@ def generate(
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Show devices, backends, what they can do, and versions."""
+    """Show the devices that are here, what each can do, versions, and how every device is supported."""
     found = _info()
     if as_json:
         typer.echo(json.dumps(found))
@@ -163,7 +163,11 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     for device in found["devices"]:
         abilities = ", ".join(name for name, able in device["capabilities"].items() if able)
         typer.echo(f"{device['device']:8} {device['name']}: {abilities}")
-    typer.echo(f"\nbackends: {', '.join(found['backends'])}")
+    typer.echo(f"\nbackends: {', '.join(found['backends'])}\n")
+    for device, support in found["support"].items():
+        typer.echo(device)
+        for name, words in support.items():
+            typer.echo(f"  {name:11} {words}")
 
 
 @app.command()
@@ -267,7 +271,7 @@ def _summary(stats: Any, seconds: float) -> str:
 def _info() -> dict[str, Any]:
     import torch
 
-    from graphmode.graph import available_backends, get_backend
+    from graphmode.graph import available_backends, device_support, get_backend
 
     versions = {"graphmode": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "triton"):
@@ -283,10 +287,16 @@ def _info() -> dict[str, Any]:
     for device in found:
         capabilities = get_backend(device).capabilities
         name = platform.processor() or platform.machine()
-        if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
+        if device.type != "cpu":
+            named = getattr(torch.get_device_module(device), "get_device_name", None)
+            name = named(device) if named else device.type
         devices.append({"device": str(device), "name": name, "capabilities": vars(capabilities)})
-    return {"versions": versions, "devices": devices, "backends": sorted(available_backends())}
+    return {
+        "versions": versions,
+        "devices": devices,
+        "backends": sorted(available_backends()),
+        "support": {device: asdict(support) for device, support in device_support().items()},
+    }
 
 
 def main() -> None:

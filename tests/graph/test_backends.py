@@ -15,8 +15,9 @@ def test_a_backend_is_found_by_device_and_a_device_without_one_is_refused() -> N
     assert get_backend("auto").device == base.default_device()
     with pytest.raises(BackendError, match=r"meta.*cpu.*cuda.*graphmode\.backends"):
         get_backend("meta")
-    with pytest.raises(BackendError, match="toaster"):
-        get_backend("toaster")
+    for device in ("toaster", "cpu:first", "cuda:first"):
+        with pytest.raises(BackendError, match=f"'{device}' is not a device"):
+            get_backend(device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -40,6 +41,7 @@ def test_a_backend_object_serves_a_runner() -> None:
     backend = CpuBackend(torch.device("cpu"))
     runner = GraphRunner(lambda x: x + 1, [Input("x", torch.float32, ("n",))], [2], backend=backend)
     assert runner.backend is backend
+    assert get_backend(backend) is backend
     assert runner(x=torch.zeros(1)).tolist() == [1.0]
 
 

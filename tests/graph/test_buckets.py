@@ -1,9 +1,11 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graphmode.graph import InputError, make_buckets
-from graphmode.graph.buckets import check_buckets
+from graphmode.graph.buckets import check_buckets, spread
 
 
 @given(st.integers(1, 100_000))
@@ -30,3 +32,28 @@ def test_bad_buckets_are_refused(sizes: list) -> None:
 def test_no_bucket_below_one() -> None:
     with pytest.raises(InputError, match="0"):
         make_buckets(0)
+
+
+SIZES = st.sets(st.integers(1, 5000), max_size=60).map(sorted)
+
+
+@given(SIZES, st.integers(0, 60))
+def test_sizes_within_a_budget_keep_their_ends_and_lie_spread(sizes: list[int], budget: int) -> None:
+    """Capture stops anywhere in the order: what it has by then is within the budget, and a larger one only adds."""
+    order = spread(sizes)
+    assert sorted(order) == sizes
+    kept = sorted(order[:budget])
+    assert len(kept) == min(budget, len(sizes))
+    if kept:
+        assert kept[-1] == sizes[-1]
+    if len(kept) > 1:
+        assert kept[0] == sizes[0]
+        runs = [sizes.index(high) - sizes.index(low) for low, high in pairwise(kept)]
+        assert max(runs) <= 2 * min(runs) + 1
+
+
+def test_the_order_of_capture() -> None:
+    assert spread([1, 2, 4, 8, 16]) == (16, 1, 4, 8, 2)
+    assert spread([1, 2]) == (2, 1)
+    assert spread([3]) == (3,)
+    assert spread([]) == ()

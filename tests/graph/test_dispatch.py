@@ -64,3 +64,19 @@ def test_families_and_variants_do_not_serve_each_other() -> None:
     assert dispatch(3, policy, captured, {}, "a", (("x", 1),)).mode is Mode.REPLAY
     assert dispatch(3, policy, captured, {}, "a", (("x", 2),)).reason is Reason.NOT_CAPTURED_YET
     assert dispatch(3, policy, captured, {}, "b", (("x", 1),)).reason is Reason.NOT_CAPTURED_YET
+
+
+@given(st.sets(st.integers(1, 60), min_size=1), st.data())
+def test_a_bucket_that_the_device_has_no_room_for_is_passed_over(sizes: set[int], data: st.DataObject) -> None:
+    """The step goes to the next larger one that is there; where there is none, it runs eagerly and says why."""
+    captured = data.draw(st.sets(st.sampled_from(sorted(sizes))))
+    size = data.draw(st.integers(1, max(sizes)))
+    keys = {GraphKey("f", bucket): None for bucket in captured}
+    failed = {GraphKey("f", bucket): Reason.OUT_OF_GRAPHS for bucket in sizes - captured}
+    decision = dispatch(size, DispatchPolicy({"f": tuple(sorted(sizes))}), keys, failed, "f")
+    larger = [bucket for bucket in captured if bucket >= size]
+    if larger:
+        assert decision == Decision(Mode.REPLAY, GraphKey("f", min(larger)), min(larger) - size, None)
+    else:
+        nearest = GraphKey("f", min(bucket for bucket in sizes if bucket >= size))
+        assert decision == Decision(Mode.EAGER, nearest, 0, Reason.OUT_OF_GRAPHS)

@@ -9,14 +9,12 @@ from typing import Literal, get_args
 import torch
 
 from graphmode.engine.scheduler import Family, Limits
-from graphmode.graph import make_buckets
+from graphmode.graph import Backend, make_buckets
 from graphmode.graph.buckets import check_buckets
 from graphmode.graph.errors import InputError
 
 GraphMode = Literal["none", "piecewise", "full", "full_decode_only", "full_and_piecewise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class EngineOptions:
     """What the user may choose; None means that the engine does.
 
     Attributes:
-        device: ``"auto"``, or a device such as ``"cpu"`` or ``"cuda:1"``.
+        device: ``"auto"``, a device such as ``"cpu"`` or ``"cuda:1"``, or a backend object.
         dtype: of the weights and the KV cache; ``"auto"`` takes the checkpoint's, on a CPU float32.
         load_format: ``"auto"`` reads the weights, ``"dummy"`` makes random ones.
         enforce_eager: run every step eagerly, as ``graph_mode="none"``.
@@ -45,7 +43,7 @@ class EngineOptions:
         strict: a capture that fails ends the start-up, instead of leaving that size to run eagerly.
     """
 
-    device: str = "auto"
+    device: str | Backend = "auto"
     dtype: Dtype = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     enforce_eager: bool = False
@@ -104,16 +102,17 @@ def resolve_dtype(dtype: Dtype) -> torch.dtype | Literal["auto"]:
     return "auto" if dtype == "auto" else named[dtype]
 
 
-def resolve_limits(options: EngineOptions, max_positions: int, device: torch.device) -> Limits:
+def resolve_limits(options: EngineOptions, max_positions: int, device: torch.device, *, bursts: bool = True) -> Limits:
     """Complete the limits.
 
     Args:
         options: the user's.
         max_positions: what the model was made for.
         device: the device.
+        bursts: whether decode steps can follow each other there without the host.
 
     Raises:
-        InputError: a limit that the model or another limit does not allow.
+        InputError: a limit that the model, the device or another limit does not allow.
     """
     on_cpu = device.type == "cpu"
     max_num_seqs = options.max_num_seqs or (32 if on_cpu else 256)
@@ -130,7 +129,13 @@ def resolve_limits(options: EngineOptions, max_positions: int, device: torch.dev
         )
     if max_model_len < 2:
         raise InputError(f"max_model_len is {max_model_len}; a sequence needs at least 2, a prompt and an answer")
-    return Limits(max_num_seqs, max_num_batched_tokens, max_model_len, options.decode_steps or (1 if on_cpu else 8))
+    if not bursts and (options.decode_steps or 1) > 1:
+        raise InputError(
+            f"decode_steps is {options.decode_steps}; attention on {device.type} takes lengths on the host, which are "
+            "those of one step. Leave it out"
+        )
+    decode_steps = options.decode_steps or (1 if on_cpu or not bursts else 8)
+    return Limits(max_num_seqs, max_num_batched_tokens, max_model_len, decode_steps)
 
 
 def resolve_buckets(options: EngineOptions, limits: Limits) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from graphmode.engine.block_pool import BlockPool
 from graphmode.engine.config import (
-    BLOCK_SIZE,
     EngineOptions,
     piecewise_families,
     resolve_buckets,
@@ -26,6 +25,8 @@ from graphmode.engine.scheduler import Batch, Scheduler
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import StepResult, StepRunner, StepUnderWay
 from graphmode.graph import InputError, RunnerStats, get_backend
+from graphmode.models.attention import PORTABLE_ATTENTION
+from graphmode.models.attention_npu import NPU_ATTENTION
 from graphmode.models.fused import fuse
 from graphmode.models.loader import load_model
 from graphmode.models.rotary import fix_rotary_embeddings
@@ -108,20 +109,26 @@ class Engine:
     def __post_init__(self) -> None:
         options = self.options
         backend = get_backend(options.device)
+        attention = NPU_ATTENTION if backend.capabilities.host_arguments else PORTABLE_ATTENTION
         self.device = backend.device
         self.loaded = load_model(
             self.model, device=self.device, dtype=resolve_dtype(options.dtype), load_format=options.load_format
         )
         shape, dtype = self.loaded.shape, self.loaded.model.dtype
-        self.limits = resolve_limits(options, shape.max_positions, self.device)
+        bursts = attention.host_lengths is None  # lengths on the host are those of one step
+        self.limits = resolve_limits(options, shape.max_positions, self.device, bursts=bursts)
         fix_rotary_embeddings(self.loaded.model, self.limits.max_model_len)
-        self.fused_layers = fuse(self.loaded.model, self.limits.max_model_len) if options.fuse else 0
+        # Fused layers attend by the portable kernel.
+        fused = options.fuse and attention is PORTABLE_ATTENTION
+        self.fused_layers = fuse(self.loaded.model, self.limits.max_model_len) if fused else 0
         mode = options.resolved_graph_mode
         buckets = None if mode == "none" else resolve_buckets(options, self.limits)
-        num_blocks = choose_num_blocks(shape, dtype, self.limits, self.device, options.kv_cache_memory)
-        self.caches = make_cache(shape, dtype, num_blocks, self.device)
+        num_blocks = choose_num_blocks(
+            shape, dtype, self.limits, self.device, options.kv_cache_memory, attention.block_size
+        )
+        self.caches = make_cache(shape, dtype, num_blocks, self.device, attention.block_size)
         self.scheduler = Scheduler(
-            self.limits, BlockPool(num_blocks, BLOCK_SIZE), prefix_caching=options.enable_prefix_caching
+            self.limits, BlockPool(num_blocks, attention.block_size), prefix_caching=options.enable_prefix_caching
         )
         self.runner = StepRunner(
             self.loaded,
@@ -129,6 +136,7 @@ class Engine:
             backend,
             self.limits,
             buckets,
+            attention=attention,
             piecewise=piecewise_families(mode),
             max_padding_ratio=options.max_padding_ratio,
             strict=options.strict,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from graphmode.engine.config import BLOCK_SIZE
 from graphmode.engine.scheduler import Limits
 from graphmode.graph.errors import InputError
 from graphmode.models.attention import CacheShape, LayerCache
@@ -15,20 +14,25 @@ _RESERVE = 0.15
 _CPU_LIMIT = 2 << 30
 
 
-def block_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+def block_bytes(shape: ModelShape, dtype: torch.dtype, block_size: int) -> int:
     """Return the bytes of one block in all layers."""
-    return BLOCK_SIZE * sum(cache.elements for cache in shape.caches) * dtype.itemsize
+    return block_size * sum(cache.elements for cache in shape.caches) * dtype.itemsize
 
 
 def choose_num_blocks(
-    shape: ModelShape, dtype: torch.dtype, limits: Limits, device: torch.device, kv_cache_memory: int | None
+    shape: ModelShape,
+    dtype: torch.dtype,
+    limits: Limits,
+    device: torch.device,
+    kv_cache_memory: int | None,
+    block_size: int,
 ) -> int:
     """Return the number of blocks: enough for every row at full length, or what the memory allows.
 
     Raises:
         InputError: not even one sequence of ``max_model_len`` fits.
     """
-    each = -(-limits.max_model_len // BLOCK_SIZE)
+    each = -(-limits.max_model_len // block_size)
     wanted = each * limits.max_num_seqs
     if kv_cache_memory is None:
         if device.type == "cpu":
@@ -38,21 +42,24 @@ def choose_num_blocks(
             memory = max(0, int(free - _RESERVE * total))
     else:
         memory = kv_cache_memory
-    blocks = min(wanted, memory // block_bytes(shape, dtype))
+    block = block_bytes(shape, dtype, block_size)
+    blocks = min(wanted, memory // block)
     if blocks < each:
         raise InputError(
             f"the KV cache may take {memory} bytes, {blocks} blocks; one sequence of max_model_len="
-            f"{limits.max_model_len} needs {each * block_bytes(shape, dtype)} bytes, {each} blocks. Lower max_model_len"
+            f"{limits.max_model_len} needs {each * block} bytes, {each} blocks. Lower max_model_len"
             + ("" if kv_cache_memory is None else ", or raise kv_cache_memory")
         )
     return blocks
 
 
-def make_cache(shape: ModelShape, dtype: torch.dtype, num_blocks: int, device: torch.device) -> list[LayerCache]:
+def make_cache(
+    shape: ModelShape, dtype: torch.dtype, num_blocks: int, device: torch.device, block_size: int
+) -> list[LayerCache]:
     """Return the zeroed cache of every layer."""
 
     def zeros(heads: int, dim: int) -> torch.Tensor:
-        return torch.zeros((num_blocks, BLOCK_SIZE, heads, dim), dtype=dtype, device=device)
+        return torch.zeros((num_blocks, block_size, heads, dim), dtype=dtype, device=device)
 
     def make(cache: CacheShape) -> LayerCache:
         keys = zeros(cache.kv_heads, cache.key_dim)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from graphmode.engine.config import BLOCK_SIZE
 from graphmode.engine.outputs import TokenLogprobs
 from graphmode.engine.sampler import Sampler, SamplingLevel, level_of, unpacked
 from graphmode.engine.scheduler import Batch, Family, Limits
 from graphmode.engine.vision_runner import VisionRunner
-from graphmode.graph import GraphRunner, Input
+from graphmode.graph import GraphRunner, HostArguments, Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.inputs import all_padding
 from graphmode.graph.staging import Event, StagingRing
 from graphmode.kernels.advance import DecodeRows, Handover, hand_on
-from graphmode.models.attention import AttentionBatch, LayerCache
+from graphmode.models.attention import PORTABLE_ATTENTION, AttentionBatch, DeviceAttention, LayerCache
 from graphmode.models.loader import LoadedModel
 
 # A padding token has slot -1 and a padding sequence length 0: they write no KV and read none.
@@ -99,6 +99,7 @@ class StepRunner:
         backend: the device.
         limits: what a step may hold.
         buckets: sizes of the ``decode`` and the ``mixed`` family; None runs everything eagerly.
+        attention: the device's.
         piecewise: the families whose attention runs outside their graphs.
         max_padding_ratio: as of :class:`~graphmode.graph.GraphRunner`.
         strict: as of :class:`~graphmode.graph.GraphRunner`.
@@ -112,6 +113,7 @@ class StepRunner:
         limits: Limits,
         buckets: Mapping[str, tuple[int, ...]] | None,
         *,
+        attention: DeviceAttention = PORTABLE_ATTENTION,
         piecewise: frozenset[Family] = frozenset(),
         max_padding_ratio: float | None = None,
         strict: bool = False,
@@ -120,7 +122,11 @@ class StepRunner:
         self._caches = caches
         self._piecewise = piecewise
         self._max_seqs = limits.max_num_seqs
-        self._max_blocks = -(-limits.max_model_len // BLOCK_SIZE)
+        self._attention = attention
+        self._host_arguments = None
+        if attention.host_lengths is not None:
+            self._host_arguments = HostArguments(partial(attention.host_lengths, limits.max_model_len))
+        self._max_blocks = -(-limits.max_model_len // attention.block_size)
         self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=backend.device)
         self._log = torch.zeros(limits.decode_steps, limits.max_num_seqs, dtype=torch.int64, device=backend.device)
         self.sampler = Sampler(backend, limits, loaded.shape.vocab_size, loaded.shape.eos_token_ids)
@@ -142,6 +148,7 @@ class StepRunner:
             },
             output_axes=[("seqs",)],
             static={"level": tuple(SamplingLevel), **({} if self.vision is None else {"images": (False, True)})},
+            host_arguments=self._host_arguments,
             backend=backend,
             enabled=buckets is not None,
             max_padding_ratio=max_padding_ratio,
@@ -157,6 +164,8 @@ class StepRunner:
         device = self.graphs.backend.device
         sizes = {"tokens": 1, "seqs": 1, "scored": 1, "blocks": self._max_blocks}
         inputs: dict[str, Any] = {spec.name: all_padding(spec, sizes, device) for spec in self._inputs}
+        if self._host_arguments is not None:
+            self._host_arguments.set("mixed", sizes, {})
         with torch.inference_mode():
             self.forward("mixed", SamplingLevel.PLAIN, **inputs)
 
@@ -164,7 +173,7 @@ class StepRunner:
         """Put one batch on the device and return without waiting for it."""
         level = max(level_of(row) for row in batch.rows)
         self.sampler.admit(batch, level)
-        inputs: dict[str, Any] = step_inputs(batch, self._max_blocks)
+        inputs: dict[str, Any] = step_inputs(batch, self._max_blocks, self._attention.block_size)
         if self.vision is not None:
             inputs |= self.vision.step_inputs(batch, inputs["positions"])
             inputs["images"] = "visual" in inputs
@@ -241,7 +250,7 @@ class StepRunner:
         if family == "decode":
             decode = DecodeRows(token_sources, positions, slot_mapping, kv_lens, slots, limits, block_tables)
         # Padding rows hand nothing on: a capture between two steps must not touch what the one left for the other.
-        hand_on(sampled, kv_lens, Handover(self._sampled, self._log, step), decode, BLOCK_SIZE)
+        hand_on(sampled, kv_lens, Handover(self._sampled, self._log, step), decode, self._attention.block_size)
         return sampled
 
     def logits(
@@ -266,6 +275,8 @@ class StepRunner:
             max_query_len=1 if family == "decode" else token_ids.shape[0],
             caches=self._caches,
             piecewise=family in self._piecewise,
+            attend=self._attention.attend,
+            host_arguments={} if self._host_arguments is None else self._host_arguments.current,
         )
         tokens: dict[str, Any] = {"input_ids": token_ids.unsqueeze(0)}
         if self.vision is not None and visual is not None:
@@ -287,7 +298,9 @@ def scored_tokens(batch: Batch) -> list[int]:
     return [row.sequence.prompt_token_ids[at + 1] for row in batch.rows for at in row.scored]
 
 
-def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
+def step_inputs(
+    batch: Batch, max_blocks: int, block_size: int = PORTABLE_ATTENTION.block_size
+) -> dict[str, torch.Tensor]:
     """Return the inputs of a step at their true sizes, on the host."""
     token_ids: list[int] = []
     sources: list[int] = []
@@ -304,7 +317,7 @@ def step_inputs(batch: Batch, max_blocks: int) -> dict[str, torch.Tensor]:
             sources.append(row.source)
         positions += range(row.start, end)
         blocks = sequence.blocks
-        slots += [blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in range(row.start, end)]
+        slots += [blocks[at // block_size] * block_size + at % block_size for at in range(row.start, end)]
         tables[index, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
     query_lens = torch.tensor([row.num_tokens for row in batch.rows], dtype=torch.int32)
     ends = torch.cumsum(query_lens, 0)

@@ -1,6 +1,13 @@
 """The runtime: any PyTorch function as a set of graphs, captured once and replayed ever after."""
 
-from graphmode.graph.backends.base import Backend, Capabilities, available_backends, get_backend
+from graphmode.graph.backends.base import (
+    Backend,
+    Capabilities,
+    Support,
+    available_backends,
+    device_support,
+    get_backend,
+)
 from graphmode.graph.buckets import make_buckets
 from graphmode.graph.dispatch import Decision, GraphKey, Mode, Reason
 from graphmode.graph.errors import (
@@ -11,6 +18,7 @@ from graphmode.graph.errors import (
     StaleAddressError,
     UnsupportedOpError,
 )
+from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.inputs import Input
 from graphmode.graph.program import outside_graph
 from graphmode.graph.runner import GraphRunner
@@ -25,14 +33,17 @@ __all__ = [
     "GraphKey",
     "GraphModeError",
     "GraphRunner",
+    "HostArguments",
     "Input",
     "InputError",
     "Mode",
     "Reason",
     "RunnerStats",
     "StaleAddressError",
+    "Support",
     "UnsupportedOpError",
     "available_backends",
+    "device_support",
     "get_backend",
     "make_buckets",
     "outside_graph",

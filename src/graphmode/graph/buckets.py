@@ -37,3 +37,27 @@ def check_buckets(sizes: Sequence[int]) -> tuple[int, ...]:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise InputError(f"bucket {size!r} is not a positive integer")
     return tuple(sorted(set(sizes)))
+
+
+def spread(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return ``sizes`` in the order in which a device captures them that may run out of graphs.
+
+    The largest comes first, so that every step is served; then the smallest; then always the one in the middle of the
+    longest run of sizes still missing, the larger run first. So wherever capture stops, the sizes that have a graph are
+    spread over all, end points among them, and none was captured in vain.
+
+    Args:
+        sizes: in ascending order, without repeats.
+    """
+    if len(sizes) < 3:
+        return tuple(reversed(sizes))
+    order = [len(sizes) - 1, 0]
+    runs = [(0, len(sizes) - 1)]  # between two sizes that are in the order
+    while runs:
+        low, high = max(runs, key=lambda run: (run[1] - run[0], run[1]))
+        runs.remove((low, high))
+        if high - low > 1:
+            middle = (low + high + 1) // 2
+            order.append(middle)
+            runs += [(low, middle), (middle, high)]
+    return tuple(sizes[index] for index in order)

@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from graphmode.graph.backends.base import Backend, Graph, Recording
 from graphmode.graph.errors import CaptureError, GraphModeError, UnsupportedOpError
 from graphmode.graph.guard import Guard, user_location
+from graphmode.graph.host_arguments import HostArguments
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -174,7 +175,13 @@ def outside_graph(fn: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def record(fn: Callable[..., Any], backend: Backend, pool: Pool, kwargs: dict[str, Any]) -> Program:
+def record(
+    fn: Callable[..., Any],
+    backend: Backend,
+    pool: Pool,
+    kwargs: dict[str, Any],
+    host_arguments: HostArguments | None = None,
+) -> Program:
     """Warm ``fn`` up, then capture ``fn(**kwargs)``.
 
     Args:
@@ -182,6 +189,7 @@ def record(fn: Callable[..., Any], backend: Backend, pool: Pool, kwargs: dict[st
         backend: the device.
         pool: the memory that captures share.
         kwargs: its arguments: tensors of fixed memory, and static values.
+        host_arguments: those of its operators, where the backend takes any.
 
     Raises:
         UnsupportedOpError: an operator that no graph can hold, with its name and the line that called it.
@@ -193,13 +201,14 @@ def record(fn: Callable[..., Any], backend: Backend, pool: Pool, kwargs: dict[st
             fn(**kwargs)
         backend.synchronize()
         guard = Guard(backend.device)
-        recording = backend.recording(pool.handle)
+        recording = backend.recording(pool.handle, host_arguments)
         recorder = _Recorder(backend, recording, guard, pool)
-        with _errors_located(guard), recording.installed(warm_up.generators), _set(_recorder, recorder):
+        installed = recording.installed(warm_up.generators)
+        # The guard goes last: what a device puts on top of it to capture must be gone before it.
+        with _errors_located(guard), installed, _set(_recorder, recorder), guard.installed():
             try:
-                with guard.installed():
-                    recording.begin()
-                    outputs, spec = tree_flatten(fn(**kwargs))
+                recording.begin()
+                outputs, spec = tree_flatten(fn(**kwargs))
                 for output in outputs:
                     if not isinstance(output, torch.Tensor):
                         raise CaptureError(

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphmode.graph.backends.base import Backend, get_backend
-from graphmode.graph.buckets import check_buckets, make_buckets
+from graphmode.graph.buckets import check_buckets, make_buckets, spread
 from graphmode.graph.dispatch import Decision, DispatchPolicy, GraphKey, Mode, Reason, dispatch
 from graphmode.graph.errors import CaptureError, InputError, UnsupportedOpError
+from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.inputs import (
     AxisSize,
     BoundInputs,
@@ -65,6 +67,8 @@ class GraphRunner:
         output_axes: for each output in flat order, the axis name (or None) of each dimension, to cut outputs to the
             true size. Default: dimension 0 of each output is the bucketed axis.
         static: Python arguments of ``fn`` by name, with all values they may take; each has graphs of its own.
+        host_arguments: lists of integers that operators take on the host. Values that they are computed from must be
+            given on the host. Only for a backend with the capability ``host_arguments``.
         backend: the device to run on, ``"auto"`` for the accelerator that is there, or a backend object.
         enabled: False runs everything eagerly.
         max_padding_ratio: a call whose padding is more than this share of its bucket runs eagerly.
@@ -85,6 +89,7 @@ class GraphRunner:
         axes: Mapping[str, AxisSize] | None = None,
         output_axes: Sequence[Sequence[str | None]] | None = None,
         static: Mapping[str, Sequence[Hashable]] | None = None,
+        host_arguments: HostArguments | None = None,
         backend: str | torch.device | Backend = "auto",
         enabled: bool = True,
         max_padding_ratio: float | None = None,
@@ -93,12 +98,18 @@ class GraphRunner:
     ) -> None:
         if max_padding_ratio is not None and not 0 <= max_padding_ratio <= 1:
             raise InputError(f"max_padding_ratio is {max_padding_ratio}; it is a share, from 0 to 1")
-        self.backend = get_backend(backend) if isinstance(backend, (str, torch.device)) else backend
+        self.backend = get_backend(backend)
+        if host_arguments is not None and not self.backend.capabilities.host_arguments:
+            raise InputError(
+                f"host_arguments are given, but graphs on {self.backend.device} keep those of the capture; "
+                "pass what changes in tensors"
+            )
         self.stats = RunnerStats()
         self._fn = fn
         self._inputs = tuple(inputs)
         self._axes = resolve_axes(self._inputs, axes or {})
         self._output_axes = output_axes
+        self._host_arguments = host_arguments
         self._static = {name: tuple(values) for name, values in (static or {}).items()}
         self._strict = strict
         self._has_families = isinstance(buckets, Mapping)
@@ -118,15 +129,20 @@ class GraphRunner:
 
     @property
     def keys(self) -> list[GraphKey]:
-        """Every key that can have a graph, the largest first."""
+        """Every key that can have a graph, in the order of capture: the largest first, so that memory is shared.
+
+        On a device that may run out of graphs, one family after the other as they were declared (full graphs first:
+        piecewise ones take the room of many), each from its largest and smallest size to those between.
+        """
         names = list(self._static)
+        limited = self.backend.capabilities.graph_limit is not None
         keys = [
             GraphKey(family, size, tuple(zip(names, values, strict=True)))
             for family, sizes in self.policy.buckets.items()
-            for size in sizes
             for values in product(*self._static.values())
+            for size in (spread(sizes) if limited else sizes)
         ]
-        return sorted(keys, key=lambda key: -key.size)
+        return keys if limited else sorted(keys, key=lambda key: -key.size)
 
     @property
     def failed(self) -> Mapping[GraphKey, Reason]:
@@ -134,7 +150,10 @@ class GraphRunner:
         return self._failed
 
     def capture(self, *, progress: bool | None = None, **static: Hashable) -> None:
-        """Capture every key that has no graph yet, the largest first, so that smaller ones fit the memory of larger.
+        """Capture every key that has no graph yet, in the order of :attr:`keys`.
+
+        Where the device has no room for more graphs, capture ends, keeps what it has and leaves the other keys to
+        larger buckets, or to run eagerly where there is none; a warning says how many.
 
         Args:
             progress: whether to show a progress bar on standard error. Default: where that is a terminal.
@@ -155,7 +174,8 @@ class GraphRunner:
         try:
             show = sys.stderr.isatty() if progress is None else progress
             for key in _with_progress(keys) if show else keys:
-                self._capture(key)
+                if key not in self._failed:
+                    self._capture(key)
         finally:
             gc.unfreeze()
 
@@ -191,9 +211,13 @@ class GraphRunner:
         if decision.mode is not Mode.EAGER and decision.key is not None:
             check_fit(sizes, self._bind(decision.key.size).sizes)
         if decision.mode is Mode.CAPTURE and decision.key is not None:
-            decision = self._capture_for(decision, decision.key)
+            self._capture(decision.key)
+            after = dispatch(size, self.policy, self._programs, self._failed, family, variant)
+            decision = replace(after, reason=after.reason or decision.reason)
         self._count(decision, size, repeats)
         if decision.mode is Mode.EAGER or decision.key is None:
+            if self._host_arguments is not None:
+                self._host_arguments.set(family, sizes, values)
             device = self.backend.device
             on_device = {
                 spec.name: values[spec.name].to(device, copy=True)
@@ -220,7 +244,7 @@ class GraphRunner:
         sizes = true_sizes(self._inputs, values, self.backend.device)
         bound = self._bind(key.size)
         check_fit(sizes, bound.sizes)
-        self._buffers.load(bound, values)
+        self._load(key.family, bound, values)
         with torch.inference_mode():
             return self._cut(self._call(key.family, key.variant, bound.views), sizes, bound.sizes)
 
@@ -252,29 +276,38 @@ class GraphRunner:
             self._bound[bucket] = self._buffers.bind(self._axes.at(bucket))
         return self._bound[bucket]
 
-    def _capture_for(self, decision: Decision, key: GraphKey) -> Decision:
-        """Capture the key that a step needs and say how the step runs now."""
-        self._capture(key)
-        if key in self._programs:
-            return Decision(Mode.REPLAY, key, decision.padding, decision.reason)
-        return Decision(Mode.EAGER, key, 0, self._failed[key])
+    def _load(self, family: str, bound: BoundInputs, values: Mapping[str, torch.Tensor]) -> None:
+        """Write a step's values where its graph reads them."""
+        if self._host_arguments is not None:
+            self._host_arguments.set(family, bound.sizes, values)
+        self._buffers.load(bound, values)
 
     def _capture(self, key: GraphKey) -> None:
+        if problem := self._no_room(key):
+            self._stop_capturing(problem)
+            return
         bound = self._bind(key.size)
         self.backend.synchronize()
         memory, start = self.backend.memory_used(self._pool.handle), time.perf_counter()
-        self._buffers.load(bound, {})
+        self._load(key.family, bound, {})
         try:
             program = record(
-                lambda **kwargs: self._call(key.family, key.variant, kwargs), self.backend, self._pool, bound.views
+                lambda **kwargs: self._call(key.family, key.variant, kwargs),
+                self.backend,
+                self._pool,
+                bound.views,
+                self._host_arguments,
             )
             self._cut(tree_unflatten(program.outputs, program.spec), bound.sizes, bound.sizes)
         except CaptureError as error:
             if self._strict:
                 raise
-            unsupported = isinstance(error, UnsupportedOpError)
-            self._failed[key] = Reason.UNSUPPORTED_OP if unsupported else Reason.CAPTURE_FAILED
-            log.error("%s runs eagerly: %s", key, error)
+            if error.__cause__ is not None and self.backend.out_of_resources(error.__cause__):
+                self._stop_capturing(f"it refused the next: {error.__cause__}")
+            else:
+                unsupported = isinstance(error, UnsupportedOpError)
+                self._failed[key] = Reason.UNSUPPORTED_OP if unsupported else Reason.CAPTURE_FAILED
+                log.error("%s runs eagerly: %s", key, error)
         else:
             self._programs[key] = program
             self.stats.captures += 1
@@ -283,12 +316,34 @@ class GraphRunner:
         self.stats.capture_seconds += time.perf_counter() - start
         self.stats.graph_bytes += self.backend.memory_used(self._pool.handle) - memory
 
+    def _no_room(self, key: GraphKey) -> str | None:
+        """Return why the device has no room for the graphs of ``key``, as far as that is known beforehand."""
+        limit, held = self.backend.capabilities.graph_limit, self.stats.graphs
+        if limit is None:
+            return None
+        alike = (program.graphs for other, program in self._programs.items() if other.family == key.family)
+        needed = next(alike, 1)
+        return f"it holds {limit} at most and the next size takes {needed}" if held + needed > limit else None
+
+    def _stop_capturing(self, problem: str) -> None:
+        """Leave the keys that have no graph yet without one."""
+        left = [key for key in self.keys if key not in self._programs and key not in self._failed]
+        message = (
+            f"{self.stats.graphs} graphs are captured and {self.backend.device} has no room for more: {problem}. "
+            f"{len(left)} of {len(self.keys)} sizes stay without one; give fewer sizes, or use a mode with full graphs"
+        )
+        if self._strict:
+            raise CaptureError(message)
+        self._failed.update(dict.fromkeys(left, Reason.OUT_OF_GRAPHS))
+        self.stats.out_of_graphs += len(left)
+        log.warning("%s", message)
+
     def _replay(self, key: GraphKey, values: Mapping[str, torch.Tensor], sizes: Mapping[str, int], repeats: int) -> Any:
         program, bound = self._programs[key], self._bind(key.size)
         if key not in self._verified:
             program.guard.check_addresses()
             self._verified.add(key)
-        self._buffers.load(bound, values)
+        self._load(key.family, bound, values)
         for _ in range(repeats):
             program.replay()
         return self._cut(tree_unflatten(program.outputs, program.spec), sizes, bound.sizes)

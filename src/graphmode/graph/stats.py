@@ -21,6 +21,7 @@ class RunnerStats:
         padded_rows: padding rows of the replayed steps.
         graphs: graphs held; a piecewise capture has several.
         captures: keys captured.
+        out_of_graphs: keys left without a graph because the device had no room for more.
         capture_seconds: time spent in capture, warm-up included.
         graph_bytes: memory that capture took on the device.
     """
@@ -33,6 +34,7 @@ class RunnerStats:
     padded_rows: int = 0
     graphs: int = 0
     captures: int = 0
+    out_of_graphs: int = 0
     capture_seconds: float = 0.0
     graph_bytes: int = 0
 

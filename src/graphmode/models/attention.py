@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -82,6 +82,8 @@ class AttentionBatch:
         max_query_len: 1 where every sequence has one new token, else the number of tokens of the step.
         caches: one for each layer.
         piecewise: whether attention runs outside the graph.
+        attend: the device's attention; None for :func:`cached_attention`.
+        host_arguments: lengths on the host, for a device whose attention takes them there.
     """
 
     slot_mapping: torch.Tensor
@@ -91,6 +93,8 @@ class AttentionBatch:
     max_query_len: int
     caches: Sequence[LayerCache]
     piecewise: bool = False
+    attend: Callable[..., torch.Tensor] | None = None
+    host_arguments: Mapping[str, list[int]] = field(default_factory=dict)
 
     def select(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor, top_k: int
@@ -197,8 +201,26 @@ def cached_selection(
 
 
 attend_outside_graph = outside_graph(attend)
-_attention_outside_graph = outside_graph(cached_attention)
 _selection_outside_graph = outside_graph(cached_selection)
+
+
+@dataclass(frozen=True)
+class DeviceAttention:
+    """How a device attends.
+
+    Attributes:
+        attend: does as :func:`cached_attention`.
+        block_size: tokens in a block of the cache.
+        host_lengths: where it takes lengths on the host: computes them, from the longest sequence there can be and what
+            :class:`~graphmode.graph.HostArguments` gives. None where it reads them on the device.
+    """
+
+    attend: Callable[..., torch.Tensor]
+    block_size: int
+    host_lengths: Callable[[int, str, Mapping[str, int], Mapping[str, torch.Tensor]], dict[str, list[int]]] | None
+
+
+PORTABLE_ATTENTION = DeviceAttention(cached_attention, 16, None)
 
 
 def attention_hook(
@@ -245,7 +267,9 @@ def attention_hook(
     mask = None if isinstance(attention_mask, BatchAsMask) else attention_mask
     _refuse_the_rest(module, key, value, mask, cache, kwargs)
     latent = keeps_latents(module)
-    attend = _attention_outside_graph if attention_batch.piecewise else cached_attention
+    attend = attention_batch.attend or cached_attention
+    if attention_batch.piecewise:
+        attend = outside_graph(attend)
     output = attend(
         (absorb_keys(module, query[0]) if latent else query[0]).transpose(0, 1),
         key[0].transpose(0, 1),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from graphmode.graph.errors import BackendError
+from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.staging import Event
 
 ENTRY_POINT_GROUP = "graphmode.backends"
@@ -25,12 +27,33 @@ class Capabilities:
         shared_pool: graphs of one pool share the memory of their intermediate results.
         random: random operators inside a graph give new numbers at each replay.
         pinned_host_memory: copies from the staging ring are asynchronous.
+        host_arguments: operators take lengths on the host, and graphs are updated with them at each replay.
+        graph_limit: graphs that the device holds at most; None where none is known.
     """
 
     runs_while_capturing: bool
     shared_pool: bool
     random: bool
     pinned_host_memory: bool
+    host_arguments: bool = False
+    graph_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Support:
+    """How a device is supported, in words: for ``graphmode info`` and docs/devices.md.
+
+    Attributes:
+        captured: by which call work is captured.
+        parameters: how a replay gets what changes from step to step.
+        limits: what the device refuses or runs out of.
+        verified: what the backend was written to, and where it has run.
+    """
+
+    captured: str
+    parameters: str
+    limits: str
+    verified: str
 
 
 class Graph(Protocol):
@@ -69,8 +92,13 @@ class Backend(Protocol):
     def make_pool(self) -> Any:
         """Return a new memory pool for recordings to share."""
 
-    def recording(self, pool: Any) -> Recording:
-        """Return a recording whose intermediate results live in ``pool``."""
+    def recording(self, pool: Any, host_arguments: HostArguments | None) -> Recording:
+        """Return a recording whose intermediate results live in ``pool``.
+
+        Where ``host_arguments`` are given, the replay of each of its graphs takes them as they are at that time. An
+        update must not reach the graph before its replay before has finished. Only a backend with the capability
+        ``host_arguments`` is ever given any.
+        """
 
     def capture_stream(self) -> AbstractContextManager[None]:
         """Make the backend's capture stream current, after all work put on the current stream so far."""
@@ -87,24 +115,42 @@ class Backend(Protocol):
     def memory_used(self, pool: Any) -> int:
         """Return the bytes of device memory in use, of which the growth during capture is the graphs' cost."""
 
-
-def _cuda(device: torch.device) -> Backend:
-    from graphmode.graph.backends.cuda import CudaBackend
-
-    return CudaBackend(device)
+    def out_of_resources(self, error: BaseException) -> bool:
+        """Return whether a capture failed because the device has no room for more graphs."""
 
 
-def _cpu(device: torch.device) -> Backend:
-    from graphmode.graph.backends.cpu import CpuBackend
+# Device type to the module and the class of its backend. Modules are loaded when they are asked for.
+_BUILT_IN = {
+    "cpu": ("cpu", "CpuBackend"),
+    "cuda": ("cuda", "CudaBackend"),
+    "mlu": ("mlu", "MluBackend"),
+    "npu": ("npu", "NpuBackend"),
+    "xpu": ("xpu", "XpuBackend"),
+}
+_GENERIC = ("accelerator", "AcceleratorBackend")
 
-    return CpuBackend(device)
+
+def _load(module: str, name: str) -> Any:
+    return getattr(import_module(f"{__package__}.{module}"), name)
 
 
-_BUILT_IN: dict[str, Callable[[torch.device], Backend]] = {"cuda": _cuda, "cpu": _cpu}
+def _opener(module: str, name: str) -> Callable[[torch.device], Backend]:
+    def open_backend(device: torch.device) -> Backend:
+        backend: Backend = _load(module, name)(device)
+        return backend
+
+    return open_backend
+
+
+def device_support() -> dict[str, Support]:
+    """Return how each device with a built-in backend is supported; ``other`` stands for those without one."""
+    return {device: _load(module, "SUPPORT") for device, (module, _) in {**_BUILT_IN, "other": _GENERIC}.items()}
 
 
 def available_backends() -> dict[str, Callable[[torch.device], Backend]]:
     """Return the backend factories by device type: the built-in ones and those of installed packages.
+
+    The current accelerator is among them if it registers graphs with torch (``torch.accelerator.Graph``, torch 2.13).
 
     A package adds one by the entry point group ``graphmode.backends``: the name is the device type, the object a
     callable that takes a ``torch.device`` and returns a :class:`Backend`.
@@ -112,7 +158,11 @@ def available_backends() -> dict[str, Callable[[torch.device], Backend]]:
     plugins = {
         entry.name: lambda device, entry=entry: entry.load()(device) for entry in entry_points(group=ENTRY_POINT_GROUP)
     }
-    return {**_BUILT_IN, **plugins}
+    known = {**{device_type: _opener(*where) for device_type, where in _BUILT_IN.items()}, **plugins}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type not in known and _load(_GENERIC[0], "registers_graphs")():
+        known[accelerator.type] = _opener(*_GENERIC)
+    return known
 
 
 def default_device() -> torch.device:
@@ -123,20 +173,34 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def get_backend(device: str | torch.device = "auto") -> Backend:
+def get_backend(device: str | torch.device | Backend = "auto") -> Backend:
     """Return the backend that serves ``device``: a device, a device type, or ``"auto"`` for the best one present.
+
+    A backend stands for itself.
 
     Raises:
         BackendError: no backend is registered for the device type, or the device is not there.
     """
-    try:
-        resolved = default_device() if device == "auto" else torch.device(device)
-    except RuntimeError as error:
-        raise BackendError(f"{device!r} is not a device that torch knows: {error}") from error
+    if isinstance(device, Backend):
+        return device
+    resolved = default_device() if device == "auto" else _as_device(device)
     backends = available_backends()
     if resolved.type not in backends:
         raise BackendError(
-            f"no backend for device type {resolved.type!r}; there are {sorted(backends)}. A package can add one by the "
-            f"entry point group {ENTRY_POINT_GROUP!r}"
+            f"no backend for device type {resolved.type!r}; there are {sorted(backends)}. A device that registers "
+            "graphs with torch needs none (torch.accelerator.Graph, torch 2.13 or newer), and a package can add one by "
+            f"the entry point group {ENTRY_POINT_GROUP!r}"
         )
     return backends[resolved.type](resolved)
+
+
+def _as_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        backend = _BUILT_IN.get(str(device).partition(":")[0])
+        interface = getattr(_load(*backend), "interface", None) if backend else None
+        if interface is None or interface.package is None:
+            raise BackendError(f"{device!r} is not a device that torch knows: {error}") from error
+        interface.load()  # imports the package that makes the device known
+        return torch.device(device)

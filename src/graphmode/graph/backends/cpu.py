@@ -23,11 +23,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from graphmode.graph.backends.base import Capabilities
+from graphmode.graph.backends.base import Capabilities, Support
 from graphmode.graph.guard import tensors_in
+from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.staging import Event
 
 ALIGNMENT = 64
+
+SUPPORT = Support(
+    captured="a recorder of operator calls below the dispatcher",
+    parameters="tensors, read at replay",
+    limits="operators of torch only",
+    verified="run in CI, torch 2.13",
+)
 
 
 @dataclass
@@ -69,7 +77,7 @@ class CpuBackend:
     def make_pool(self) -> CpuPool:
         return CpuPool()
 
-    def recording(self, pool: CpuPool) -> CpuRecording:
+    def recording(self, pool: CpuPool, host_arguments: HostArguments | None) -> CpuRecording:
         return CpuRecording(pool)
 
     def capture_stream(self) -> nullcontext[None]:
@@ -86,6 +94,9 @@ class CpuBackend:
 
     def memory_used(self, pool: CpuPool) -> int:
         return pool.storage.nbytes() + pool.retired
+
+    def out_of_resources(self, error: BaseException) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,215 @@
+"""Graphs by stream capture, as torch offers them on every device: what CUDA, NPU, MLU and XPU have in common.
+
+Each device has a module (``torch.cuda``, ``torch.npu``, ...) with a graph class and a context manager ``graph`` that
+captures what is put on a stream. A :class:`GraphInterface` says what differs in name and keyword; what differs in kind
+is a subclass in the device's own file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+
+from graphmode.graph.backends.base import Capabilities, Graph
+from graphmode.graph.errors import BackendError
+from graphmode.graph.host_arguments import HostArguments
+from graphmode.graph.staging import Event
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GraphInterface:
+    """What differs between devices in the calls that capture.
+
+    Attributes:
+        device_type: the device's name, and that of its module under ``torch``.
+        graph: the graph class in that module.
+        package: what must be imported before torch has the module; None where torch brings it.
+        options: keyword arguments of the module's ``graph`` beside the graph, ``pool`` and ``stream``.
+        exhausted: texts of errors that say that the device has no room for more graphs.
+    """
+
+    device_type: str
+    graph: str
+    package: str | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    exhausted: tuple[str, ...] = ()
+
+    def load(self) -> Any:
+        """Return the device's module.
+
+        Raises:
+            BackendError: the package is not installed, this torch has no graphs for the device, or no device is there.
+        """
+        name = self.device_type
+        if self.package is not None:
+            try:
+                import_module(self.package)
+            except ImportError as error:
+                raise BackendError(
+                    f"device {name!r} was asked for, but its package {self.package} cannot be imported ({error}); "
+                    "install the version made for this torch, or use device='cpu'"
+                ) from error
+        module = getattr(torch, name, None)
+        if module is None or not module.is_available():
+            raise BackendError(f"device {name!r} was asked for, but torch sees none; use device='cpu'")
+        if not hasattr(module, self.graph):
+            raise BackendError(
+                f"device {name!r} was asked for, but torch {torch.__version__} has no torch.{name}.{self.graph}; use a "
+                "newer torch, or device='cpu'"
+            )
+        return module
+
+
+@dataclass
+class StreamPool:
+    """A pool of the device's caching allocator.
+
+    Attributes:
+        handle: its id; another one after a capture that the device refused.
+        abandoned: graphs of failed captures. An allocator refuses a pool whose last graph is gone, so they stay.
+    """
+
+    handle: Any
+    abandoned: list[Any] = field(default_factory=list)
+
+
+class StreamBackend:
+    """Graphs of one device. Captures on a stream of its own.
+
+    Args:
+        device: which; without an index, the current one.
+        module: the device's module; default: what torch has under the device's name.
+
+    Raises:
+        BackendError: the device is not there, or has no graphs.
+    """
+
+    interface: ClassVar[GraphInterface]
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(self, device: torch.device, module: Any = None) -> None:
+        self.module = self.interface.load() if module is None else module
+        index = self.module.current_device() if device.index is None else device.index
+        if index >= self.module.device_count():
+            raise BackendError(f"device '{device.type}:{index}' was asked for; torch sees {self.module.device_count()}")
+        self.device = torch.device(device.type, index)
+        self._stream = self.module.Stream(device=self.device)
+
+    def make_pool(self) -> StreamPool:
+        return StreamPool(self.module.graph_pool_handle())
+
+    def recording(self, pool: StreamPool, host_arguments: HostArguments | None) -> StreamRecording:
+        return StreamRecording(self.module, self.interface, pool, self._stream)
+
+    @contextmanager
+    def capture_stream(self) -> Iterator[None]:
+        current = self.module.current_stream(self.device)
+        self._stream.wait_stream(current)
+        try:
+            with self.module.device(self.device), self.module.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self.capabilities.pinned_host_memory)
+
+    def event(self) -> Event:
+        event: Event = self.module.Event()
+        return event
+
+    def synchronize(self) -> None:
+        self.module.synchronize(self.device)
+
+    def memory_used(self, pool: StreamPool) -> int:
+        self.module.empty_cache()
+        free, total = self.module.mem_get_info(self.device)
+        used: int = total - free
+        return used
+
+    def out_of_resources(self, error: BaseException) -> bool:
+        return any(text in str(error) for text in self.interface.exhausted)
+
+
+class StreamRecording:
+    """One function being captured, segment by segment, on the backend's stream."""
+
+    def __init__(self, module: Any, interface: GraphInterface, pool: StreamPool, stream: Any) -> None:
+        self.module = module
+        self.interface = interface
+        self.pool = pool
+        self.stream = stream
+        self._generators: Sequence[torch.Generator] = ()
+        self._graph: Any = None
+        self._capture: AbstractContextManager[object] | None = None
+
+    @contextmanager
+    def installed(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
+        self._generators = generators
+        yield
+
+    def begin(self) -> None:
+        graph = self.make_graph()
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        capture = self.open_capture(graph)
+        try:
+            capture.__enter__()
+        except BaseException:
+            self.forget(graph)
+            raise
+        self._graph, self._capture = graph, capture
+
+    def end(self) -> Graph:
+        graph, capture = self._graph, self._capture
+        assert capture is not None
+        self._graph = self._capture = None
+        try:
+            capture.__exit__(None, None, None)
+        except BaseException:
+            self.forget(graph)
+            raise
+        return self.finished(graph)
+
+    def abort(self) -> None:
+        if self._graph is None:
+            return
+        graph = self._graph
+        try:
+            self.end()
+        except Exception as error:
+            log.warning("the broken capture ended with: %s", error)
+        else:
+            self.pool.abandoned.append(graph)
+
+    def finish(self) -> None:
+        """Do nothing: the caching allocator has shared the memory of what was let go already."""
+
+    def make_graph(self) -> Any:
+        """Return an empty graph."""
+        return getattr(self.module, self.interface.graph)()
+
+    def open_capture(self, graph: Any) -> AbstractContextManager[object]:
+        """Return the context in which ``graph`` captures."""
+        capture: AbstractContextManager[object] = self.module.graph(
+            graph, pool=self.pool.handle, stream=self.stream, **self.interface.options
+        )
+        return capture
+
+    def finished(self, graph: Any) -> Graph:
+        """Return what a captured graph is replayed by."""
+        replayable: Graph = graph
+        return replayable
+
+    def forget(self, graph: Any) -> None:
+        """Undo what a capture that the device refused leaves behind. Later captures get a new pool."""
+        self.pool.abandoned.append(graph)
+        self.pool.handle = self.module.graph_pool_handle()
