@@ -84,7 +84,7 @@ def run(attend: Any, batch: AttentionBatch, dtype: torch.dtype, **asked: Any) ->
     memory = torch.randn(2, seqs * 2, BLOCK, KV_HEADS, DIM, generator=generator).to(dtype)
     query = torch.randn(tokens, HEADS, DIM, generator=generator).to(dtype)
     key, value = torch.randn(2, tokens, KV_HEADS, DIM, generator=generator).to(dtype)
-    options = {"scale": 0.25, "window": None, "soft_cap": None, "sinks": None, **asked}
+    options = {"scale": 0.25, "window": None, "soft_cap": None, "sinks": None, "selection": None, **asked}
     output = attend(query, key, value, LayerCache(memory[0], memory[1]), batch, **options)
     return output[: int(batch.cu_query_lens[-1])], memory
 
