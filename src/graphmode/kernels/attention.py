@@ -28,7 +28,16 @@ from typing import NamedTuple
 import torch
 
 from graphmode.kernels._arguments import FLOATS, require, require_cache, require_tensor
-from graphmode.kernels._triton import constexpr, jit, next_power_of_2, runs_triton, tl
+from graphmode.kernels._triton import (
+    constexpr,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    runs_triton,
+    tl,
+)
 
 
 def paged_attention(
@@ -459,6 +468,7 @@ def paged_attention_triton(
         block_seqs=next_power_of_2(seqs + 1),
         splits=splits,
         num_warps=_num_warps(block_m, block_d, block_v),
+        **launch_options(q.device),
     )
     if splits > 1:
         _combine_kernel[(tokens, q_heads)](
@@ -471,6 +481,7 @@ def paged_attention_triton(
             block_v=block_v,
             splits=splits,
             block_splits=next_power_of_2(splits),
+            **launch_options(q.device),
         )
     return out
 
@@ -531,12 +542,16 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     block_m: constexpr,
     block_seqs: constexpr,
     splits: constexpr,
+    early: constexpr,
 ):
     """Attend with query heads of one key/value head of one token to one part of its keys.
 
     With one part, ``parts`` is the output. Else it takes the sums before division, with each row's largest score and
     sum of weights; a part without keys says so by a sum of 0 and leaves ``parts`` as it is.
     """
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1) // head_blocks
     first_head = tl.program_id(1) % head_blocks * block_heads
@@ -622,8 +637,12 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     block_v: constexpr,
     splits: constexpr,
     block_splits: constexpr,
+    early: constexpr,
 ):
     """Combine the parts of one query head of one token."""
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
     head = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
     split = tl.arange(0, block_splits)

@@ -115,22 +115,25 @@ def linear_add_reference(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor)
     x.copy_(x.float() + h.float() @ weight.float().T)
 
 
-# Elements of one weight tile: a program of 8 warps holds two of them in registers.
-_TILE = 16384
+# One row: elements of weights that a program asks for at once, and holds in registers.
+_ROW_TILE = 16384
+_MAX_ROW_WIDTH = 4096
+# Several rows: rows of weights of a program (the least that a matrix product takes), and elements of a row at a time.
+_BLOCK_N = 16
+_BLOCK_K = 256
+_STAGES = 4
 
 
-def _blocks(out: int, size: int, tiles: int) -> tuple[int, int]:
-    """Return the rows of weights that a program takes and how many elements of them at a time.
+def _row_blocks(out: int, size: int, tiles: int) -> tuple[int, int]:
+    """Return, for one row, how many rows of weights a program takes and how many of their elements at a time.
 
     Args:
         out: rows of the weights.
         size: elements of a row.
         tiles: tiles that a program holds at a time.
     """
-    block_k = min(next_power_of_2(size), 1024)
-    while size % block_k and block_k > 256:
-        block_k //= 2
-    block_n = min(max(_TILE // tiles // block_k, 1), 32)
+    block_k = min(next_power_of_2(size), _MAX_ROW_WIDTH)
+    block_n = max(_ROW_TILE // tiles // block_k, 1)
     # As many programs as fill the device, if there are rows enough.
     while block_n > 4 and out // block_n < 128:
         block_n //= 2
@@ -150,23 +153,33 @@ def norm_linear_triton(
     rows, hidden = x.shape
     size = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    if rows:
-        block_n, block_k = _blocks(size, hidden, 2 if gated else 1)
-        _norm_linear_kernel[(-(-size // block_n),)](
-            x,
-            norm,
-            weight,
-            bias,
-            out,
-            eps,
+    if rows == 0:
+        return out
+    arguments = (x, norm, weight, bias, out, eps)
+    if rows == 1:
+        block_n, block_k = _row_blocks(size, hidden, 2 if gated else 1)
+        _norm_row_kernel[(-(-size // block_n),)](
+            *arguments,
+            size,
+            hidden=hidden,
+            gated=gated,
+            block_n=block_n,
+            block_k=block_k,
+            num_warps=8,
+            **launch_options(x.device),
+        )
+    else:
+        _norm_linear_kernel[(-(-size // _BLOCK_N),)](
+            *arguments,
             rows,
             size,
             hidden=hidden,
             gated=gated,
-            block_m=_block_m(rows),
-            block_n=block_n,
-            block_k=block_k,
-            num_warps=8,
+            block_m=MAX_ROWS,
+            block_n=_BLOCK_N,
+            block_k=min(_BLOCK_K, next_power_of_2(hidden)),
+            num_warps=4,
+            num_stages=_STAGES,
             **launch_options(x.device),
         )
     return out
@@ -174,30 +187,112 @@ def norm_linear_triton(
 
 def linear_add_triton(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
     """Do as :func:`linear_add` in Triton."""
-    rows, size = x.shape
-    if rows:
-        block_n, block_k = _blocks(size, h.shape[1], 1)
-        _linear_add_kernel[(-(-size // block_n),)](
+    (rows, size), width = x.shape, h.shape[1]
+    if rows == 1:
+        block_n, block_k = _row_blocks(size, width, 1)
+        _row_add_kernel[(-(-size // block_n),)](
             x,
             h,
             weight,
-            rows,
             size,
-            width=h.shape[1],
-            block_m=_block_m(rows),
+            width=width,
             block_n=block_n,
             block_k=block_k,
             num_warps=8,
             **launch_options(x.device),
         )
-
-
-def _block_m(rows: int) -> int:
-    """Return 1 for one row, which is summed up by plain arithmetic; else what a matrix product takes at least."""
-    return 1 if rows == 1 else 16
+    elif rows:
+        _linear_add_kernel[(-(-size // _BLOCK_N),)](
+            x,
+            h,
+            weight,
+            rows,
+            size,
+            width=width,
+            block_m=MAX_ROWS,
+            block_n=_BLOCK_N,
+            block_k=min(2 * _BLOCK_K, next_power_of_2(width)),
+            num_warps=4,
+            num_stages=_STAGES,
+            **launch_options(x.device),
+        )
 
 
 @jit()
+def _norm_row_kernel(  # type: ignore[no-untyped-def]
+    x,
+    norm,
+    weight,
+    bias,
+    out,
+    eps,
+    size,
+    hidden: constexpr,
+    gated: constexpr,
+    block_n: constexpr,
+    block_k: constexpr,
+    early: constexpr,
+):
+    """One row. The first weights are asked for before the kernel ahead has ended: they do not hang on it."""
+    if early:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    k = tl.arange(0, block_k)
+    place = weight + n.to(tl.int64)[:, None] * hidden + k[None, :]
+    up_place = place + tl.cast(size, tl.int64) * hidden
+    real = (n < size)[:, None] & (k < hidden)[None, :]
+    tile = tl.load(place, mask=real, other=0.0)
+    if gated:
+        up_tile = tl.load(up_place, mask=real, other=0.0)
+    scale = tl.load(norm + k, mask=k < hidden, other=0.0)
+    if early:
+        gdc_wait()
+    squares = 0.0
+    total = tl.zeros([block_n], tl.float32)
+    total_up = tl.zeros([block_n], tl.float32)
+    for start in tl.static_range(0, hidden, block_k):
+        row = tl.load(x + start + k, mask=start + k < hidden, other=0.0).to(tl.float32)
+        squares += tl.sum(row * row, 0)
+        row = (row * scale.to(tl.float32))[None, :]
+        total += tl.sum(tile.to(tl.float32) * row, 1)
+        if gated:
+            total_up += tl.sum(up_tile.to(tl.float32) * row, 1)
+        if start + block_k < hidden:
+            after = start + block_k
+            real = (n < size)[:, None] & (after + k < hidden)[None, :]
+            tile = tl.load(place + after, mask=real, other=0.0)
+            if gated:
+                up_tile = tl.load(up_place + after, mask=real, other=0.0)
+            scale = tl.load(norm + after + k, mask=after + k < hidden, other=0.0)
+    factor = 1.0 / tl.sqrt(squares / hidden + eps)
+    result = _finish(total * factor, total_up * factor, bias, n, size, gated)
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=n < size)
+
+
+@jit()
+def _row_add_kernel(  # type: ignore[no-untyped-def]
+    x, h, weight, size, width: constexpr, block_n: constexpr, block_k: constexpr, early: constexpr
+):
+    """One row; weights as in :func:`_norm_row_kernel`."""
+    if early:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    k = tl.arange(0, block_k)
+    place = weight + n.to(tl.int64)[:, None] * width + k[None, :]
+    tile = tl.load(place, mask=(n < size)[:, None] & (k < width)[None, :], other=0.0)
+    if early:
+        gdc_wait()
+    total = tl.load(x + n, mask=n < size, other=0.0).to(tl.float32)
+    for start in tl.static_range(0, width, block_k):
+        row = tl.load(h + start + k, mask=start + k < width, other=0.0).to(tl.float32)
+        total += tl.sum(tile.to(tl.float32) * row[None, :], 1)
+        if start + block_k < width:
+            after = start + block_k
+            tile = tl.load(place + after, mask=(n < size)[:, None] & (after + k < width)[None, :], other=0.0)
+    tl.store(x + n, total.to(x.dtype.element_ty), mask=n < size)
+
+
+@jit(do_not_specialize=["rows"])
 def _norm_linear_kernel(  # type: ignore[no-untyped-def]
     x,
     norm,
@@ -214,54 +309,38 @@ def _norm_linear_kernel(  # type: ignore[no-untyped-def]
     block_k: constexpr,
     early: constexpr,
 ):
-    if early:
-        gdc_launch_dependents()
+    """Several rows: a matrix product whose loads run ahead of it."""
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     m = tl.arange(0, block_m)
     k = tl.arange(0, block_k)
     place = weight + n.to(tl.int64)[:, None] * hidden + k[None, :]
-    real = (n < size)[:, None] & (k < hidden)[None, :]
-    tile = tl.load(place, mask=real, other=0.0)
-    if gated:
-        second = tl.load(place + size.to(tl.int64) * hidden, mask=real, other=0.0)
-    scale = tl.load(norm + k, mask=k < hidden, other=0.0)
-    if early:
-        gdc_wait()
+    up_place = place + tl.cast(size, tl.int64) * hidden
+    source = x + m[:, None] * hidden + k[None, :]
     squares = tl.zeros([block_m], tl.float32)
     total = tl.zeros([block_m, block_n], tl.float32)
     total_up = tl.zeros([block_m, block_n], tl.float32)
-    for start in tl.static_range(0, hidden, block_k):
-        at = m[:, None] * hidden + start + k[None, :]
-        row = tl.load(x + at, mask=(m < rows)[:, None] & (start + k < hidden)[None, :], other=0.0).to(tl.float32)
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
+    for start in range(0, hidden, block_k):
+        inside = start + k < hidden
+        real = (n < size)[:, None] & inside[None, :]
+        row = tl.load(source + start, mask=(m < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        scale = tl.load(norm + start + k, mask=inside, other=0.0).to(tl.float32)
+        tile = tl.load(place + start, mask=real, other=0.0)
         squares += tl.sum(row * row, 1)
-        row = row * scale.to(tl.float32)[None, :]
-        total = _accumulate(total, row, tile, block_m)
+        row = (row * scale[None, :]).to(tile.dtype)
+        total = tl.dot(row, tl.trans(tile), total, input_precision="ieee")
         if gated:
-            total_up = _accumulate(total_up, row, second, block_m)
-        if start + block_k < hidden:
-            after = start + block_k
-            real = (n < size)[:, None] & (after + k < hidden)[None, :]
-            tile = tl.load(place + after, mask=real, other=0.0)
-            if gated:
-                second = tl.load(place + size.to(tl.int64) * hidden + after, mask=real, other=0.0)
-            scale = tl.load(norm + after + k, mask=after + k < hidden, other=0.0)
+            up_tile = tl.load(up_place + start, mask=real, other=0.0)
+            total_up = tl.dot(row, tl.trans(up_tile), total_up, input_precision="ieee")
     factor = (1.0 / tl.sqrt(squares / hidden + eps))[:, None]
-    total *= factor
-    total_up *= factor
-    if bias is not None:
-        total += tl.load(bias + n, mask=n < size, other=0.0).to(tl.float32)[None, :]
-        if gated:
-            total_up += tl.load(bias + size + n, mask=n < size, other=0.0).to(tl.float32)[None, :]
-    if gated:
-        total = total / (1.0 + tl.exp(-total)) * total_up
-    tl.store(
-        out + m[:, None] * size + n[None, :],
-        total.to(out.dtype.element_ty),
-        mask=(m < rows)[:, None] & (n < size)[None, :],
-    )
+    result = _finish(total * factor, total_up * factor, bias, n, size, gated)
+    inside = (m < rows)[:, None] & (n < size)[None, :]
+    tl.store(out + m[:, None] * size + n[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
-@jit()
+@jit(do_not_specialize=["rows"])
 def _linear_add_kernel(  # type: ignore[no-untyped-def]
     x,
     h,
@@ -274,32 +353,33 @@ def _linear_add_kernel(  # type: ignore[no-untyped-def]
     block_k: constexpr,
     early: constexpr,
 ):
-    if early:
-        gdc_launch_dependents()
+    """Several rows, as :func:`_norm_linear_kernel`."""
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     m = tl.arange(0, block_m)
     k = tl.arange(0, block_k)
     place = weight + n.to(tl.int64)[:, None] * width + k[None, :]
-    tile = tl.load(place, mask=(n < size)[:, None] & (k < width)[None, :], other=0.0)
+    source = h + m[:, None] * width + k[None, :]
+    target = x + m[:, None] * size + n[None, :]
+    outside = (m < rows)[:, None] & (n < size)[None, :]
     if early:
         gdc_wait()
-    target = x + m[:, None] * size + n[None, :]
-    inside = (m < rows)[:, None] & (n < size)[None, :]
-    total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    for start in tl.static_range(0, width, block_k):
-        at = m[:, None] * width + start + k[None, :]
-        row = tl.load(h + at, mask=(m < rows)[:, None] & (start + k < width)[None, :], other=0.0)
-        total = _accumulate(total, row, tile, block_m)
-        if start + block_k < width:
-            after = start + block_k
-            tile = tl.load(place + after, mask=(n < size)[:, None] & (after + k < width)[None, :], other=0.0)
-    tl.store(target, total.to(x.dtype.element_ty), mask=inside)
+        gdc_launch_dependents()
+    total = tl.load(target, mask=outside, other=0.0).to(tl.float32)
+    for start in range(0, width, block_k):
+        inside = start + k < width
+        row = tl.load(source + start, mask=(m < rows)[:, None] & inside[None, :], other=0.0)
+        tile = tl.load(place + start, mask=(n < size)[:, None] & inside[None, :], other=0.0)
+        total = tl.dot(row, tl.trans(tile), total, input_precision="ieee")
+    tl.store(target, total.to(x.dtype.element_ty), mask=outside)
 
 
 @jit()
-def _accumulate(total, row, tile, block_m: constexpr):  # type: ignore[no-untyped-def]
-    """Add ``row @ tile.T`` to ``total``."""
-    if block_m == 1:
-        products = tile.to(tl.float32) * row.to(tl.float32)
-        return total + tl.sum(products, 1)[None, :]
-    return tl.dot(row.to(tile.dtype), tl.trans(tile), total, input_precision="ieee")
+def _finish(total, total_up, bias, n, size, gated: constexpr):  # type: ignore[no-untyped-def]
+    """Add the bias to sums of outputs ``n``, which are their last dimension, and take them through the gate."""
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < size, other=0.0).to(tl.float32)
+        if gated:
+            total_up += tl.load(bias + size + n, mask=n < size, other=0.0).to(tl.float32)
+    if gated:
+        total = total / (1.0 + tl.exp(-total)) * total_up
+    return total

@@ -17,7 +17,16 @@ from __future__ import annotations
 import torch
 
 from graphmode.kernels._arguments import FLOATS, require_tensor
-from graphmode.kernels._triton import constexpr, jit, next_power_of_2, runs_triton, tl
+from graphmode.kernels._triton import (
+    constexpr,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    runs_triton,
+    tl,
+)
 from graphmode.kernels.filters import (
     MIN_TEMPERATURE,
     Filters,
@@ -145,8 +154,11 @@ def sample_triton(
         part,
         min_temperature=MIN_TEMPERATURE,
         block=_BLOCK,
+        **launch_options(logits.device),
     )
-    _pick_part_kernel[(seqs,)](best_score, best_index, tokens, parts, block=next_power_of_2(parts))
+    _pick_part_kernel[(seqs,)](
+        best_score, best_index, tokens, parts, block=next_power_of_2(parts), **launch_options(logits.device)
+    )
     return tokens
 
 
@@ -172,8 +184,12 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
     part,
     min_temperature: constexpr,
     block: constexpr,
+    early: constexpr,
 ):
     """Find the highest score, and its lowest index, in one part of one row."""
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * part
     end = tl.minimum(start + part, vocab)
@@ -206,7 +222,12 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit(do_not_specialize=["parts"])
-def _pick_part_kernel(best_score, best_index, tokens, parts, block: constexpr):  # type: ignore[no-untyped-def]
+def _pick_part_kernel(  # type: ignore[no-untyped-def]
+    best_score, best_index, tokens, parts, block: constexpr, early: constexpr
+):
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, block)
     score = tl.load(best_score + row * parts + part, mask=part < parts, other=float("-inf"))
