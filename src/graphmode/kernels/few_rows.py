@@ -1,8 +1,8 @@
 """Linear layers of a few rows: at batch 1 to 16 a step reads its weights once, and nothing else counts.
 
-Weights are read in rows, many to a program, each once; what comes before a layer (a norm) and after it (a gated
-activation, a residual) is done by the kernel that reads them. They do not depend on the kernel before, so their first
-part is asked for before waiting for it.
+Weights are read in rows, many to a program, each once; what comes after a layer (a gated activation, a residual), and for
+one row before it (a norm), is done by the kernel that reads them. They do not depend on the kernel before, so for one row
+their first part is asked for before waiting for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
+from graphmode.kernels.norm import rms_norm_triton
 
 MAX_ROWS = 16
 
@@ -120,8 +121,8 @@ _ROW_TILE = 16384
 _MAX_ROW_WIDTH = 4096
 # Several rows: rows of weights of a program (the least that a matrix product takes), and elements of a row at a time.
 _BLOCK_N = 16
-_BLOCK_K = 256
-_STAGES = 4
+_BLOCK_K = 512
+_STAGES = 3
 
 
 def _row_blocks(out: int, size: int, tiles: int) -> tuple[int, int]:
@@ -155,11 +156,15 @@ def norm_linear_triton(
     out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    arguments = (x, norm, weight, bias, out, eps)
     if rows == 1:
         block_n, block_k = _row_blocks(size, hidden, 2 if gated else 1)
         _norm_row_kernel[(-(-size // block_n),)](
-            *arguments,
+            x,
+            norm,
+            weight,
+            bias,
+            out,
+            eps,
             size,
             hidden=hidden,
             gated=gated,
@@ -169,15 +174,19 @@ def norm_linear_triton(
             **launch_options(x.device),
         )
     else:
-        _norm_linear_kernel[(-(-size // _BLOCK_N),)](
-            *arguments,
+        # Each program would take all rows through their norm again: for several, a kernel of its own is faster.
+        _linear_kernel[(-(-size // _BLOCK_N),)](
+            rms_norm_triton(x, norm, eps),
+            weight,
+            bias,
+            out,
             rows,
             size,
-            hidden=hidden,
+            width=hidden,
             gated=gated,
             block_m=MAX_ROWS,
             block_n=_BLOCK_N,
-            block_k=min(_BLOCK_K, next_power_of_2(hidden)),
+            block_k=min(_BLOCK_K // 2 if gated else _BLOCK_K, next_power_of_2(hidden)),
             num_warps=4,
             num_stages=_STAGES,
             **launch_options(x.device),
@@ -211,7 +220,7 @@ def linear_add_triton(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) ->
             width=width,
             block_m=MAX_ROWS,
             block_n=_BLOCK_N,
-            block_k=min(2 * _BLOCK_K, next_power_of_2(width)),
+            block_k=min(_BLOCK_K, next_power_of_2(width)),
             num_warps=4,
             num_stages=_STAGES,
             **launch_options(x.device),
@@ -293,49 +302,42 @@ def _row_add_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit(do_not_specialize=["rows"])
-def _norm_linear_kernel(  # type: ignore[no-untyped-def]
+def _linear_kernel(  # type: ignore[no-untyped-def]
     x,
-    norm,
     weight,
     bias,
     out,
-    eps,
     rows,
     size,
-    hidden: constexpr,
+    width: constexpr,
     gated: constexpr,
     block_m: constexpr,
     block_n: constexpr,
     block_k: constexpr,
     early: constexpr,
 ):
-    """Several rows: a matrix product whose loads run ahead of it."""
+    """Several rows, after their norm: a matrix product whose loads run ahead of it."""
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     m = tl.arange(0, block_m)
     k = tl.arange(0, block_k)
-    place = weight + n.to(tl.int64)[:, None] * hidden + k[None, :]
-    up_place = place + tl.cast(size, tl.int64) * hidden
-    source = x + m[:, None] * hidden + k[None, :]
-    squares = tl.zeros([block_m], tl.float32)
+    place = weight + n.to(tl.int64)[:, None] * width + k[None, :]
+    up_place = place + tl.cast(size, tl.int64) * width
+    source = x + m[:, None] * width + k[None, :]
     total = tl.zeros([block_m, block_n], tl.float32)
     total_up = tl.zeros([block_m, block_n], tl.float32)
     if early:
         gdc_wait()
         gdc_launch_dependents()
-    for start in range(0, hidden, block_k):
-        inside = start + k < hidden
+    for start in range(0, width, block_k):
+        inside = start + k < width
         real = (n < size)[:, None] & inside[None, :]
-        row = tl.load(source + start, mask=(m < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        scale = tl.load(norm + start + k, mask=inside, other=0.0).to(tl.float32)
+        row = tl.load(source + start, mask=(m < rows)[:, None] & inside[None, :], other=0.0)
         tile = tl.load(place + start, mask=real, other=0.0)
-        squares += tl.sum(row * row, 1)
-        row = (row * scale[None, :]).to(tile.dtype)
         total = tl.dot(row, tl.trans(tile), total, input_precision="ieee")
         if gated:
             up_tile = tl.load(up_place + start, mask=real, other=0.0)
             total_up = tl.dot(row, tl.trans(up_tile), total_up, input_precision="ieee")
-    factor = (1.0 / tl.sqrt(squares / hidden + eps))[:, None]
-    result = _finish(total * factor, total_up * factor, bias, n, size, gated)
+    result = _finish(total, total_up, bias, n, size, gated)
     inside = (m < rows)[:, None] & (n < size)[None, :]
     tl.store(out + m[:, None] * size + n[None, :], result.to(out.dtype.element_ty), mask=inside)
 
@@ -353,7 +355,7 @@ def _linear_add_kernel(  # type: ignore[no-untyped-def]
     block_k: constexpr,
     early: constexpr,
 ):
-    """Several rows, as :func:`_norm_linear_kernel`."""
+    """Several rows, as :func:`_linear_kernel`."""
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     m = tl.arange(0, block_m)
     k = tl.arange(0, block_k)

@@ -127,7 +127,7 @@ class FusedHead:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits ``[1, rows, vocab]`` of hidden states ``[1, rows, hidden]`` before the final norm."""
         x = hidden_states[0].contiguous()
-        if runs_few_rows(x):
+        if len(x) == 1 and runs_few_rows(x):
             return norm_linear(x, self.norm.weight, self.weight, None, self.norm.eps).unsqueeze(0)
         return nn.functional.linear(rms_norm(x, self.norm.weight, self.norm.eps), self.weight).unsqueeze(0)
 
