@@ -1,8 +1,8 @@
 """Linear layers of a few rows: at batch 1 to 16 a step reads its weights once, and nothing else counts.
 
-Weights are read in rows, many to a program, each once; what comes after a layer (a gated activation, a residual), and for
-one row before it (a norm), is done by the kernel that reads them. They do not depend on the kernel before, so for one row
-their first part is asked for before waiting for it.
+Weights are read in rows, many to a program, each once; what comes after a layer (a gated activation, a residual), and
+for one row before it (a norm), is done by the kernel that reads them. They do not depend on the kernel before, so for
+one row their first part is asked for before waiting for it.
 """
 
 from __future__ import annotations
