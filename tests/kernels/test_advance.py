@@ -13,6 +13,18 @@ from graphmode.kernels.advance import DecodeRows, Handover
 BLOCK, BLOCKS, MAX_ROWS, MAX_STEPS = 4, 5, 7, 3
 
 
+@given(data=st.data())
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_tokens_are_taken_from_where_they_are(data: st.DataObject, implementation: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    last = data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=5))
+    known = data.draw(st.lists(st.tuples(st.integers(0, 99), st.integers(-1, len(last) - 1)), max_size=700))
+    tensors = [torch.tensor(values, dtype=torch.int64, device=device) for values in zip(*known, strict=True)]
+    token_ids, sources = tensors or [torch.empty(0, dtype=torch.int64, device=device)] * 2
+    taken = getattr(advance, f"take_tokens_{implementation}")(token_ids, sources, torch.tensor(last, device=device))
+    assert taken.tolist() == [token if source < 0 else last[source] for token, source in known]
+
+
 @given(data=st.data(), rows=st.integers(1, MAX_ROWS), kinds=st.sampled_from([0, 1, 3]))
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_rows_move_on_until_their_limits(data: st.DataObject, implementation: str, rows: int, kinds: int) -> None:

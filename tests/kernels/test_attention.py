@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from graphmode.kernels import paged_attention as public_paged_attention
 from graphmode.kernels.attention import (
     _choose_blocks,
-    _choose_splits,
     _find_blocks,
     _num_keys,
+    choose_splits,
     paged_attention_reference,
     paged_attention_triton,
 )
@@ -224,7 +224,7 @@ def test_scores_far_beyond_the_soft_cap(paged_attention, kernel_device: str) -> 
 @pytest.mark.usefixtures("nan_memory")
 def test_splits_by_default(kernel_device: str) -> None:
     batch = make_batch([1], [1030], max_len=1100, head_dim=64, device=kernel_device)
-    assert _choose_splits(1, 2, 1104) == 4
+    assert choose_splits(1, 2, 1104) == 4
     check(paged_attention_triton, batch)
 
 
@@ -357,11 +357,11 @@ def test_keys_of_a_query_block_are_those_its_window_can_see() -> None:
 
 
 def test_splits_are_chosen_by_shapes() -> None:
-    assert _choose_splits(rows=1, heads=8, max_keys=131072) == 32
-    assert _choose_splits(rows=1, heads=8, max_keys=2048) == 8
-    assert _choose_splits(rows=12, heads=8, max_keys=131072) == 2
-    assert _choose_splits(rows=64, heads=8, max_keys=131072) == 1
-    assert _choose_splits(rows=1, heads=1, max_keys=16) == 1
+    assert choose_splits(rows=1, heads=8, max_keys=131072) == 32
+    assert choose_splits(rows=1, heads=8, max_keys=2048) == 8
+    assert choose_splits(rows=12, heads=8, max_keys=131072) == 2
+    assert choose_splits(rows=64, heads=8, max_keys=131072) == 1
+    assert choose_splits(rows=1, heads=1, max_keys=16) == 1
 
 
 @pytest.mark.parametrize("max_query_len", [1, 4])

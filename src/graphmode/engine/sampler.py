@@ -265,7 +265,7 @@ class Sampler:
             logits_of: computes the logits of chosen tokens of the step, ``[chosen, vocab]``.
             level: what to do.
             slots: int64 ``[seqs]``: of each row; 0 for one that does not sample.
-            positions: int64 ``[seqs]``: of the token to draw.
+            positions: int32 ``[seqs]``: of the token to draw.
             logits_rows: int64 ``[seqs]``: the token of the step that each row samples after.
             scored_rows: int64 ``[scored]``: the tokens of the step whose successors in the prompt are scored.
             scored_tokens: int64 ``[scored]``: these successors.
@@ -299,7 +299,7 @@ class Sampler:
             lists.stop_ids.index_select(0, integers.list_slot),
             integers.stop_from,
         )
-        adjusted = adjust_logits(logits, positions, self.history, integers.history_slot, adjustments)
+        adjusted = adjust_logits(logits, positions.to(torch.int64), self.history, integers.history_slot, adjustments)
         tokens = sample(adjusted, floats.temperature, integers.seed, positions, filters)
         count_tokens(self.history, integers.history_slot, tokens)
         wanted = integers.logprobs.to(torch.int32)

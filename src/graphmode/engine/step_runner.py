@@ -17,7 +17,7 @@ from graphmode.graph import GraphRunner, HostArguments, Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.inputs import all_padding
 from graphmode.graph.staging import Event, StagingRing
-from graphmode.kernels.advance import DecodeRows, Handover, hand_on
+from graphmode.kernels.advance import DecodeRows, Handover, hand_on, take_tokens
 from graphmode.models.attention import PORTABLE_ATTENTION, AttentionBatch, DeviceAttention, LayerCache
 from graphmode.models.loader import LoadedModel
 
@@ -128,6 +128,7 @@ class StepRunner:
             self._host_arguments = HostArguments(partial(attention.host_lengths, limits.max_model_len))
         self._max_blocks = -(-limits.max_model_len // attention.block_size)
         self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=backend.device)
+        self._one_each = torch.arange(limits.max_num_seqs + 1, dtype=torch.int32, device=backend.device)
         self._log = torch.zeros(limits.decode_steps, limits.max_num_seqs, dtype=torch.int64, device=backend.device)
         self.sampler = Sampler(backend, limits, loaded.shape.vocab_size, loaded.shape.eos_token_ids)
         # Two batches are under way at most: one being read, one computed.
@@ -228,7 +229,7 @@ class StepRunner:
         Returns:
             The sampled tokens, int64 ``[seqs]``.
         """
-        token_ids = torch.where(token_sources < 0, token_ids, self._sampled[token_sources.clamp(min=0)])
+        token_ids = take_tokens(token_ids, token_sources, self._sampled)
 
         def logits_of(rows: torch.Tensor) -> torch.Tensor:
             return self.logits(
@@ -243,9 +244,7 @@ class StepRunner:
                 visual if images else None,
             )
 
-        sampled = self.sampler(
-            logits_of, level, slots, kv_lens.to(torch.int64), logits_rows, scored_rows, scored_tokens, scored_slots
-        )
+        sampled = self.sampler(logits_of, level, slots, kv_lens, logits_rows, scored_rows, scored_tokens, scored_slots)
         decode = None
         if family == "decode":
             decode = DecodeRows(token_sources, positions, slot_mapping, kv_lens, slots, limits, block_tables)
@@ -266,7 +265,10 @@ class StepRunner:
         visual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the logits of ``logits_rows``, ``[seqs, vocab]`` in the model's dtype."""
-        cu_query_lens = torch.nn.functional.pad(torch.cumsum(query_lens, 0, dtype=torch.int32), (1, 0))
+        if family == "decode":
+            cu_query_lens = self._one_each[: len(query_lens) + 1]
+        else:
+            cu_query_lens = torch.nn.functional.pad(torch.cumsum(query_lens, 0, dtype=torch.int32), (1, 0))
         batch = AttentionBatch(
             slot_mapping=slot_mapping,
             block_tables=block_tables,
@@ -285,7 +287,8 @@ class StepRunner:
             **tokens,
             position_ids=positions.unsqueeze(0) if positions.dim() == 1 else positions.t().unsqueeze(1),
             use_cache=False,
-            logits_to_keep=logits_rows,
+            # Of a decode step every token has a row of logits: 0 keeps all, without a copy.
+            logits_to_keep=0 if family == "decode" and len(logits_rows) == len(token_ids) else logits_rows,
             attention_batch=batch,
         )
         logits = output.logits

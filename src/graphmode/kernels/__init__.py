@@ -1,6 +1,7 @@
 """The kernels of a step, each in Triton beside its PyTorch reference; the tensors' device chooses."""
 
 from graphmode.kernels.attention import paged_attention
+from graphmode.kernels.decode_attention import rotate_and_attend
 from graphmode.kernels.few_rows import linear_add, norm_linear
 from graphmode.kernels.filters import Filters
 from graphmode.kernels.history import count_tokens, start_history
@@ -25,6 +26,7 @@ __all__ = [
     "norm_linear",
     "paged_attention",
     "rms_norm",
+    "rotate_and_attend",
     "rotate_and_cache",
     "sample",
     "segment_attention",

@@ -58,6 +58,54 @@ class Handover(NamedTuple):
     step: torch.Tensor
 
 
+def take_tokens(token_ids: torch.Tensor, sources: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Return the tokens of a step: those that the host knows, and those that rows of the step before left.
+
+    Args:
+        token_ids: int64 ``[tokens]``: those that the host knows.
+        sources: int64 ``[tokens]``: the row that sampled a token; -1 for one that the host knows.
+        last: int64 ``[max_rows]``: of :class:`Handover`.
+
+    Returns:
+        int64 ``[tokens]``.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    require_tensor("token_ids", token_ids, shape=(None,), dtypes=(torch.int64,), like=token_ids)
+    require_tensor("sources", sources, shape=token_ids.shape, dtypes=(torch.int64,), like=token_ids)
+    require_tensor("last", last, shape=(None,), dtypes=(torch.int64,), like=token_ids)
+    take = take_tokens_triton if runs_triton(token_ids) else take_tokens_reference
+    return take(token_ids, sources, last)
+
+
+def take_tokens_reference(token_ids: torch.Tensor, sources: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Do as :func:`take_tokens` in PyTorch."""
+    return torch.where(sources < 0, token_ids, last[sources.clamp(min=0)])
+
+
+_TAKE_BLOCK = 256
+
+
+def take_tokens_triton(token_ids: torch.Tensor, sources: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Do as :func:`take_tokens` in Triton."""
+    taken = torch.empty_like(token_ids)
+    count = len(token_ids)
+    if count:
+        _take_tokens_kernel[(-(-count // _TAKE_BLOCK),)](token_ids, sources, last, taken, count, block=_TAKE_BLOCK)
+    return taken
+
+
+@jit(do_not_specialize=["count"])
+def _take_tokens_kernel(token_ids, sources, last, taken, count, block: constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    inside = at < count
+    source = tl.load(sources + at, mask=inside, other=-1)
+    known = tl.load(token_ids + at, mask=inside, other=0)
+    made = tl.load(last + source, mask=inside & (source >= 0), other=0)
+    tl.store(taken + at, tl.where(source < 0, known, made), mask=inside)
+
+
 def hand_on(
     sampled: torch.Tensor, kv_lens: torch.Tensor, handover: Handover, decode: DecodeRows | None, block_size: int
 ) -> None:

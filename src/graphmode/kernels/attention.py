@@ -443,7 +443,7 @@ def paged_attention_triton(
     if splits is None:
         keys = _num_keys(1, window, max_blocks * block_size)
         keys = keys if selection is None else min(keys, selection.shape[1])
-        splits = _choose_splits(tokens, kv_heads * head_blocks, keys)
+        splits = choose_splits(tokens, kv_heads * head_blocks, keys)
     block_m = max(next_power_of_2(block_heads), 16)
     if splits == 1:
         parts, tops, sums = out, kv_lens, kv_lens  # the last two are not used
@@ -471,26 +471,42 @@ def paged_attention_triton(
         **launch_options(q.device),
     )
     if splits > 1:
-        _combine_kernel[(tokens, q_heads)](
-            parts,
-            tops,
-            sums,
-            sinks,
-            out,
-            value_dim=value_dim,
-            block_v=block_v,
-            splits=splits,
-            block_splits=next_power_of_2(splits),
-            **launch_options(q.device),
-        )
+        combine_parts(parts, tops, sums, sinks, out)
     return out
+
+
+def combine_parts(
+    parts: torch.Tensor, tops: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """Put together in ``out`` what several programs made of the parts of each head's keys.
+
+    Args:
+        parts: float32 ``[tokens, q_heads, splits, value_dim]``: sums of weighted values.
+        tops: float32 ``[tokens, q_heads, splits]``: what scores were taken relative to.
+        sums: float32 ``[tokens, q_heads, splits]``: of weights; 0 for a part that is not there.
+        sinks: as of :func:`paged_attention`.
+        out: ``[tokens, q_heads, value_dim]``.
+    """
+    tokens, q_heads, splits, value_dim = parts.shape
+    _combine_kernel[(tokens, q_heads)](
+        parts,
+        tops,
+        sums,
+        sinks,
+        out,
+        value_dim=value_dim,
+        block_v=max(16, next_power_of_2(value_dim)),
+        splits=splits,
+        block_splits=next_power_of_2(splits),
+        **launch_options(out.device),
+    )
 
 
 def _num_warps(block_m: int, block_d: int, block_v: int) -> int:
     return 8 if block_m * max(block_d, block_v, 128) >= 128 * 128 else 4
 
 
-def _choose_splits(rows: int, heads: int, max_keys: int) -> int:
+def choose_splits(rows: int, heads: int, max_keys: int) -> int:
     """Return into how many parts the keys of a decode batch, of ``rows * heads`` programs, are split.
 
     They are enough to fill the device, by shapes alone.

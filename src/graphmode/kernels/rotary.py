@@ -103,8 +103,8 @@ def rotate_and_cache_reference(
 ) -> torch.Tensor:
     """Do as :func:`rotate_and_cache` in PyTorch."""
     tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
-    heads = qkv.view(tokens, -1, head_dim)
-    q_heads = heads.shape[1] - 2 * kv_heads
+    q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    heads = qkv.view(tokens, q_heads + 2 * kv_heads, head_dim)
     cos = rotation.cos.index_select(0, positions).unsqueeze(1)
     sin = rotation.sin.index_select(0, positions).unsqueeze(1)
 

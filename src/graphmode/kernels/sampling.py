@@ -51,7 +51,7 @@ def sample(
         temperature: float32 ``[seqs]``. Below 1e-5, 0 included, the row is greedy: the highest logit, the lowest index
             among equals.
         seeds: int64 ``[seqs]``: all bits count.
-        positions: int64 ``[seqs]``: the position in its sequence of the token that is drawn.
+        positions: int64 or int32 ``[seqs]``: the position in its sequence of the token that is drawn.
         filters: the rows' top-k, top-p and min-p. A row whose filters are all off gets the token that it gets without
             them. None spares their work where no row will ever filter.
 
@@ -65,7 +65,7 @@ def sample(
     rows = logits.shape[:1]
     require_tensor("temperature", temperature, shape=rows, dtypes=(torch.float32,), like=logits)
     require_tensor("seeds", seeds, shape=rows, dtypes=(torch.int64,), like=logits)
-    require_tensor("positions", positions, shape=rows, dtypes=(torch.int64,), like=logits)
+    require_tensor("positions", positions, shape=rows, dtypes=(torch.int64, torch.int32), like=logits)
     if logits.shape[1] == 0:
         raise ValueError(f"logits has shape {list(logits.shape)}, expected a vocabulary of at least one token")
     if filters is not None:
@@ -95,7 +95,7 @@ def sample_reference(
 
 def uniform_reference(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
     """Return the uniform numbers in (0, 1) behind the noise of each row, float32 ``[seqs, vocab]``."""
-    key = _mix64(_mix64(seeds) + positions)
+    key = _mix64(_mix64(seeds) + positions.long())
     factor = (key >> 32).to(torch.int32).bitwise_or_(1).unsqueeze(1)
     offset = key.to(torch.int32).unsqueeze(1)
     bits = torch.arange(vocab, dtype=torch.int32, device=seeds.device) * factor

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from graphmode.kernels import Rotation, linear_add, norm_linear, rms_norm, rotate_and_cache, silu_mul
+from graphmode.kernels import Rotation, linear_add, norm_linear, rms_norm, rotate_and_attend, rotate_and_cache, silu_mul
 from graphmode.kernels.few_rows import runs_few_rows
 from graphmode.models.attention import AttentionBatch, LayerCache, attend, attend_outside_graph, sliding_window
 from graphmode.models.experts import real_rows
@@ -103,18 +103,22 @@ class FusedLayer:
             qkv = norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps)
         else:
             qkv = nn.functional.linear(rms_norm(x, norm.weight, norm.eps), self.qkv, self.qkv_bias)
-        cache = batch.caches[self.index]
-        q_norm, k_norm = (None, None) if self.head_norms is None else (norm.weight for norm in self.head_norms)
-        eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
-        queries = rotate_and_cache(
-            qkv, q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping
-        )
-        run = attend_outside_graph if batch.piecewise else attend
-        heads = run(queries, cache, batch, self.scale, self.window, None, None).flatten(1)
+        heads = self._attend(qkv, positions, batch).flatten(1)
         if few:
             linear_add(x, heads, self.output)
         else:
             x.addmm_(heads, self.output.T)
+
+    def _attend(self, qkv: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        cache = batch.caches[self.index]
+        q_norm, k_norm = (None, None) if self.head_norms is None else (norm.weight for norm in self.head_norms)
+        eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
+        rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping)
+        if batch.max_query_len == 1 and not batch.piecewise:
+            lengths = (batch.block_tables, batch.cu_query_lens, batch.kv_lens)
+            return rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window)
+        run = attend_outside_graph if batch.piecewise else attend
+        return run(rotate_and_cache(qkv, *rotated), cache, batch, self.scale, self.window, None, None)
 
 
 @dataclass(frozen=True)

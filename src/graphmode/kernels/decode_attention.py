@@ -1,0 +1,327 @@
+"""Decode attention from the projections on: norms of heads, rotation, cache writes and attention in one kernel.
+
+A program has the new key of its sequence and head at hand, so it attends to it without waiting for the cache; the first
+of a sequence's programs writes it there. The keys before it do not hang on the kernel ahead, and are asked for before
+waiting for that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from graphmode.kernels._triton import (
+    constexpr,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    runs_triton,
+    tl,
+)
+from graphmode.kernels.attention import choose_splits, combine_parts, paged_attention
+from graphmode.kernels.rotary import Rotation, rotate_and_cache
+
+_TILE_BYTES = 16384
+
+
+def rotate_and_attend(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    rotation: Rotation,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Do :func:`~graphmode.kernels.rotate_and_cache`, then :func:`~graphmode.kernels.paged_attention`, for decode.
+
+    Arguments are theirs; every sequence has one new token, the last of its ``kv_lens``.
+
+    Returns:
+        ``[tokens, q_heads, head_dim]``; zero for padding tokens.
+
+    Raises:
+        ValueError: as they raise.
+    """
+    whole = not rotation.interleaved and 2 * rotation.cos.shape[1] == k_cache.shape[3]
+    if runs_triton(qkv) and whole and k_cache.shape == v_cache.shape:
+        return rotate_and_attend_triton(
+            qkv,
+            q_norm,
+            k_norm,
+            eps,
+            rotation,
+            positions,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            block_tables,
+            kv_lens,
+            scale=scale,
+            window=window,
+        )
+    queries = rotate_and_cache(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
+    return paged_attention(
+        queries,
+        k_cache,
+        v_cache,
+        block_tables,
+        cu_query_lens,
+        kv_lens,
+        scale=scale,
+        max_query_len=1,
+        window=window,
+    )
+
+
+def rotate_and_attend_triton(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    rotation: Rotation,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_tables: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves and keys cut into ``splits``."""
+    tokens, (block_size, kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
+    q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    if tokens == 0:
+        return out
+    group = q_heads // kv_heads
+    max_keys = block_tables.shape[1] * block_size
+    if splits is None:
+        splits = choose_splits(tokens, kv_heads, max_keys if window is None else min(max_keys, window))
+    if splits == 1:
+        parts, tops, sums = out, kv_lens, kv_lens  # the last two are not used
+    else:
+        parts = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=qkv.device)
+        tops = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=qkv.device)
+        sums = torch.empty_like(tops)
+    block_half = max(16, next_power_of_2(head_dim // 2))
+    block_m = max(next_power_of_2(group), 16)
+    _rotate_and_attend_kernel[(tokens, kv_heads, splits)](
+        qkv,
+        q_norm,
+        k_norm,
+        eps,
+        rotation.cos,
+        rotation.sin,
+        positions,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        block_tables,
+        block_tables.stride(0),
+        kv_lens,
+        parts,
+        tops,
+        sums,
+        scale * math.log2(math.e),
+        kv_heads=kv_heads,
+        group=group,
+        half=head_dim // 2,
+        block_size=block_size,
+        block_half=block_half,
+        block_m=block_m,
+        block_n=min(max(_TILE_BYTES // (2 * block_half * qkv.element_size()), 16), 128),
+        window=window,
+        splits=splits,
+        num_warps=8 if block_m >= 128 else 4,
+        num_stages=3,
+        **launch_options(qkv.device),
+    )
+    if splits > 1:
+        combine_parts(parts, tops, sums, None, out)
+    return out
+
+
+@jit()
+def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
+    qkv,
+    q_norm,
+    k_norm,
+    eps,
+    cos,
+    sin,
+    positions,
+    k_cache,
+    v_cache,
+    slot_mapping,
+    block_tables,
+    table_stride,
+    kv_lens,
+    parts,
+    tops,
+    sums,
+    scale_log2,
+    kv_heads: constexpr,
+    group: constexpr,
+    half: constexpr,
+    block_size: constexpr,
+    block_half: constexpr,
+    block_m: constexpr,
+    block_n: constexpr,
+    window: constexpr,
+    splits: constexpr,
+    early: constexpr,
+):
+    """Attend with the query heads of one key/value head of one sequence to one part of its keys.
+
+    ``parts``, ``tops`` and ``sums`` are as of the decode kernel of :mod:`graphmode.kernels.attention`.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    head_dim: constexpr = 2 * half
+    length = tl.load(kv_lens + token)
+    old = tl.maximum(length - 1, 0)
+    first_key = 0
+    if window is not None:
+        first_key = tl.maximum(length - window, 0)
+    tiles = tl.cdiv(old - first_key, block_n)
+    split_keys = tl.cdiv(tiles, splits) * block_n
+    start = first_key + split * split_keys
+    end = tl.minimum(start + split_keys, old)
+
+    dim = tl.arange(0, block_half)
+    real = dim < half
+    table = block_tables + token * table_stride
+    k_head = k_cache + kv_head * head_dim
+    v_head = v_cache + kv_head * head_dim
+    step = kv_heads * head_dim
+    keys_a, keys_b, values_a, values_b, seen = _load_tile(
+        k_head, v_head, table, start, end, dim, half, step, block_size, block_n
+    )
+    position = tl.load(positions + token)
+    cosine = tl.load(cos + position * half + dim, mask=real, other=0.0)
+    sine = tl.load(sin + position * half + dim, mask=real, other=0.0)
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    row = qkv + token * ((group + 2) * kv_heads * head_dim)
+    member = tl.arange(0, block_m)
+    mine = member < group
+    head = kv_head * group + member
+    place = row + head[:, None] * head_dim + dim[None, :]
+    both = mine[:, None] & real[None, :]
+    a = tl.load(place, mask=both, other=0.0).to(tl.float32)
+    b = tl.load(place + half, mask=both, other=0.0).to(tl.float32)
+    if q_norm is not None:
+        factor = (1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / head_dim + eps))[:, None]
+        a = a * factor * tl.load(q_norm + dim, mask=real, other=0.0).to(tl.float32)[None, :]
+        b = b * factor * tl.load(q_norm + half + dim, mask=real, other=0.0).to(tl.float32)[None, :]
+    kind = k_cache.dtype.element_ty
+    query_a = (a * cosine[None, :] - b * sine[None, :]).to(kind)
+    query_b = (b * cosine[None, :] + a * sine[None, :]).to(kind)
+
+    key = row + (group * kv_heads + kv_head) * head_dim + dim
+    a = tl.load(key, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(key + half, mask=real, other=0.0).to(tl.float32)
+    if k_norm is not None:
+        factor = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / head_dim + eps)
+        a = a * factor * tl.load(k_norm + dim, mask=real, other=0.0).to(tl.float32)
+        b = b * factor * tl.load(k_norm + half + dim, mask=real, other=0.0).to(tl.float32)
+    key_a = (a * cosine - b * sine).to(kind)
+    key_b = (b * cosine + a * sine).to(kind)
+    value = row + ((group + 1) * kv_heads + kv_head) * head_dim + dim
+    value_a = tl.load(value, mask=real, other=0.0)
+    value_b = tl.load(value + half, mask=real, other=0.0)
+    slot = tl.load(slot_mapping + token)
+    if (split == 0) & (slot >= 0):
+        tl.store(k_head + slot * step + dim, key_a, mask=real)
+        tl.store(k_head + slot * step + half + dim, key_b, mask=real)
+        tl.store(v_head + slot * step + dim, value_a, mask=real)
+        tl.store(v_head + slot * step + half + dim, value_b, mask=real)
+
+    # The first part begins with the new key; the others with none.
+    new = tl.sum(query_a.to(tl.float32) * key_a.to(tl.float32)[None, :], 1)
+    new = (new + tl.sum(query_b.to(tl.float32) * key_b.to(tl.float32)[None, :], 1)) * scale_log2
+    has_new = (split == 0) & (length > 0)
+    top = tl.where(has_new, new, -1e38)
+    total = tl.zeros([block_m], tl.float32) + tl.where(has_new, 1.0, 0.0)
+    zero = tl.zeros([block_m, block_half], tl.float32)
+    acc_a = zero + tl.where(has_new, value_a.to(tl.float32), 0.0)[None, :]
+    acc_b = zero + tl.where(has_new, value_b.to(tl.float32), 0.0)[None, :]
+    top, total, acc_a, acc_b = _take_tile(
+        query_a, query_b, keys_a, keys_b, values_a, values_b, seen, top, total, acc_a, acc_b, scale_log2
+    )
+    for tile in range(start + block_n, end, block_n):
+        keys_a, keys_b, values_a, values_b, seen = _load_tile(
+            k_head, v_head, table, tile, end, dim, half, step, block_size, block_n
+        )
+        top, total, acc_a, acc_b = _take_tile(
+            query_a, query_b, keys_a, keys_b, values_a, values_b, seen, top, total, acc_a, acc_b, scale_log2
+        )
+
+    row_of_head = token * (kv_heads * group) + head
+    if splits == 1:
+        factor = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        target = parts + row_of_head[:, None] * head_dim + dim[None, :]
+        tl.store(target, (acc_a * factor).to(parts.dtype.element_ty), mask=both)
+        tl.store(target + half, (acc_b * factor).to(parts.dtype.element_ty), mask=both)
+    else:
+        part = row_of_head * splits + split
+        tl.store(tops + part, top, mask=mine)
+        tl.store(sums + part, total, mask=mine)
+        target = parts + part[:, None] * head_dim + dim[None, :]
+        filled = both & (total > 0.0)[:, None]
+        tl.store(target, acc_a, mask=filled)
+        tl.store(target + half, acc_b, mask=filled)
+
+
+@jit()
+def _load_tile(  # type: ignore[no-untyped-def]
+    k_head, v_head, table, start, end, dim, half: constexpr, step, block_size: constexpr, block_n: constexpr
+):
+    """Load keys and values from ``start`` on, nothing at ``end`` or later, in halves ``[block_n, half]``."""
+    number = start + tl.arange(0, block_n)
+    seen = number < end
+    page = tl.load(table + number // block_size, mask=seen, other=0)
+    slot = page.to(tl.int64) * block_size + number % block_size
+    place = (slot * step)[:, None] + dim[None, :]
+    inside = seen[:, None] & (dim < half)[None, :]
+    keys_a = tl.load(k_head + place, mask=inside, other=0.0)
+    keys_b = tl.load(k_head + place + half, mask=inside, other=0.0)
+    values_a = tl.load(v_head + place, mask=inside, other=0.0)
+    values_b = tl.load(v_head + place + half, mask=inside, other=0.0)
+    return keys_a, keys_b, values_a, values_b, seen
+
+
+@jit()
+def _take_tile(  # type: ignore[no-untyped-def]
+    query_a, query_b, keys_a, keys_b, values_a, values_b, seen, top, total, acc_a, acc_b, scale_log2
+):
+    """Take a tile of keys and values into the online softmax."""
+    scores = tl.dot(query_a, tl.trans(keys_a), input_precision="ieee")
+    scores = tl.dot(query_b, tl.trans(keys_b), scores, input_precision="ieee") * scale_log2
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_top[:, None])
+    correction = tl.exp2(top - new_top)
+    total = total * correction + tl.sum(weights, 1)
+    weights = weights.to(values_a.dtype)
+    acc_a = tl.dot(weights, values_a, acc_a * correction[:, None], input_precision="ieee")
+    acc_b = tl.dot(weights, values_b, acc_b * correction[:, None], input_precision="ieee")
+    return new_top, total, acc_a, acc_b
