@@ -424,7 +424,8 @@ def paged_attention_triton(
     inputs = (q, *q.stride(), k_cache, v_cache, block_tables, block_tables.stride(0), kv_lens, cu_query_lens, sinks)
     scale_log2 = scale * math.log2(math.e)
     if max_query_len > 1 and selection is None:
-        rows = next_power_of_2(max(tokens * group // seqs, 1))
+        # A prompt beside many sequences of one token fills larger tiles than the mean says; small ones cost it more.
+        rows = max(next_power_of_2(max(tokens * group // seqs, 1)), 64 if tokens > 32 else 16)
         block_m = max(min(rows, 128 if q.element_size() == 2 else 16, max_rows), next_power_of_2(block_heads), 16)
         block_q = block_m // block_heads
         _mixed_kernel[(tokens // block_q + seqs + 1, kv_heads * head_blocks)](
