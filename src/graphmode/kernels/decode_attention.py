@@ -313,12 +313,12 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
         for index in range(splits):
             weight = tl.load(sums + first + index, mask=mine, other=0.0, cache_modifier=".cg")
             used = mine & (weight > 0.0)
-            factor = tl.exp2(tl.load(tops + first + index, mask=used, other=-float("inf"), cache_modifier=".cg") - top)
-            total += weight * factor
+            share = tl.exp2(tl.load(tops + first + index, mask=used, other=-float("inf"), cache_modifier=".cg") - top)
+            total += weight * share
             own = parts + (first + index)[:, None] * head_dim + dim[None, :]
             there = used[:, None] & real[None, :]
-            acc_a += tl.load(own, mask=there, other=0.0, cache_modifier=".cg") * factor[:, None]
-            acc_b += tl.load(own + half, mask=there, other=0.0, cache_modifier=".cg") * factor[:, None]
+            acc_a += tl.load(own, mask=there, other=0.0, cache_modifier=".cg") * share[:, None]
+            acc_b += tl.load(own + half, mask=there, other=0.0, cache_modifier=".cg") * share[:, None]
     factor = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     tl.store(target, (acc_a * factor).to(out.dtype.element_ty), mask=both)
     tl.store(target + half, (acc_b * factor).to(out.dtype.element_ty), mask=both)

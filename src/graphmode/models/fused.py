@@ -158,9 +158,8 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
             log.info("layers are not fused: of layer %d, %s", index, reason)
             return 0
     cos, sin = _rotation_tables(text.rotary_emb, model, max_model_len)
-    arrivals = torch.zeros(
-        MAX_ROWS * model.config.get_text_config().num_attention_heads, dtype=torch.int32, device=cos.device
-    )
+    heads = model.config.get_text_config().num_attention_heads
+    arrivals = torch.zeros(MAX_ROWS * heads, dtype=torch.int32, device=cos.device)
     fused: list[FusedLayer] = []
     for index, layer in enumerate(text.layers):
         parts = _merge(layer, index, Rotation(cos, sin), arrivals)
