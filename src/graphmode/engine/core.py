@@ -176,9 +176,9 @@ class Engine:
         self.scheduler.check(len(prompt_token_ids), params.max_tokens)
         self.runner.sampler.check(params)
         vocab_size = self.loaded.shape.vocab_size
-        for token in prompt_token_ids:
-            if not 0 <= token < vocab_size:
-                raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
+        if not (min(prompt_token_ids) >= 0 and max(prompt_token_ids) < vocab_size):
+            token = next(token for token in prompt_token_ids if not 0 <= token < vocab_size)
+            raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
 
     def step(self) -> list[Sequence]:
         """Launch the next batch, then take in the one before; return the sequences that got tokens from it.

@@ -90,7 +90,7 @@ class PromptReader:
             )
         text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if token_ids is not None and not (
-            isinstance(token_ids, list) and all(isinstance(token, int) for token in token_ids)
+            isinstance(token_ids, list) and all(issubclass(kind, int) for kind in set(map(type, token_ids)))
         ):
             raise InputError(f"prompt {token_ids!r} is no list of integers under 'prompt_token_ids'")
         if token_ids is None and not isinstance(text, str):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from graphmode.engine.outputs import TokenLogprobs
@@ -305,38 +306,35 @@ def step_inputs(
     batch: Batch, max_blocks: int, block_size: int = PORTABLE_ATTENTION.block_size
 ) -> dict[str, torch.Tensor]:
     """Return the inputs of a step at their true sizes, on the host."""
+    rows = batch.rows
+    starts = np.array([row.start for row in rows])
+    query_lens = np.array([row.num_tokens for row in rows])
+    ends = np.cumsum(query_lens)
     token_ids: list[int] = []
-    sources: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    tables = torch.zeros(len(batch.rows), max_blocks, dtype=torch.int32)
-    for index, row in enumerate(batch.rows):
-        sequence, end = row.sequence, row.start + row.num_tokens
-        known = sequence.token_ids[row.start : end]
-        token_ids += known
-        sources += [-1] * len(known)
+    sources = np.full(batch.num_tokens, -1)
+    tables = np.zeros((len(rows), max_blocks), dtype=np.int32)
+    for index, row in enumerate(rows):
+        token_ids += row.sequence.token_ids[row.start : row.start + row.num_tokens]
         if row.source >= 0:
             token_ids.append(0)
-            sources.append(row.source)
-        positions += range(row.start, end)
-        blocks = sequence.blocks
-        slots += [blocks[at // block_size] * block_size + at % block_size for at in range(row.start, end)]
-        tables[index, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-    query_lens = torch.tensor([row.num_tokens for row in batch.rows], dtype=torch.int32)
-    ends = torch.cumsum(query_lens, 0)
-    inputs = {
-        "token_ids": torch.tensor(token_ids),
-        "token_sources": torch.tensor(sources),
-        "positions": torch.tensor(positions),
-        "slot_mapping": torch.tensor(slots),
-        "query_lens": query_lens,
-        "kv_lens": torch.tensor([row.start + row.num_tokens for row in batch.rows], dtype=torch.int32),
+            sources[ends[index] - 1] = row.source
+        tables[index, : len(row.sequence.blocks)] = row.sequence.blocks
+    positions = np.arange(batch.num_tokens) + np.repeat(starts - (ends - query_lens), query_lens)
+    blocks = tables[np.repeat(np.arange(len(rows)), query_lens), positions // block_size].astype(np.int64)
+    arrays = {
+        "token_ids": np.array(token_ids),
+        "token_sources": sources,
+        "positions": positions,
+        "slot_mapping": blocks * block_size + positions % block_size,
+        "query_lens": query_lens.astype(np.int32),
+        "kv_lens": (starts + query_lens).astype(np.int32),
         "logits_rows": ends - 1,
         # A row that only computes a part of a prompt draws nothing that counts.
-        "slots": torch.tensor([row.sequence.slot if row.samples else 0 for row in batch.rows]),
-        "limits": torch.tensor([row.start + row.steps for row in batch.rows], dtype=torch.int32),
+        "slots": np.array([row.sequence.slot if row.samples else 0 for row in rows]),
+        "limits": np.array([row.start + row.steps for row in rows], dtype=np.int32),
         "block_tables": tables,
     }
+    inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     if any(row.scored for row in batch.rows):
         firsts = [int(end) - row.num_tokens - row.start for end, row in zip(ends, batch.rows, strict=True)]
         places = [first + at for first, row in zip(firsts, batch.rows, strict=True) for at in row.scored]
