@@ -151,7 +151,8 @@ def rotate_and_cache_triton(
     if tokens == 0:
         return out
     half = rotation.cos.shape[1]
-    block_h = next_power_of_2(min(kv_heads, 8))
+    # Many small programs fill the device with few tokens; larger ones cost less each with many.
+    block_h = next_power_of_2(min(kv_heads, 8 if tokens > 256 else 2))
     _rotate_and_cache_kernel[(tokens, -(-q_heads // block_h) + -(-kv_heads // block_h))](
         qkv,
         q_norm,
@@ -173,7 +174,7 @@ def rotate_and_cache_triton(
         block_half=next_power_of_2(half),
         block_rest=next_power_of_2(max(head_dim - 2 * half, 1)),
         block_d=next_power_of_2(head_dim),
-        num_warps=2,
+        num_warps=2 if block_h > 2 else 1,
         **launch_options(qkv.device),
     )
     return out
