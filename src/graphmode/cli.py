@@ -180,14 +180,14 @@ def sweep(
     workers: Annotated[int, typer.Option(help="Models tried at a time.", min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Try the causal language models of transformers, tiny and with random weights: which run, and why others do not.
+    """Try the language models of transformers, tiny and with random weights: which run, and why others do not.
 
     Ends with 1 if a model that is not refused gives other tokens than transformers.
     """
     from graphmode.observe import sweep as sweeping
 
     if unknown := sorted(set(model_type or ()) - sweeping.MODEL_TYPES.keys()):
-        raise typer.BadParameter(f"transformers has no causal language models {', '.join(unknown)}")
+        raise typer.BadParameter(f"transformers has no language models of types {', '.join(unknown)}")
 
     def show(finding: sweeping.Finding) -> None:
         typer.echo(f"{finding.model_type:28} {finding.status:12} {finding.reason}".rstrip())

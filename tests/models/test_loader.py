@@ -10,8 +10,10 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     Llama4TextConfig,
+    LlavaConfig,
     PreTrainedConfig,
     Qwen3Config,
+    ViTConfig,
 )
 
 from graphmode import LLM, SamplingParams, bundled_model
@@ -98,6 +100,24 @@ def test_weights_that_are_missing_are_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LlavaConfig(), "llava: it is a model of images and text"),
+        (LlavaConfig(architectures=["LlavaForConditionalGeneration"]), "LlavaForConditionalGeneration: it is a model"),
+        (ViTConfig(), "vit: transformers has no causal language model"),
+    ],
+    ids=["images and text", "its class is named", "no language model"],
+)
+def test_a_type_that_is_no_causal_language_model_is_refused_before_its_weights(
+    tmp_path: Path, config: PreTrainedConfig, words: str
+) -> None:
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_text("never read")
+    with pytest.raises(ModelError, match=words):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("enforce_eager", [True, False])
 @pytest.mark.parametrize(
     ("config", "words"),
@@ -124,8 +144,8 @@ def test_attention_that_the_kernel_does_not_do_is_refused_at_start(
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
-        ("rwkv", "graphmode cannot run RwkvForCausalLM: it keeps a state beside keys and values"),
-        ("bloom", "graphmode cannot run BloomForCausalLM: it does not call transformers' attention interface"),
+        ("rwkv", "graphmode cannot run rwkv: it keeps a state beside keys and values"),
+        ("bloom", "graphmode cannot run bloom: it does not call transformers' attention interface"),
     ],
 )
 def test_a_model_that_cannot_be_paged_is_refused_before_its_weights_are_read(

@@ -5,31 +5,66 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
-from graphmode.observe.sweep import MODEL_TYPES, Finding, Status, _Worker, as_markdown, summary, sweep, try_model
+from graphmode.models.loader import load_model
+from graphmode.observe.sweep import (
+    _FAMILIES,
+    MODEL_TYPES,
+    Finding,
+    Status,
+    _Worker,
+    as_markdown,
+    prompts,
+    reference_tokens,
+    save_tiny_model,
+    summary,
+    sweep,
+    try_model,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def test_findings_come_in_order_and_as_they_are_made() -> None:
     shown: list[Finding] = []
-    findings = sweep(["qwen3_moe", "mamba", "gpt2", "bert", "jetmoe"], found=shown.append)
+    findings = sweep(["qwen3_moe", "mamba", "gpt2", "bert", "jetmoe", "llava"], found=shown.append)
     assert [(finding.model_type, finding.status) for finding in findings] == [
         ("qwen3_moe", Status.FULL),
         ("mamba", Status.UNSUPPORTED),
         ("gpt2", Status.FULL),
         ("bert", Status.UNSUPPORTED),
         ("jetmoe", Status.EAGER_ONLY),
+        ("llava", Status.UNSUPPORTED),
     ]
     assert {finding.model_type for finding in shown} == {finding.model_type for finding in findings}
     assert findings[1].reason.startswith("it keeps a state")
     assert "modeling_jetmoe.py" in findings[4].reason
-    assert summary(findings) == "2 full, 1 eager only, 2 unsupported"
+    assert findings[5].reason.startswith("it is a model of images and text")
+    assert summary(findings) == "2 full, 1 eager only, 3 unsupported"
+
+
+def test_models_whose_layers_are_fused_say_so() -> None:
+    assert try_model("llama").fused_layers == 4
+    assert try_model("gpt2").fused_layers == 0
+
+
+def test_images_are_compared_where_a_model_takes_them(tmp_path: Path) -> None:
+    finding = try_model("qwen2_5_vl")
+    assert (finding.status, finding.reason) == (Status.FULL, "")
+    save_tiny_model("qwen2_5_vl", tmp_path)
+    requests = prompts(load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32))
+    expected = reference_tokens(tmp_path, requests)
+    for request in requests:
+        if "pixel_values" in request:
+            request["pixel_values"] = -request["pixel_values"]
+    same = [mine == theirs for mine, theirs in zip(reference_tokens(tmp_path, requests), expected, strict=True)]
+    assert same == ["pixel_values" not in request for request in requests] == [True, False, True, False]
 
 
 def test_other_tokens_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphmode.observe.sweep.reference_tokens", lambda folder: [[0] * 8] * 4)
+    monkeypatch.setattr("graphmode.observe.sweep.reference_tokens", lambda folder, requests: [[0] * 8] * 4)
     finding = try_model("llama")
     assert finding.status is Status.WRONG
     assert "4 of 4 prompts" in finding.reason
@@ -56,9 +91,29 @@ def test_a_model_that_hangs_is_given_up() -> None:
 
 
 def test_the_page_has_a_row_for_each_type() -> None:
-    page = as_markdown([Finding("b", "BForCausalLM", Status.FULL), Finding("a", "A", Status.UNSUPPORTED, "x | y")])
-    assert page.splitlines()[-2:] == ["| a | A | unsupported | x \\| y |", "| b | BForCausalLM | full |  |"]
-    assert "2 types: 1 full, 1 unsupported." in page
+    findings = [
+        Finding("qwen3_vl", "Qwen3VL", Status.FULL),
+        Finding("llama", "LlamaForCausalLM", Status.FULL, fused_layers=4),
+        Finding("a", "A", Status.UNSUPPORTED, "x | y"),
+    ]
+    tables = {section.split("\n")[0]: section for section in as_markdown(findings).split("\n## ")}
+    assert "3 types: 2 full, 1 unsupported. 1 of them run with fused layers." in tables["# Models"]
+    assert tables["Often asked for"].splitlines()[-2:] == [
+        "| Qwen3-VL | qwen3_vl | full |  | text and images |",
+        "| Llama 2, 3 | llama | full | 4 | text |",
+    ]
+    assert tables["Causal language models"].splitlines()[-2:] == [
+        "| a | A | unsupported |  | x \\| y |",
+        "| llama | LlamaForCausalLM | full | 4 |  |",
+    ]
+    assert tables["Images and text"].splitlines()[-1] == "| qwen3_vl | Qwen3VL | full |  |  |"
+    assert "Often" not in as_markdown(findings[2:])
+
+
+def test_families_are_types_that_are_swept() -> None:
+    page = as_markdown([Finding(model_type, "", Status.FULL) for model_type in MODEL_TYPES])
+    families = page.split("\n## ")[1].splitlines()[4:]
+    assert len([row for row in families if row]) == len(_FAMILIES)
 
 
 @pytest.mark.slow

@@ -91,11 +91,9 @@ def load_model(
     config = _read(partial(AutoConfig.from_pretrained, name), name, "config.json")
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
-    auto = _auto_class(config)
-    cls: Any = auto._model_mapping.get(type(config), None)
-    if isinstance(cls, type):
-        with _refusals(name, cls):
-            check_class(cls, config)
+    architecture = (config.architectures or [config.model_type])[0]
+    with _refusals(name, architecture):
+        auto = auto_class(config)
     options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME, "experts_implementation": EXPERTS_NAME}
     if load_format == "dummy":
         with device:
@@ -114,7 +112,7 @@ def load_model(
         if isinstance(module, PreTrainedModel):
             module.warn_if_padding_and_no_attention_mask = _no_warning  # type: ignore[method-assign]
     share_real_rows(model)
-    with _refusals(name, type(model)):
+    with _refusals(name, architecture):
         keep_latents(model)
         use_indexers(model)
         caches = cache_shapes(model)
@@ -128,11 +126,22 @@ def load_model(
     return LoadedModel(model, shape, tokenizer, vision)
 
 
-def _auto_class(config: PretrainedConfig) -> Any:
-    """Return what makes the model: with its vision part where its positions are those of a grid, as in Qwen2-VL."""
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return what makes the model: with its vision part where its positions are those of a grid, as in Qwen2-VL.
+
+    Raises:
+        ModelError: its class is none that graphmode can run; why, in words that follow the model's name.
+    """
     base: Any = AutoModel._model_mapping.get(type(config), None)
     vision = AutoModelForImageTextToText._model_mapping.get(type(config), None)
-    return AutoModelForImageTextToText if vision and hasattr(base, "get_rope_index") else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if vision and hasattr(base, "get_rope_index") else AutoModelForCausalLM
+    cls: Any = auto._model_mapping.get(type(config), None)
+    if cls is None and vision:
+        raise ModelError("it is a model of images and text, of a kind that graphmode does not run")
+    if cls is None:
+        raise ModelError("transformers has no causal language model of its type")
+    check_class(cls, config)
+    return auto
 
 
 def _check_folder(name: str | Path, load_format: LoadFormat) -> None:
@@ -159,12 +168,12 @@ def _check_folder(name: str | Path, load_format: LoadFormat) -> None:
 
 
 @contextmanager
-def _refusals(name: str | Path, cls: type[PreTrainedModel]) -> Iterator[None]:
-    """Put the model's name before the reason why it is refused."""
+def _refusals(name: str | Path, architecture: str) -> Iterator[None]:
+    """Put the model's name and class before the reason why it is refused."""
     try:
         yield
     except ModelError as error:
-        raise ModelError(f"{name}: graphmode cannot run {cls.__name__}: {error}") from error
+        raise ModelError(f"{name}: graphmode cannot run {architecture}: {error}") from error
 
 
 def _no_warning(*args: object, **kwargs: object) -> None:
