@@ -8,6 +8,9 @@ The norm's weight is multiplied into the weights, and its factor into the result
 factor, and no product of the norm's weight with a row that is not normalised yet has to fit float16.
 """
 
+# mypy: disable-error-code="assignment, var-annotated, has-type"
+# In a kernel, loops are unrolled and tuples grow.
+
 from __future__ import annotations
 
 import functools
@@ -32,6 +35,7 @@ _TRITON_VERSIONS = ("3.6", "3.9")
 _DTYPES = (torch.bfloat16, torch.float16)
 # A warp takes at least this many elements of a row at a time: two products' worth, as 16 bytes of each of its lanes.
 _MIN_WARP_K = 32
+_PROCESSORS = 128  # of the 132; sizes are powers of two, or nearly
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,18 @@ class Tiling:
     warps: int
 
 
-def tiling(size: int, width: int, gated: bool) -> Tiling:
-    """Return how to share out weights ``[size, width]``, or with ``gated`` ``[2 * size, width]``."""
-    # Enough programs to fill the device (132 multiprocessors).
-    block_n = 8 if size % 16 or size < 16 * 112 else 16
-    warps = 4 if size // block_n >= 256 and not gated else 8
+def tiling(size: int, width: int, rows: int, *, normed: bool, gated: bool) -> Tiling:
+    """Return how to share out weights ``[size, width]``, or with ``gated`` ``[2 * size, width]``, for so many rows.
+
+    Weights under way are registers in use, and registers bound how many programs a multiprocessor runs at a time. There
+    should be a program at least for each, and where there are more, room for several.
+    """
+    short = width <= 1024
+    block_n = 8 if size % 16 or size < 16 * _PROCESSORS or (gated and short and rows > 8) else 16
+    warps = 4 if normed and not short else 8
     block_k = min(128 * warps, max(next_power_of_2(width), warps * _MIN_WARP_K))
-    return Tiling(block_n, block_k, ahead=1 if gated else 16 // block_n + 1, warps=warps)
+    ahead = 1 if normed or size > block_n * _PROCESSORS else 3 if block_n == 8 else 2
+    return Tiling(block_n, block_k, ahead, warps)
 
 
 @functools.cache
@@ -117,7 +126,7 @@ def _launch(
     (rows, width), size = x.shape, out.shape[1]
     if rows == 0:
         return
-    tile = tiling(size, width, gated)
+    tile = tiling(size, width, rows, normed=norm is not None, gated=gated)
     _few_rows_kernel[(size // tile.block_n,)](
         x,
         norm,
@@ -165,67 +174,67 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
     warps_n: constexpr = min(warps, block_n // 8)
     sums: constexpr = gl.BlockedLayout([warps, 1, 1], [1, 4, 8], [1, warps // warps_n, warps_n], [2, 1, 0])
     chunks: constexpr = (width + block_k - 1) // block_k
+    # A row that is not normalised yet, times the norm's weight, might not fit float16.
+    scale_weights: constexpr = x.dtype.element_ty == gl.float16
     first = gl.program_id(0) * block_n
     place = weight + first.to(gl.int64) * width
     up_place = place + size.to(gl.int64) * width
     if early:
         gdc_launch_dependents()
     tiles = ()
-    up_tiles = ()
-    scales = ()
     for chunk in gl.static_range(min(ahead, chunks)):
-        tiles = tiles + (_weights(place, chunk, width, block_n, block_k, products),)
-        if gated:
-            up_tiles = up_tiles + (_weights(up_place, chunk, width, block_n, block_k, products),)
-        if norm is not None:
-            scales = scales + (_weights(norm, chunk, width, 1, block_k, products),)
-    m = gl.expand_dims(gl.arange(0, block_m, layout=gl.SliceLayout(1, gl.SliceLayout(0, sums))), 1)
-    n = gl.expand_dims(gl.arange(0, block_n, layout=gl.SliceLayout(0, gl.SliceLayout(0, sums))), 0)
+        tiles += (_load_weights(place, up_place, norm, chunk, width, gated, block_n, block_k, products),)
+    m = gl.arange(0, block_m, layout=gl.SliceLayout(1, gl.SliceLayout(0, sums)))[:, None]
+    n = gl.arange(0, block_n, layout=gl.SliceLayout(0, gl.SliceLayout(0, sums)))[None, :]
     target = out + m * size + first + n
     inside = (m < rows) & (n < block_n)
-    bias_value = 0.0
-    up_bias_value = 0.0
     if bias is not None:
         bias_value = gl.load(bias + first + n).to(gl.float32)
         if gated:
             up_bias_value = gl.load(bias + size + first + n).to(gl.float32)
     if early:
         gdc_wait()
-    parts = (_rows(x, 0, rows, width, block_m, block_k, products),)
+    parts = ()
+    for chunk in gl.static_range(min(ahead, chunks)):
+        parts += (_load(x, chunk, rows, width, block_m, block_k, products, ""),)
     if add:
         before = gl.load(target, mask=inside, other=0.0).to(gl.float32)
-    total = gl.zeros([warps, block_m, block_n], gl.float32, layout=products)
+    total = gl.zeros([warps, block_m, block_n], gl.float32, layout=products) + _zero_after_loads()
     total_up = total
     for chunk in gl.static_range(chunks):
         if chunk + ahead < chunks:
-            tiles = tiles + (_weights(place, chunk + ahead, width, block_n, block_k, products),)
-            if gated:
-                up_tiles = up_tiles + (_weights(up_place, chunk + ahead, width, block_n, block_k, products),)
-            if norm is not None:
-                scales = scales + (_weights(norm, chunk + ahead, width, 1, block_k, products),)
-        if chunk + 1 < chunks:
-            parts = parts + (_rows(x, chunk + 1, rows, width, block_m, block_k, products),)
+            parts += (_load(x, chunk + ahead, rows, width, block_m, block_k, products, ""),)
+            tiles += (_load_weights(place, up_place, norm, chunk + ahead, width, gated, block_n, block_k, products),)
         part = parts[chunk]
-        tile = tiles[chunk]
-        if gated:
-            up_tile = up_tiles[chunk]
+        tile, up_tile, scale = tiles[chunk]
         if norm is not None:
-            tile = tile * scales[chunk]
-            if gated:
-                up_tile = up_tile * scales[chunk]
-            values = part.to(gl.float32)
+            values = gl.permute(part, [0, 2, 1]).to(gl.float32)
             more = gl.sum(values * values, axis=2)
             squares = more if chunk == 0 else squares + more  # noqa: F821
+            if scale_weights:
+                tile = tile * scale
+                if gated:
+                    up_tile = up_tile * scale
+            else:
+                part = part * scale
+        # The same elements lie in the same lanes for either operand: nothing moves.
+        part = gl.convert_layout(gl.permute(part, [0, 2, 1]), gl.DotOperandLayout(0, products, 8))
         total = mma_v2(part, tile, total)
         if gated:
             total_up = mma_v2(part, up_tile, total_up)
     result = _across_warps(total, sums)
+    if gated:
+        up = _across_warps(total_up, sums)
     if norm is not None:
         factor = gl.rsqrt(_across_warps(gl.expand_dims(squares, 2), sums) / width + eps)
         result = result * factor
-    result = result + bias_value
+        if gated:
+            up = up * factor
+    if bias is not None:
+        result = result + bias_value
+        if gated:
+            up = up + up_bias_value
     if gated:
-        up = _across_warps(total_up, sums) * factor + up_bias_value
         result = result / (1.0 + gl.exp(-result)) * up
     if add:
         result = result + before
@@ -233,35 +242,64 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
 
 
 @gluon_jit()
-def _weights(  # type: ignore[no-untyped-def]
-    place, chunk: constexpr, width: constexpr, block_n: constexpr, block_k: constexpr, products: constexpr
+def _load_weights(  # type: ignore[no-untyped-def]
+    place,
+    up_place,
+    norm,
+    chunk: constexpr,
+    width: constexpr,
+    gated: constexpr,
+    block_n: constexpr,
+    block_k: constexpr,
+    products: constexpr,
 ):
-    """Load ``[warps, block_k / warps, block_n]``: of ``block_n`` rows from ``place`` on, each warp's own elements."""
+    """Load a chunk of gate, up and norm; what there is none of is the first again."""
+    tile = _load(place, chunk, block_n, width, block_n, block_k, products, "evict_first")
+    up_tile = tile
+    scale = tile
+    if gated:
+        up_tile = _load(up_place, chunk, block_n, width, block_n, block_k, products, "evict_first")
+    if norm is not None:
+        scale = _load(norm, chunk, 1, width, 1, block_k, products, "")
+    return tile, up_tile, scale
+
+
+@gluon_jit()
+def _load(  # type: ignore[no-untyped-def]
+    place,
+    chunk: constexpr,
+    count,
+    width: constexpr,
+    block: constexpr,
+    block_k: constexpr,
+    products: constexpr,
+    eviction: constexpr,
+):
+    """Load ``[warps, block_k / warps, block]``: of ``count`` rows from ``place`` on, to each warp its own elements."""
     layout: constexpr = gl.DotOperandLayout(1, products, 8)
     warps: constexpr = gl.num_warps()
     warp_k: constexpr = block_k // warps
     warp = gl.arange(0, warps, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     k = gl.arange(0, warp_k, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    n = gl.arange(0, block_n, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    row = gl.arange(0, block, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     k = chunk * block_k + warp * warp_k + k
-    if (chunk + 1) * block_k <= width:
-        return gl.load(place + n * width + k, eviction_policy="evict_first")
-    return gl.load(place + n * width + k, mask=k < width, other=0.0, eviction_policy="evict_first")
+    return gl.load(place + row * width + k, mask=(row < count) & (k < width), other=0.0, eviction_policy=eviction)
 
 
 @gluon_jit()
-def _rows(  # type: ignore[no-untyped-def]
-    x, chunk: constexpr, rows, width: constexpr, block_m: constexpr, block_k: constexpr, products: constexpr
-):
-    """Load ``[warps, block_m, block_k / warps]`` of the rows, zeros beyond them."""
-    layout: constexpr = gl.DotOperandLayout(0, products, 8)
-    warps: constexpr = gl.num_warps()
-    warp_k: constexpr = block_k // warps
-    warp = gl.arange(0, warps, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    m = gl.arange(0, block_m, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    k = gl.arange(0, warp_k, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    k = chunk * block_k + warp * warp_k + k
-    return gl.load(x + m * width + k, mask=(m < rows) & (k < width), other=0.0)
+def _zero_after_loads():  # type: ignore[no-untyped-def]
+    """Return a zero that the assembler does not know before all loads above are under way.
+
+    Otherwise it moves them down to where they are wanted, to save registers, and each is waited for alone.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, 0, 0; barrier.cta.red.or.pred p, 0, p; selp.b32 $0, 1, 0, p; }",
+        "=f",
+        [],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon_jit()
