@@ -4,8 +4,7 @@ Weights go from memory straight into the registers that matrix products take the
 of a program has a part of every row to itself, so nothing is loaded twice; the warps' sums meet at the end. The first
 weights, and the norm's, are asked for before waiting for the kernel ahead: they do not hang on it.
 
-The norm's weight is multiplied into the weights, and its factor into the result. So the product does not wait for the
-factor, and no product of the norm's weight with a row that is not normalised yet has to fit float16.
+The norm's factor is multiplied into the result, so that no product waits for it.
 """
 
 # mypy: disable-error-code="assignment, var-annotated, has-type"
@@ -31,7 +30,7 @@ from graphmode.kernels._triton import (
 )
 
 # Gluon is experimental: only with these versions are the kernels known to compile.
-_TRITON_VERSIONS = ("3.6", "3.9")
+_TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
 _DTYPES = (torch.bfloat16, torch.float16)
 # A warp takes at least this many elements of a row at a time: two products' worth, as 16 bytes of each of its lanes.
 _MIN_WARP_K = 32
