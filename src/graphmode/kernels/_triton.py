@@ -19,11 +19,15 @@ def _load(name: str) -> Any:
 
 triton: Any = _load("triton")
 tl: Any = _load("triton.language")
+gluon: Any = _load("triton.experimental.gluon")
+gl: Any = _load("triton.experimental.gluon.language")
 
 _cuda: Any = _load("triton.language.extra.cuda")
 # Programmatic dependent launch (CUDA programming guide): let the next kernel start; wait for the one before.
 gdc_launch_dependents: Any = getattr(_cuda, "gdc_launch_dependents", None)
 gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
+# A product of matrices in registers (mma.sync), batched.
+mma_v2: Any = getattr(_load("triton.experimental.gluon.language.nvidia.ampere"), "mma_v2", None)
 
 if TYPE_CHECKING:
     constexpr: TypeAlias = Any
@@ -46,9 +50,18 @@ class _MissingKernel:
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """``triton.jit`` with its options; without Triton, the kernel raises RuntimeError when it is launched."""
-    if triton is None:
+    return _jit(triton, options)
+
+
+def gluon_jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """``gluon.jit`` with its options, as :func:`jit`."""
+    return _jit(gluon, options)
+
+
+def _jit(compiler: Any, options: dict[str, Any]) -> Callable[[Callable[..., Any]], Any]:
+    if compiler is None:
         return lambda kernel: _MissingKernel(kernel.__name__)
-    decorator: Callable[[Callable[..., Any]], Any] = triton.jit(**options)
+    decorator: Callable[[Callable[..., Any]], Any] = compiler.jit(**options)
     return decorator
 
 

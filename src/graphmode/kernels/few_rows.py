@@ -2,7 +2,7 @@
 
 Weights are read in rows, many to a program, each once; what comes after a layer (a gated activation, a residual), and
 for one row before it (a norm), is done by the kernel that reads them. They do not depend on the kernel before, so for
-one row their first part is asked for before waiting for it.
+one row their first part is asked for before waiting for it. Hopper has kernels of its own for most sizes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
+from graphmode.kernels.few_rows_hopper import linear_add_hopper, norm_linear_hopper, supports
 from graphmode.kernels.norm import rms_norm_triton
 
 MAX_ROWS = 16
@@ -63,7 +64,10 @@ def norm_linear(
     if bias is not None:
         require_tensor("bias", bias, shape=weight.shape[:1], dtypes=(x.dtype,), like=x)
     require(not gated or weight.shape[0] % 2 == 0, "weight", f"of {weight.shape[0]} rows", "gate and up, of one size")
-    run = norm_linear_triton if runs_triton(x) else norm_linear_reference
+    if supports(weight, gated=gated):
+        run = norm_linear_hopper
+    else:
+        run = norm_linear_triton if runs_triton(x) else norm_linear_reference
     return run(x, norm, weight, bias, eps, gated=gated)
 
 
@@ -81,7 +85,7 @@ def linear_add(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
     _require_rows("h", h, weight)
     require_tensor("x", x, shape=(h.shape[0], weight.shape[0]), dtypes=(h.dtype,), like=h)
     require(x.is_contiguous(), "x", f"of strides {x.stride()}", "a contiguous tensor")
-    run = linear_add_triton if runs_triton(x) else linear_add_reference
+    run = linear_add_hopper if supports(weight) else linear_add_triton if runs_triton(x) else linear_add_reference
     run(x, h, weight)
 
 
