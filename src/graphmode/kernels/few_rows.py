@@ -24,14 +24,15 @@ from graphmode.kernels.few_rows_hopper import linear_add_hopper, norm_linear_hop
 from graphmode.kernels.norm import rms_norm_triton
 
 MAX_ROWS = 16
-# The rows up to which these kernels are faster than matrix products of cuBLAS (H100, a layer of Qwen3-0.6B: 14 beside
-# 30 us with one row, no gain with two).
+# The rows up to which the plain kernels are faster than matrix products of cuBLAS (H100, us a layer of Qwen3-0.6B: 15
+# beside 28 with one row, 32 beside 31 with two). Those for Hopper are for all that they take (14 to 19 beside 31).
 _CROSSOVER = 1
 
 
-def runs_few_rows(x: torch.Tensor) -> bool:
-    """Return whether a step's rows ``[rows, hidden]`` are so few that these kernels beat matrix products."""
-    return x.shape[0] <= _CROSSOVER and runs_triton(x)
+def runs_few_rows(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Return whether a step's rows ``[rows, hidden]`` are so few that these kernels beat matrix products by weights."""
+    crossover = MAX_ROWS if all(supports(weight) for weight in weights) else _CROSSOVER
+    return x.shape[0] <= crossover and runs_triton(x)
 
 
 def norm_linear(

@@ -85,7 +85,8 @@ class FusedLayer:
     ) -> torch.Tensor:
         """Compute the layer, in place: ``hidden_states`` is ``[1, tokens, hidden]``, and is returned."""
         x = hidden_states[0]
-        few = runs_few_rows(x)
+        weights = [weight for weight in (self.qkv, self.output, self.gate_up, self.down) if weight is not None]
+        few = runs_few_rows(x, *weights)
         self._attention(x, position_ids[0], attention_batch, few)
         if self.experts is not None:
             x += self.experts(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps).unsqueeze(0))[0]
@@ -134,7 +135,7 @@ class FusedHead:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits ``[1, rows, vocab]`` of hidden states ``[1, rows, hidden]`` before the final norm."""
         x = hidden_states[0].contiguous()
-        if len(x) == 1 and runs_few_rows(x):
+        if len(x) == 1 and runs_few_rows(x, self.weight):
             return norm_linear(x, self.norm.weight, self.weight, None, self.norm.eps).unsqueeze(0)
         return nn.functional.linear(rms_norm(x, self.norm.weight, self.norm.eps), self.weight).unsqueeze(0)
 
