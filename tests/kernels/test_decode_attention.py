@@ -65,7 +65,6 @@ def make_inputs(
         "slot_mapping": torch.tensor(slots, device=device),
         "block_tables": tables.to(device),
         "kv_lens": torch.tensor(kv_lens + [0] * padding, dtype=torch.int32, device=device),
-        "arrivals": torch.zeros(rows * kv_heads, dtype=torch.int32, device=device),
     }
 
 
@@ -89,7 +88,6 @@ def check(inputs: dict, *, window: int | None = None, splits: int | None = None)
     tolerance = TOLERANCE[output.dtype]
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     assert not output[inputs["kv_lens"] == 0].any()
-    assert not inputs["arrivals"].any()
     for cache, other in zip((inputs["k_cache"], inputs["v_cache"]), expected_caches, strict=True):
         torch.testing.assert_close(cache, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 

@@ -2,8 +2,7 @@
 
 A program has the new key of its sequence and head at hand, so it attends to it without waiting for the cache; the
 first of a sequence's programs writes it there. The keys before it do not hang on the kernel ahead, and are asked for
-before waiting for that. Where several programs share a head's keys, the last one to end puts their parts together, in
-the order of the keys. For few sequences: with many, what each program holds costs more than a kernel less saves.
+before waiting for that. For few sequences: with many, what each program holds costs more than a kernel less saves.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import math
 
 import torch
 
-from graphmode.kernels._arguments import require, require_tensor
 from graphmode.kernels._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -23,7 +21,7 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
-from graphmode.kernels.attention import choose_splits, paged_attention
+from graphmode.kernels.attention import choose_splits, combine_parts, paged_attention
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 
 _TILE_BYTES = 16384
@@ -45,15 +43,13 @@ def rotate_and_attend(
     block_tables: torch.Tensor,
     cu_query_lens: torch.Tensor,
     kv_lens: torch.Tensor,
-    arrivals: torch.Tensor,
     *,
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:
     """Do :func:`~graphmode.kernels.rotate_and_cache`, then :func:`~graphmode.kernels.paged_attention`, for decode.
 
-    Arguments are theirs; every sequence has one new token, the last of its ``kv_lens``. ``arrivals`` is int32
-    ``[MAX_ROWS * kv_heads]`` or more: zeros before and after, for programs to find out which is the last.
+    Arguments are theirs; every sequence has one new token, the last of its ``kv_lens``.
 
     Returns:
         ``[tokens, q_heads, head_dim]``; zero for padding tokens.
@@ -75,7 +71,6 @@ def rotate_and_attend(
             slot_mapping,
             block_tables,
             kv_lens,
-            arrivals,
             scale=scale,
             window=window,
         )
@@ -105,7 +100,6 @@ def rotate_and_attend_triton(
     slot_mapping: torch.Tensor,
     block_tables: torch.Tensor,
     kv_lens: torch.Tensor,
-    arrivals: torch.Tensor,
     *,
     scale: float,
     window: int | None = None,
@@ -121,11 +115,12 @@ def rotate_and_attend_triton(
     max_keys = block_tables.shape[1] * block_size
     if splits is None:
         splits = choose_splits(tokens, kv_heads, max_keys if window is None else min(max_keys, window))
-    require_tensor("arrivals", arrivals, shape=(None,), dtypes=(torch.int32,), like=qkv)
-    require(len(arrivals) >= tokens * kv_heads, "arrivals", f"of {len(arrivals)} numbers", f"{tokens * kv_heads}")
-    parts = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=qkv.device)
-    tops = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=qkv.device)
-    sums = torch.empty_like(tops)
+    if splits == 1:
+        parts, tops, sums = out, kv_lens, kv_lens  # the last two are not used
+    else:
+        parts = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=qkv.device)
+        tops = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=qkv.device)
+        sums = torch.empty_like(tops)
     block_half = max(16, next_power_of_2(head_dim // 2))
     block_m = max(next_power_of_2(group), 16)
     _rotate_and_attend_kernel[(tokens, kv_heads, splits)](
@@ -142,11 +137,9 @@ def rotate_and_attend_triton(
         block_tables,
         block_tables.stride(0),
         kv_lens,
-        arrivals,
         parts,
         tops,
         sums,
-        out,
         scale * math.log2(math.e),
         kv_heads=kv_heads,
         group=group,
@@ -161,6 +154,8 @@ def rotate_and_attend_triton(
         num_stages=3,
         **launch_options(qkv.device),
     )
+    if splits > 1:
+        combine_parts(parts, tops, sums, None, out)
     return out
 
 
@@ -179,11 +174,9 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     block_tables,
     table_stride,
     kv_lens,
-    arrivals,
     parts,
     tops,
     sums,
-    out,
     scale_log2,
     kv_heads: constexpr,
     group: constexpr,
@@ -198,8 +191,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
 ):
     """Attend with the query heads of one key/value head of one sequence to one part of its keys.
 
-    With several parts, ``parts`` takes the sums before division, with each row's largest score and sum of weights; a
-    part without keys says so by a sum of 0.
+    With one part, ``parts`` is the output; else it, ``tops`` and ``sums`` are as of :func:`combine_parts`.
     """
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -287,41 +279,19 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
         )
 
     row_of_head = token * (kv_heads * group) + head
-    target = out + row_of_head[:, None] * head_dim + dim[None, :]
-    if splits > 1:
+    if splits == 1:
+        factor = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        target = parts + row_of_head[:, None] * head_dim + dim[None, :]
+        tl.store(target, (acc_a * factor).to(parts.dtype.element_ty), mask=both)
+        tl.store(target + half, (acc_b * factor).to(parts.dtype.element_ty), mask=both)
+    else:
         part = row_of_head * splits + split
         tl.store(tops + part, top, mask=mine)
         tl.store(sums + part, total, mask=mine)
-        own = parts + part[:, None] * head_dim + dim[None, :]
+        target = parts + part[:, None] * head_dim + dim[None, :]
         filled = both & (total > 0.0)[:, None]
-        tl.store(own, acc_a, mask=filled)
-        tl.store(own + half, acc_b, mask=filled)
-        # All of a program's parts are written before it arrives, and whoever arrives last sees all of them.
-        tl.debug_barrier()
-        arrival = arrivals + token * kv_heads + kv_head
-        if tl.atomic_add(arrival, 1, sem="acq_rel") < splits - 1:
-            return
-        tl.store(arrival, 0)
-        first = row_of_head * splits
-        top = tl.full([block_m], -1e38, tl.float32)
-        for index in range(splits):
-            used = mine & (tl.load(sums + first + index, mask=mine, other=0.0, cache_modifier=".cg") > 0.0)
-            top = tl.maximum(top, tl.load(tops + first + index, mask=used, other=-1e38, cache_modifier=".cg"))
-        total = tl.zeros([block_m], tl.float32)
-        acc_a = tl.zeros([block_m, block_half], tl.float32)
-        acc_b = tl.zeros([block_m, block_half], tl.float32)
-        for index in range(splits):
-            weight = tl.load(sums + first + index, mask=mine, other=0.0, cache_modifier=".cg")
-            used = mine & (weight > 0.0)
-            share = tl.exp2(tl.load(tops + first + index, mask=used, other=-float("inf"), cache_modifier=".cg") - top)
-            total += weight * share
-            own = parts + (first + index)[:, None] * head_dim + dim[None, :]
-            there = used[:, None] & real[None, :]
-            acc_a += tl.load(own, mask=there, other=0.0, cache_modifier=".cg") * share[:, None]
-            acc_b += tl.load(own + half, mask=there, other=0.0, cache_modifier=".cg") * share[:, None]
-    factor = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-    tl.store(target, (acc_a * factor).to(out.dtype.element_ty), mask=both)
-    tl.store(target + half, (acc_b * factor).to(out.dtype.element_ty), mask=both)
+        tl.store(target, acc_a, mask=filled)
+        tl.store(target + half, acc_b, mask=filled)
 
 
 @jit()

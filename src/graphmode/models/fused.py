@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from graphmode.kernels import Rotation, linear_add, norm_linear, rms_norm, rotate_and_attend, rotate_and_cache, silu_mul
-from graphmode.kernels.decode_attention import MAX_ROWS
 from graphmode.kernels.few_rows import runs_few_rows
 from graphmode.models.attention import AttentionBatch, LayerCache, attend, attend_outside_graph, sliding_window
 from graphmode.models.experts import real_rows
@@ -56,7 +55,6 @@ class FusedLayer:
         down: weight of its down projection, ``[hidden, size]``; None likewise.
         experts: a module for another kind of network; None for this kind.
         rotation: of queries and keys.
-        arrivals: of :func:`~graphmode.kernels.rotate_and_attend`, all layers' one.
     """
 
     index: int
@@ -73,7 +71,6 @@ class FusedLayer:
     down: torch.Tensor | None
     experts: nn.Module | None
     rotation: Rotation
-    arrivals: torch.Tensor
 
     def __call__(
         self,
@@ -120,7 +117,7 @@ class FusedLayer:
         rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping)
         if batch.max_query_len == 1 and not batch.piecewise:
             lengths = (batch.block_tables, batch.cu_query_lens, batch.kv_lens)
-            return rotate_and_attend(qkv, *rotated, *lengths, self.arrivals, scale=self.scale, window=self.window)
+            return rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window)
         run = attend_outside_graph if batch.piecewise else attend
         return run(rotate_and_cache(qkv, *rotated), cache, batch, self.scale, self.window, None, None)
 
@@ -159,11 +156,9 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
             log.info("layers are not fused: of layer %d, %s", index, reason)
             return 0
     cos, sin = _rotation_tables(text.rotary_emb, model, max_model_len)
-    heads = model.config.get_text_config().num_attention_heads
-    arrivals = torch.zeros(MAX_ROWS * heads, dtype=torch.int32, device=cos.device)
     fused: list[FusedLayer] = []
     for index, layer in enumerate(text.layers):
-        parts = _merge(layer, index, Rotation(cos, sin), arrivals)
+        parts = _merge(layer, index, Rotation(cos, sin))
         positions = torch.arange(max_model_len - _CHECK_TOKENS, max_model_len, device=model.device).clamp(min=0)
         alike = [each for each in _rotated_both_ways(parts) if _agrees(layer, each, text.rotary_emb, positions)]
         if not alike:
@@ -249,7 +244,7 @@ def _is_gated_mlp(mlp: Any) -> bool:
     )
 
 
-def _merge(layer: Any, index: int, rotation: Rotation, arrivals: torch.Tensor) -> FusedLayer:
+def _merge(layer: Any, index: int, rotation: Rotation) -> FusedLayer:
     """Return the fused layer of a recognised one, whose own weights become views of the merged ones."""
     attention, mlp = layer.self_attn, layer.mlp
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -270,7 +265,6 @@ def _merge(layer: Any, index: int, rotation: Rotation, arrivals: torch.Tensor) -
         down=mlp.down_proj.weight.data if gated else None,
         experts=None if gated else mlp,
         rotation=rotation,
-        arrivals=arrivals,
     )
 
 
