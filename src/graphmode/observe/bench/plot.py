@@ -9,8 +9,8 @@ from itertools import cycle
 
 from graphmode.observe.bench.results import Row
 
-_WIDTH, _HEIGHT = 720, 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 180, 40, 50
+_WIDTH, _HEIGHT = 780, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 230, 40, 50
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#44aa99")
 
 
