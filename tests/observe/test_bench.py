@@ -351,6 +351,7 @@ def test_offline_and_latency() -> None:
     ("arguments", "code", "words"),
     [
         (["decode", "--model", "qwen3-7b"], 1, "there is no model 'qwen3-7b'"),
+        (["decode", "--model", "./nowhere"], 1, "there is no model './nowhere'"),
         (["decode", "--device", "cpu", "--batch", "1,64"], 1, "batch 64 is more than max_num_seqs=32"),
         (["decode", "--option", "fuse"], 1, "has no value"),
         (["encode"], 2, "encode"),

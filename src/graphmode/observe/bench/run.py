@@ -129,7 +129,7 @@ def _model_folder(model: str) -> Iterator[str | Path]:
         with tempfile.TemporaryDirectory() as folder:
             write_config(model, Path(folder))
             yield Path(folder)
-    elif "/" in model or Path(model).exists():
+    elif Path(model).exists() or ("/" in model and not model.startswith(("/", ".", "~"))):
         yield model
     else:
         raise ModelError(
@@ -196,7 +196,7 @@ def resolve(plan: Plan, folder: str | Path) -> Plan:
     if not offline and max(batches) > limits.max_num_seqs:
         raise InputError(
             f"batch {max(batches)} is more than max_num_seqs={limits.max_num_seqs}, the sequences of a step; lower it, "
-            f"or raise max_num_seqs"
+            "or raise max_num_seqs"
         )
     return replace(plan, tokens=tokens, repeats=repeats, batches=batches, options=options)
 
