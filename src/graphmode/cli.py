@@ -1,13 +1,11 @@
-"""The command line: ``graphmode generate``, ``graphmode info``, ``graphmode sweep``."""
+"""The command line: ``graphmode generate``, ``graphmode bench``, ``graphmode info``, ``graphmode sweep``."""
 
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,7 +126,7 @@ def generate(
             progress=interactive,
             enforce_eager=enforce_eager or enable_graph is False,
             graph_mode=graph_mode,
-            graph_sizes=_sizes(graph_sizes),
+            graph_sizes=_numbers("--graph-sizes", graph_sizes),
             max_graph_tokens=max_graph_tokens,
             max_padding_ratio=max_padding_ratio,
             device=device,
@@ -148,6 +146,97 @@ def generate(
     except GraphModeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def bench(
+    workload: Annotated[str, typer.Argument(help="decode, prefill, offline or latency.", metavar="WORKLOAD")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="bundled; qwen3-0.6b, qwen3-1.7b or qwen3-8b with random weights; a local folder or a hub name."
+        ),
+    ] = "bundled",
+    compare: Annotated[
+        str | None, typer.Option(help="Measure these beside graphs: eager,transformers.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Requests submitted together: 1,8,64. [default: 1,8,64,256; offline 256]", show_default=False
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of an answer; offline the longest prompt and answer. [default: 129; offline 1024]",
+            show_default=False,
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Timed runs. [default: 3; latency 20 requests]", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ... or auto.")] = "auto",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An engine option, NAME=VALUE; may be given several times.", metavar="NAME=VALUE", show_default=False
+        ),
+    ] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option(help="Results to print beside, where their device is this one.", exists=True, dir_okay=False),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the rows to this file; - prints them instead of the table.", dir_okay=False),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write step time against batch to this SVG file.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Measure a model by graphs, beside eager runs, transformers and the floor of the device."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from graphmode.observe.bench.plot import step_plot
+    from graphmode.observe.bench.results import Row, as_json, comparable, read_rows, tables
+    from graphmode.observe.bench.run import Plan, parse_option
+    from graphmode.observe.bench.run import bench as measure
+    from graphmode.observe.bench.workloads import Workload
+
+    if workload not in list(Workload):
+        raise typer.BadParameter(f"there is no workload {workload!r}; give {', '.join(Workload)}")
+    if plot is not None and workload != Workload.DECODE:
+        raise typer.BadParameter(f"--plot draws decode steps; {workload} has none to draw")
+    for file in (json_file, plot):
+        if file is not None and not file.parent.is_dir():
+            raise typer.BadParameter(f"{file} cannot be written: there is no folder {file.parent}")
+    disable_progress_bar()
+
+    def show(row: Row) -> None:
+        figures = ", ".join(f"{figure.name} {figure.median:.3f}" for figure in row.figures)
+        typer.echo(f"{row.mode}, batch {row.batch}: {figures}", err=True)
+
+    try:
+        known = [] if peers is None else read_rows(peers)
+        plan = Plan(
+            Workload(workload),
+            model,
+            compare=tuple(compare.split(",")) if compare else (),
+            batches=_numbers("--batch", batch),
+            tokens=tokens,
+            repeats=repeats,
+            options={"device": device} | dict(parse_option(each) for each in option or []),
+        )
+        rows = measure(plan, show, progress=sys.stderr.isatty())
+    except GraphModeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if json_file is not None and str(json_file) != "-":
+        json_file.write_text(as_json(rows), encoding="utf-8")
+    if plot is not None:
+        plot.write_text(step_plot([*rows, *comparable(known, rows)]), encoding="utf-8")
+    typer.echo(as_json(rows) if str(json_file) == "-" else tables(rows, known), nl=False)
 
 
 @app.command()
@@ -218,13 +307,13 @@ def _prompts(prompts: list[str] | None, file: Path | None, *, bundled: bool) -> 
     return texts or [DEFAULT_PROMPT]
 
 
-def _sizes(text: str | None) -> list[int] | None:
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return [int(size) for size in text.split(",")]
+        return tuple(int(number) for number in text.split(","))
     except ValueError as error:
-        raise typer.BadParameter(f"--graph-sizes {text!r} is not a list of numbers such as 1,2,4") from error
+        raise typer.BadParameter(f"{option} {text!r} is not a list of numbers such as 1,2,4") from error
 
 
 def _stream(llm: Any, prompt: str, params: Any) -> None:
@@ -272,13 +361,8 @@ def _info() -> dict[str, Any]:
     import torch
 
     from graphmode.graph import available_backends, device_support, get_backend
+    from graphmode.observe.machine import device_name, versions
 
-    versions = {"graphmode": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "triton"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     found = [torch.device("cpu")]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None and accelerator.type in available_backends():
@@ -286,13 +370,9 @@ def _info() -> dict[str, Any]:
     devices = []
     for device in found:
         capabilities = get_backend(device).capabilities
-        name = platform.processor() or platform.machine()
-        if device.type != "cpu":
-            named = getattr(torch.get_device_module(device), "get_device_name", None)
-            name = named(device) if named else device.type
-        devices.append({"device": str(device), "name": name, "capabilities": vars(capabilities)})
+        devices.append({"device": str(device), "name": device_name(device), "capabilities": vars(capabilities)})
     return {
-        "versions": versions,
+        "versions": versions(),
         "devices": devices,
         "backends": sorted(available_backends()),
         "support": {device: asdict(support) for device, support in device_support().items()},

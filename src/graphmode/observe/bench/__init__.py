@@ -1,0 +1,1 @@
+"""The benchmark: four workloads, measured through ``LLM.generate`` beside eager runs, transformers and the floor."""
