@@ -196,7 +196,7 @@ class Engine:
         _note_logprobs(before.batch, result, changed.keys())
         self._clock.tokens += sum(changed.values())
         if batch is not None and batch.family == before.batch.family == "decode":
-            self._clock.steps += batch.steps
+            self._clock.steps += before.batch.steps
             self._clock.seconds += time.perf_counter() - start
         return list(changed)
 

@@ -19,7 +19,14 @@ from transformers.activations import ACT2FN
 
 from graphmode.kernels import Rotation, linear_add, norm_linear, rms_norm, rotate_and_attend, rotate_and_cache, silu_mul
 from graphmode.kernels.few_rows import runs_few_rows
-from graphmode.models.attention import AttentionBatch, LayerCache, attend, attend_outside_graph, sliding_window
+from graphmode.models.attention import (
+    AttentionBatch,
+    LayerCache,
+    attend,
+    attend_outside_graph,
+    cached_attention,
+    sliding_window,
+)
 from graphmode.models.experts import real_rows
 
 log = logging.getLogger(__name__)
@@ -155,6 +162,11 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
         if reason := _why_not_layer(layer):
             log.info("layers are not fused: of layer %d, %s", index, reason)
             return 0
+    head: Any = model.get_output_embeddings()
+    fused_head = FusedHead(_norm(text.norm), head.weight.data)
+    if not _head_agrees(text.norm, head, fused_head):
+        log.info("layers are not fused: the head gives other results when it is")
+        return 0
     cos, sin = _rotation_tables(text.rotary_emb, model, max_model_len)
     fused: list[FusedLayer] = []
     for index, layer in enumerate(text.layers):
@@ -169,9 +181,7 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
         layer.forward = parts
     rotation = fused[0].rotation
     text.rotary_emb.forward = lambda *args, **kwargs: rotation
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Linear)
-    head.forward = FusedHead(_norm(text.norm), head.weight.data)  # type: ignore[method-assign, assignment]
+    head.forward = fused_head
     text.norm.forward = _unchanged
     log.info("%d layers are fused", len(fused))
     return len(fused)
@@ -296,7 +306,16 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
 def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor) -> bool:
-    """Return whether a fused layer adds to random hidden states what the layer's own code adds, and caches the same."""
+    """Return whether a fused layer adds to random hidden states what the layer's own code adds, and caches the same.
+
+    A window or a soft cap may change nothing of so few tokens: so what the layer asks of attention is compared too.
+    """
+    asked: list[tuple[object, ...]] = []
+
+    def attend_as_asked(*arguments: Any) -> torch.Tensor:
+        asked.append(arguments[5:])
+        return cached_attention(*arguments)
+
     device, dtype = parts.qkv.device, parts.qkv.dtype
     generator = torch.Generator().manual_seed(parts.index)
     tokens = len(positions)
@@ -313,6 +332,7 @@ def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor)
             kv_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
             max_query_len=tokens,
             caches=[cache] * (parts.index + 1),
+            attend=attend_as_asked,
         )
         hidden = x.clone()
         with torch.inference_mode(), real_rows(layer, batch):
@@ -327,10 +347,22 @@ def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor)
                 attention_batch=batch,
             )
         results.append([hidden - x, cache.keys, cache.values])
-    return all(
-        bool((other.float() - own.float()).norm() <= _TOLERANCE[dtype] * own.float().norm())
-        for own, other in zip(*results, strict=True)
-    )
+    (scale, window, *rest), *others = asked
+    if others or (scale, window) != (parts.scale, parts.window) or any(option is not None for option in rest):
+        return False
+    return all(_close(own, other) for own, other in zip(*results, strict=True))
+
+
+def _head_agrees(norm: Any, head: Any, fused: FusedHead) -> bool:
+    """Return whether a fused head gives the logits that the norm and the head give, of random hidden states."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, _CHECK_TOKENS, head.in_features, generator=generator).to(head.weight.device, head.weight.dtype)
+    with torch.inference_mode():
+        return _close(head(norm(x)), fused(x))
+
+
+def _close(own: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((other.float() - own.float()).norm() <= _TOLERANCE[own.dtype] * own.float().norm())
 
 
 def _norm(module: Any) -> Norm:
