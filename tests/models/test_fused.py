@@ -1,4 +1,4 @@
-"""Layers are fused only where that changes nothing: by what they have, what they give and what they ask of attention."""
+"""Layers are fused only where that changes nothing: what they have, give, and ask of attention."""
 
 from pathlib import Path
 from typing import Any
