@@ -25,7 +25,7 @@ from graphmode.kernels.attention import choose_splits, combine_parts, paged_atte
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 
 _TILE_BYTES = 16384
-# Sequences up to which one kernel is faster than three (H100, Qwen3-0.6B: 0.73 beside 0.78 ms a step of one sequence,
+# Sequences up to which one kernel is faster than two (H100, Qwen3-0.6B: 0.73 beside 0.78 ms a step of one sequence,
 # but 2.06 beside 1.83 ms of 64).
 MAX_ROWS = 16
 
