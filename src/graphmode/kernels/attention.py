@@ -567,7 +567,6 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     sum of weights; a part without keys says so by a sum of 0 and leaves ``parts`` as it is.
     """
     if early:
-        gdc_wait()
         gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1) // head_blocks
@@ -591,6 +590,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     start = first_key + split * split_keys
     end = tl.minimum(start + split_keys, keys)
 
+    if early:
+        gdc_wait()
     member = tl.arange(0, block_m)
     mine = (member < block_heads) & (first_head + member < group)
     head = kv_head * group + first_head + member
@@ -658,8 +659,8 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
 ):
     """Combine the parts of one query head of one token."""
     if early:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     head = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
     split = tl.arange(0, block_splits)

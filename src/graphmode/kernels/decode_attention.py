@@ -46,6 +46,7 @@ def rotate_and_attend(
     *,
     scale: float,
     window: int | None = None,
+    next_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do :func:`~graphmode.kernels.rotate_and_cache`, then :func:`~graphmode.kernels.paged_attention`, for decode.
 
@@ -74,7 +75,9 @@ def rotate_and_attend(
             scale=scale,
             window=window,
         )
-    queries = rotate_and_cache(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
+    queries = rotate_and_cache(
+        qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping, next_weight=next_weight
+    )
     return paged_attention(
         queries,
         k_cache,
@@ -193,6 +196,8 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
 
     With one part, ``parts`` is the output; else it, ``tops`` and ``sums`` are as of :func:`combine_parts`.
     """
+    if early:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -219,9 +224,15 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     position = tl.load(positions + token)
     cosine = tl.load(cos + position * half + dim, mask=real, other=0.0)
     sine = tl.load(sin + position * half + dim, mask=real, other=0.0)
+    slot = tl.load(slot_mapping + token)
+    if q_norm is not None:
+        q_scale_a = tl.load(q_norm + dim, mask=real, other=0.0).to(tl.float32)
+        q_scale_b = tl.load(q_norm + half + dim, mask=real, other=0.0).to(tl.float32)
+    if k_norm is not None:
+        k_scale_a = tl.load(k_norm + dim, mask=real, other=0.0).to(tl.float32)
+        k_scale_b = tl.load(k_norm + half + dim, mask=real, other=0.0).to(tl.float32)
     if early:
         gdc_wait()
-        gdc_launch_dependents()
 
     row = qkv + token * ((group + 2) * kv_heads * head_dim)
     member = tl.arange(0, block_m)
@@ -233,8 +244,8 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     b = tl.load(place + half, mask=both, other=0.0).to(tl.float32)
     if q_norm is not None:
         factor = (1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / head_dim + eps))[:, None]
-        a = a * factor * tl.load(q_norm + dim, mask=real, other=0.0).to(tl.float32)[None, :]
-        b = b * factor * tl.load(q_norm + half + dim, mask=real, other=0.0).to(tl.float32)[None, :]
+        a = a * factor * q_scale_a[None, :]
+        b = b * factor * q_scale_b[None, :]
     kind = k_cache.dtype.element_ty
     query_a = (a * cosine[None, :] - b * sine[None, :]).to(kind)
     query_b = (b * cosine[None, :] + a * sine[None, :]).to(kind)
@@ -244,14 +255,13 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     b = tl.load(key + half, mask=real, other=0.0).to(tl.float32)
     if k_norm is not None:
         factor = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / head_dim + eps)
-        a = a * factor * tl.load(k_norm + dim, mask=real, other=0.0).to(tl.float32)
-        b = b * factor * tl.load(k_norm + half + dim, mask=real, other=0.0).to(tl.float32)
+        a = a * factor * k_scale_a
+        b = b * factor * k_scale_b
     key_a = (a * cosine - b * sine).to(kind)
     key_b = (b * cosine + a * sine).to(kind)
     value = row + ((group + 1) * kv_heads + kv_head) * head_dim + dim
     value_a = tl.load(value, mask=real, other=0.0)
     value_b = tl.load(value + half, mask=real, other=0.0)
-    slot = tl.load(slot_mapping + token)
     if (split == 0) & (slot >= 0):
         tl.store(k_head + slot * step + dim, key_a, mask=real)
         tl.store(k_head + slot * step + half + dim, key_b, mask=real)

@@ -101,8 +101,8 @@ class FusedLayer:
             h = norm_linear(x, self.mlp_norm.weight, self.gate_up, None, self.mlp_norm.eps, gated=True)
             linear_add(x, h, self.down)
         else:
-            h = nn.functional.linear(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps), self.gate_up)
-            x.addmm_(silu_mul(h), self.down.T)
+            h = _normed_linear(x, self.mlp_norm, self.gate_up)
+            x.addmm_(silu_mul(h, next_weight=self.down), self.down.T)
         return hidden_states
 
     def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> None:
@@ -110,7 +110,7 @@ class FusedLayer:
         if few:
             qkv = norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps)
         else:
-            qkv = nn.functional.linear(rms_norm(x, norm.weight, norm.eps), self.qkv, self.qkv_bias)
+            qkv = _normed_linear(x, norm, self.qkv, self.qkv_bias)
         heads = self._attend(qkv, positions, batch).flatten(1)
         if few:
             linear_add(x, heads, self.output)
@@ -124,9 +124,16 @@ class FusedLayer:
         rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping)
         if batch.max_query_len == 1 and not batch.piecewise:
             lengths = (batch.block_tables, batch.cu_query_lens, batch.kv_lens)
-            return rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window)
+            return rotate_and_attend(
+                qkv, *rotated, *lengths, scale=self.scale, window=self.window, next_weight=self.output
+            )
         run = attend_outside_graph if batch.piecewise else attend
-        return run(rotate_and_cache(qkv, *rotated), cache, batch, self.scale, self.window, None, None)
+        queries = rotate_and_cache(qkv, *rotated, next_weight=self.output)
+        return run(queries, cache, batch, self.scale, self.window, None, None)
+
+
+def _normed_linear(x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return nn.functional.linear(rms_norm(x, norm.weight, norm.eps, next_weight=weight), weight, bias)
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ class FusedHead:
         x = hidden_states[0].contiguous()
         if len(x) == 1 and runs_few_rows(x, self.weight):
             return norm_linear(x, self.norm.weight, self.weight, None, self.norm.eps).unsqueeze(0)
-        return nn.functional.linear(rms_norm(x, self.norm.weight, self.norm.eps), self.weight).unsqueeze(0)
+        return _normed_linear(x, self.norm, self.weight).unsqueeze(0)
 
 
 def fuse(model: PreTrainedModel, max_model_len: int) -> int:
