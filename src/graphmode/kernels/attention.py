@@ -3,8 +3,8 @@
 Every shape, grid and loop count comes from shapes alone, so that a captured call serves every batch of its number of
 tokens; lengths and block tables are read on the device. Two decompositions:
 
-- **decode** (``max_query_len == 1``): row ``i`` is sequence ``i``. A program takes one sequence and one key/value head;
-  small batches also split the keys (flash-decoding), and a second kernel combines the parts.
+- **decode** (``max_query_len == 1``): row ``i`` is sequence ``i``. A program takes one key/value head and one sequence,
+  or part of its keys where it has many (:mod:`graphmode.kernels.parts`).
 - **mixed** (all else): the queries are cut into blocks of ``block_q`` rows of one sequence. Sequence ``s`` gets the
   blocks from ``cu_query_lens[s] // block_q + s`` on, which is room enough whatever the lengths, so
   ``tokens // block_q + seqs`` blocks always do and each finds its sequence by searching ``cu_query_lens``.
@@ -38,6 +38,7 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
+from graphmode.kernels.parts import combine_parts, find_part, join_sink, spare_parts
 
 
 def paged_attention(
@@ -354,11 +355,6 @@ def _attend_blocks(
 
 # The kernels in Triton.
 
-# Programs that fill a large GPU: H100 and H200 have 132 multiprocessors, and two of these fit on each.
-_FULL_GRID = 256
-_MAX_SPLITS = 32
-# Keys that a part has at least when every sequence is as long as it can be: below, splitting does not pay.
-_MIN_SPLIT_KEYS = 256
 # Shared memory of one tile of keys or of values; three stages of both leave room for two programs.
 _TILE_BYTES = 16384
 # Bytes of the first part of a program's queries. With a latent cache of DeepSeek's sizes (512 + 64, bf16) a program has
@@ -381,9 +377,9 @@ def paged_attention_triton(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     selection: torch.Tensor | None = None,
-    splits: int | None = None,
+    spare: int | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`paged_attention` in Triton. Decode cuts the keys into ``splits`` parts; default by shapes."""
+    """Do as :func:`paged_attention` in Triton; decode in at most ``spare`` parts more than there are sequences."""
     tokens, q_heads, key_dim = q.shape
     _, block_size, kv_heads, value_dim = v_cache.shape
     out = torch.empty((tokens, q_heads, value_dim), dtype=q.dtype, device=q.device)
@@ -441,82 +437,49 @@ def paged_attention_triton(
             num_warps=_num_warps(block_m, block_d, block_v),
         )
         return out
-    if splits is None:
-        keys = _num_keys(1, window, max_blocks * block_size)
-        keys = keys if selection is None else min(keys, selection.shape[1])
-        splits = choose_splits(tokens, kv_heads * head_blocks, keys)
     block_m = max(next_power_of_2(block_heads), 16)
-    if splits == 1:
-        parts, tops, sums = out, kv_lens, kv_lens  # the last two are not used
-    else:
-        parts = torch.empty((tokens, q_heads, splits, value_dim), dtype=torch.float32, device=q.device)
-        tops = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=q.device)
+    heads = kv_heads * head_blocks
+    ragged = max_query_len > 1
+    # The tokens of a mixed batch with a selection are many, and have as many keys each.
+    spare = 0 if ragged else spare_parts(heads) if spare is None else spare
+    most = max_blocks * block_size if window is None else min(max_blocks * block_size, window)
+    most = most if selection is None else min(most, selection.shape[1])
+    if spare:
+        parts = torch.empty((tokens + spare, q_heads, value_dim), dtype=torch.float32, device=q.device)
+        tops = torch.empty((tokens + spare, q_heads), dtype=torch.float32, device=q.device)
         sums = torch.empty_like(tops)
-    _decode_kernel[(tokens, kv_heads * head_blocks, splits)](
+    else:
+        parts, tops, sums = out, kv_lens, kv_lens  # not used
+    _decode_kernel[(tokens + spare, heads)](
         *inputs,
         selection,
         0 if selection is None else selection.stride(0),
+        out,
         parts,
         tops,
         sums,
         scale_log2,
         tokens,
         seqs,
+        most,
         **constants,
-        top_k=0 if selection is None else selection.shape[1],
-        ragged=max_query_len > 1,
+        ragged=ragged,
         block_m=block_m,
         block_seqs=next_power_of_2(seqs + 1),
-        splits=splits,
+        spare=spare,
         num_warps=_num_warps(block_m, block_d, block_v),
         **launch_options(q.device),
     )
-    if splits > 1:
-        combine_parts(parts, tops, sums, sinks, out)
+    if spare:
+        combine_parts(parts, tops, sums, sinks, out, kv_lens, most, spare, block_n)
     return out
-
-
-def combine_parts(
-    parts: torch.Tensor, tops: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    """Put together in ``out`` what several programs made of the parts of each head's keys.
-
-    Args:
-        parts: float32 ``[tokens, q_heads, splits, value_dim]``: sums of weighted values.
-        tops: float32 ``[tokens, q_heads, splits]``: what scores were taken relative to.
-        sums: float32 ``[tokens, q_heads, splits]``: of weights; 0 for a part that is not there.
-        sinks: as of :func:`paged_attention`.
-        out: ``[tokens, q_heads, value_dim]``.
-    """
-    tokens, q_heads, splits, value_dim = parts.shape
-    _combine_kernel[(tokens, q_heads)](
-        parts,
-        tops,
-        sums,
-        sinks,
-        out,
-        value_dim=value_dim,
-        block_v=max(16, next_power_of_2(value_dim)),
-        splits=splits,
-        block_splits=next_power_of_2(splits),
-        **launch_options(out.device),
-    )
 
 
 def _num_warps(block_m: int, block_d: int, block_v: int) -> int:
     return 8 if block_m * max(block_d, block_v, 128) >= 128 * 128 else 4
 
 
-def choose_splits(rows: int, heads: int, max_keys: int) -> int:
-    """Return into how many parts the keys of a decode batch, of ``rows * heads`` programs, are split.
-
-    They are enough to fill the device, by shapes alone.
-    """
-    wanted = min(_FULL_GRID // (rows * heads), max_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS)
-    return 1 << (max(wanted, 1).bit_length() - 1)
-
-
-@jit(do_not_specialize=["tokens", "seqs"])
+@jit(do_not_specialize=["tokens", "seqs", "most"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q,
     q_stride_token,
@@ -531,12 +494,14 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     sinks,
     selection,
     selection_stride,
+    out,
     parts,
     tops,
     sums,
     scale_log2,
     tokens,
     seqs,
+    most,
     kv_heads: constexpr,
     group: constexpr,
     head_blocks: constexpr,
@@ -554,41 +519,46 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     values_in_keys: constexpr,
     window: constexpr,
     soft_cap: constexpr,
-    top_k: constexpr,
     ragged: constexpr,
     block_m: constexpr,
     block_seqs: constexpr,
-    splits: constexpr,
+    spare: constexpr,
     early: constexpr,
 ):
-    """Attend with query heads of one key/value head of one token to one part of its keys.
+    """Attend with query heads of one key/value head of one token to all of its keys, or to one part of them.
 
-    With one part, ``parts`` is the output. Else it takes the sums before division, with each row's largest score and
-    sum of weights; a part without keys says so by a sum of 0 and leaves ``parts`` as it is.
+    Then ``parts`` takes the sums before division, ``tops`` and ``sums`` each row's largest score and sum of weights.
     """
     if early:
         gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0)
     kv_head = tl.program_id(1) // head_blocks
     first_head = tl.program_id(1) % head_blocks * block_heads
-    split = tl.program_id(2)
+    count = 1
+    part = 0
     if ragged:
-        seq, kv_len = find_token(token.to(tl.int32), tokens, cu_query_lens, kv_lens, seqs, block_seqs)
+        token = number.to(tl.int64)
+        seq, kv_len = find_token(number, tokens, cu_query_lens, kv_lens, seqs, block_seqs)
     else:
-        seq = token
+        if spare > 0:
+            seq, count, part = find_part(number, kv_lens, seqs, most, spare, block_n, block_seqs)
+            if count == 0:
+                return
+        else:
+            seq = number
+        token = seq.to(tl.int64)
         kv_len = tl.load(kv_lens + token)
     keys = kv_len
     selected = None
     if selection is not None:
-        keys = tl.minimum(kv_len, top_k)
+        keys = tl.minimum(kv_len, most)
         selected = selection + token * selection_stride
     first_key = 0
     if window is not None:
         first_key = tl.maximum(keys - window, 0)
-    tiles = tl.cdiv(keys - first_key, block_n)
-    split_keys = tl.cdiv(tiles, splits) * block_n
-    start = first_key + split * split_keys
-    end = tl.minimum(start + split_keys, keys)
+    part_keys = tl.cdiv(tl.cdiv(keys - first_key, count), block_n) * block_n
+    start = first_key + part * part_keys
+    end = tl.minimum(start + part_keys, keys)
 
     if early:
         gdc_wait()
@@ -632,51 +602,16 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     )
     dim = tl.arange(0, block_v)
     inside = mine[:, None] & (dim < value_dim)[None, :]
-    row = token * (kv_heads * group) + head
-    if splits == 1:
-        total = _join_sink(total, top, sinks, head, mine)
+    if count == 1:
+        row = token * (kv_heads * group) + head
+        total = join_sink(total, top, sinks, head, mine)
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(parts + row[:, None] * value_dim + dim[None, :], acc.to(parts.dtype.element_ty), mask=inside)
+        tl.store(out + row[:, None] * value_dim + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
     else:
-        part = row * splits + split
-        tl.store(tops + part, top, mask=mine)
-        tl.store(sums + part, total, mask=mine)
-        tl.store(parts + part[:, None] * value_dim + dim[None, :], acc, mask=inside & (total > 0.0)[:, None])
-
-
-@jit()
-def _combine_kernel(  # type: ignore[no-untyped-def]
-    parts,
-    tops,
-    sums,
-    sinks,
-    out,
-    value_dim: constexpr,
-    block_v: constexpr,
-    splits: constexpr,
-    block_splits: constexpr,
-    early: constexpr,
-):
-    """Combine the parts of one query head of one token."""
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
-    head = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
-    split = tl.arange(0, block_splits)
-    dim = tl.arange(0, block_v)
-    part = row * splits + split
-    total = tl.load(sums + part, mask=split < splits, other=0.0)
-    used = total > 0.0
-    top = tl.load(tops + part, mask=used, other=-1e38)
-    top_of_all = tl.max(top, 0)
-    weight = tl.where(used, tl.exp2(top - top_of_all), 0.0)
-    acc = tl.load(
-        parts + part[:, None] * value_dim + dim[None, :], mask=used[:, None] & (dim < value_dim)[None, :], other=0.0
-    )
-    total_of_all = _join_sink(tl.sum(total * weight, 0), top_of_all, sinks, head, True)
-    acc = tl.sum(acc * weight[:, None], 0) / tl.where(total_of_all == 0.0, 1.0, total_of_all)
-    tl.store(out + row * value_dim + dim, acc.to(out.dtype.element_ty), mask=dim < value_dim)
+        row = number.to(tl.int64) * (kv_heads * group) + head
+        tl.store(tops + row, top, mask=mine)
+        tl.store(sums + row, total, mask=mine)
+        tl.store(parts + row[:, None] * value_dim + dim[None, :], acc, mask=inside)
 
 
 @jit(do_not_specialize=["tokens", "seqs"])
@@ -818,7 +753,7 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
         soft_cap,
         True,
     )
-    total = _join_sink(total, top, sinks, head, mine)
+    total = join_sink(total, top, sinks, head, mine)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     dim = tl.arange(0, block_v)
     out_row = token * (kv_heads * group) + head
@@ -942,15 +877,3 @@ def _attend(  # type: ignore[no-untyped-def]
         acc = tl.dot(weights.to(values.dtype), values, acc * correction[:, None], input_precision="ieee")
         top = new_top
     return top, total, acc
-
-
-@jit()
-def _join_sink(total, top, sinks, head, inside):  # type: ignore[no-untyped-def]
-    """Return the sums of weights relative to the scores ``top``, with the heads' sinks where there are any.
-
-    A sink far above every score overflows to infinity, and the division makes zero of the row, as it should be.
-    """
-    if sinks is not None:
-        sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
-        total = total + tl.exp2(sink - top)
-    return total

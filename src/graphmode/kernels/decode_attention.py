@@ -21,7 +21,8 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
-from graphmode.kernels.attention import choose_splits, combine_parts, paged_attention
+from graphmode.kernels.attention import paged_attention
+from graphmode.kernels.parts import combine_parts, find_part, spare_parts
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 
 _TILE_BYTES = 16384
@@ -106,27 +107,28 @@ def rotate_and_attend_triton(
     *,
     scale: float,
     window: int | None = None,
-    splits: int | None = None,
+    spare: int | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves and keys cut into ``splits``."""
+    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves.
+
+    There are at most ``spare`` parts more than sequences; 1 or more.
+    """
     tokens, (block_size, kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
     q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return out
     group = q_heads // kv_heads
-    max_keys = block_tables.shape[1] * block_size
-    if splits is None:
-        splits = choose_splits(tokens, kv_heads, max_keys if window is None else min(max_keys, window))
-    if splits == 1:
-        parts, tops, sums = out, kv_lens, kv_lens  # the last two are not used
-    else:
-        parts = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=qkv.device)
-        tops = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=qkv.device)
-        sums = torch.empty_like(tops)
+    most = block_tables.shape[1] * block_size
+    most = most if window is None else min(most, window)
+    spare = spare_parts(kv_heads) if spare is None else spare
+    parts = torch.empty((tokens + spare, q_heads, head_dim), dtype=torch.float32, device=qkv.device)
+    tops = torch.empty((tokens + spare, q_heads), dtype=torch.float32, device=qkv.device)
+    sums = torch.empty_like(tops)
     block_half = max(16, next_power_of_2(head_dim // 2))
     block_m = max(next_power_of_2(group), 16)
-    _rotate_and_attend_kernel[(tokens, kv_heads, splits)](
+    block_n = min(max(_TILE_BYTES // (2 * block_half * qkv.element_size()), 16), 128)
+    _rotate_and_attend_kernel[(tokens + spare, kv_heads)](
         qkv,
         q_norm,
         k_norm,
@@ -140,29 +142,32 @@ def rotate_and_attend_triton(
         block_tables,
         block_tables.stride(0),
         kv_lens,
+        out,
         parts,
         tops,
         sums,
         scale * math.log2(math.e),
+        tokens,
+        most,
         kv_heads=kv_heads,
         group=group,
         half=head_dim // 2,
         block_size=block_size,
         block_half=block_half,
         block_m=block_m,
-        block_n=min(max(_TILE_BYTES // (2 * block_half * qkv.element_size()), 16), 128),
+        block_n=block_n,
+        block_seqs=next_power_of_2(tokens),
         window=window,
-        splits=splits,
+        spare=spare,
         num_warps=8 if block_m >= 128 else 4,
         num_stages=3,
         **launch_options(qkv.device),
     )
-    if splits > 1:
-        combine_parts(parts, tops, sums, None, out)
+    combine_parts(parts, tops, sums, None, out, kv_lens, most, spare, block_n)
     return out
 
 
-@jit()
+@jit(do_not_specialize=["tokens", "most"])
 def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     qkv,
     q_norm,
@@ -177,10 +182,13 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     block_tables,
     table_stride,
     kv_lens,
+    out,
     parts,
     tops,
     sums,
     scale_log2,
+    tokens,
+    most,
     kv_heads: constexpr,
     group: constexpr,
     half: constexpr,
@@ -188,29 +196,32 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     block_half: constexpr,
     block_m: constexpr,
     block_n: constexpr,
+    block_seqs: constexpr,
     window: constexpr,
-    splits: constexpr,
+    spare: constexpr,
     early: constexpr,
 ):
-    """Attend with the query heads of one key/value head of one sequence to one part of its keys.
+    """Attend with the query heads of one key/value head of one sequence to all of its keys, or to one part of them.
 
-    With one part, ``parts`` is the output; else it, ``tops`` and ``sums`` are as of :func:`combine_parts`.
+    Then ``parts``, ``tops`` and ``sums`` take what :func:`~graphmode.kernels.parts.combine_parts` puts together.
     """
     if early:
         gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    seq, count, split = find_part(number, kv_lens, tokens, most, spare, block_n, block_seqs)
+    if count == 0:
+        return
+    token = seq.to(tl.int64)
     head_dim: constexpr = 2 * half
     length = tl.load(kv_lens + token)
     old = tl.maximum(length - 1, 0)
     first_key = 0
     if window is not None:
         first_key = tl.maximum(length - window, 0)
-    tiles = tl.cdiv(old - first_key, block_n)
-    split_keys = tl.cdiv(tiles, splits) * block_n
-    start = first_key + split * split_keys
-    end = tl.minimum(start + split_keys, old)
+    part_keys = tl.cdiv(tl.cdiv(old - first_key, count), block_n) * block_n
+    start = first_key + split * part_keys
+    end = tl.minimum(start + part_keys, old)
 
     dim = tl.arange(0, block_half)
     real = dim < half
@@ -288,20 +299,18 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
             query_a, query_b, keys_a, keys_b, values_a, values_b, seen, top, total, acc_a, acc_b, scale_log2
         )
 
-    row_of_head = token * (kv_heads * group) + head
-    if splits == 1:
-        factor = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-        target = parts + row_of_head[:, None] * head_dim + dim[None, :]
-        tl.store(target, (acc_a * factor).to(parts.dtype.element_ty), mask=both)
-        tl.store(target + half, (acc_b * factor).to(parts.dtype.element_ty), mask=both)
+    if count == 1:
+        weight = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        whole = out + (token * (kv_heads * group) + head)[:, None] * head_dim + dim[None, :]
+        tl.store(whole, (acc_a * weight).to(out.dtype.element_ty), mask=both)
+        tl.store(whole + half, (acc_b * weight).to(out.dtype.element_ty), mask=both)
     else:
-        part = row_of_head * splits + split
+        part = number.to(tl.int64) * (kv_heads * group) + head
         tl.store(tops + part, top, mask=mine)
         tl.store(sums + part, total, mask=mine)
         target = parts + part[:, None] * head_dim + dim[None, :]
-        filled = both & (total > 0.0)[:, None]
-        tl.store(target, acc_a, mask=filled)
-        tl.store(target + half, acc_b, mask=filled)
+        tl.store(target, acc_a, mask=both)
+        tl.store(target + half, acc_b, mask=both)
 
 
 @jit()
