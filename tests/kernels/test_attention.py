@@ -13,6 +13,7 @@ from graphmode.kernels.attention import (
     paged_attention_reference,
     paged_attention_triton,
 )
+from graphmode.kernels.parts import Parts, share_keys
 from tests.kernels.paged import PagedBatch, attend_one_by_one, make_batch
 
 # A sink above all scores overflows in Triton's interpreter, and is meant to.
@@ -122,12 +123,18 @@ def test_selected_keys(paged_attention, kernel_device: str, lens, extras) -> Non
     check(paged_attention, batch)
 
 
-@pytest.mark.parametrize("spare", [0, 1, 8])
+def shared_out(batch: PagedBatch, spare: int) -> Parts:
+    window, selection = batch.options["window"], batch.options["selection"]
+    top_k = None if selection is None else selection.shape[1]
+    return share_keys(batch.kv_lens, batch.k_cache.shape[2], window=window, top_k=top_k, spare=spare)
+
+
+@pytest.mark.parametrize("spare", [1, 2, 8])
 def test_selection_in_parts(kernel_device: str, spare: int) -> None:
     batch = make_batch([1, 1, 1], [1, 300, 150], top_k=200, head_dim=48, value_dim=32, device=kernel_device)
-    check(paged_attention_triton, batch, spare=spare)
+    check(paged_attention_triton, batch, parts=shared_out(batch, spare))
     batch = make_batch([1, 7], [150, 260], tokens=10, seqs=3, top_k=200, device=kernel_device)
-    check(paged_attention_triton, batch, spare=spare)
+    check(paged_attention_triton, batch)
 
 
 def test_selecting_every_key_is_attention_to_all(paged_attention, kernel_device: str) -> None:
@@ -189,13 +196,13 @@ def test_windows_soft_caps_and_sinks(paged_attention, kernel_device: str, lens, 
 
 
 @pytest.mark.parametrize("extras", [{}, {"window": 200}, EXTRAS["all"]], ids=["plain", "window", "all"])
-@pytest.mark.parametrize("spare", [0, 1, 3, 8, 32])
+@pytest.mark.parametrize("spare", [1, 3, 8, 32])
 @pytest.mark.usefixtures("nan_memory")
 def test_decode_in_parts(kernel_device: str, spare: int, extras) -> None:
     """Also where sequences have fewer tiles of keys than there may be parts, and for padding sequences."""
     shape = {"tokens": 6, "seqs": 6, "q_heads": 6, "device": kernel_device}
     batch = make_batch([1, 1, 1, 1], [700, 1, 129, 512], **shape, **extras)
-    check(paged_attention_triton, batch, spare=spare)
+    check(paged_attention_triton, batch, parts=shared_out(batch, spare))
 
 
 @pytest.mark.parametrize("window", [1, 100, 130, 400])

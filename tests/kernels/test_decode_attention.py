@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from graphmode.kernels import rotate_and_attend
 from graphmode.kernels.attention import paged_attention_reference
 from graphmode.kernels.decode_attention import rotate_and_attend_triton
+from graphmode.kernels.parts import share_keys
 from graphmode.kernels.rotary import Rotation, rotate_and_cache_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -84,7 +85,8 @@ def check(inputs: dict, *, window: int | None = None, spare: int | None = None) 
         max_query_len=1,
         window=window,
     )
-    output = rotate_and_attend_triton(**inputs, scale=scale, window=window, spare=spare)
+    parts = share_keys(inputs["kv_lens"], inputs["k_cache"].shape[2], window=window, spare=spare)
+    output = rotate_and_attend_triton(**inputs, scale=scale, window=window, parts=parts)
     tolerance = TOLERANCE[output.dtype]
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     assert not output[inputs["kv_lens"] == 0].any()

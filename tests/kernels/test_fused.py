@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from graphmode.kernels import few_rows, norm, rotary
-from graphmode.kernels.prefetch import prefetch_chunks
 from graphmode.kernels.rotary import Rotation
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -39,25 +38,6 @@ def random(kernel_device: str, dtype: torch.dtype):
 def test_rms_norm(implementation: str, random, rows: int, hidden: int, nan_memory: None) -> None:
     x, weight = random(rows, hidden) * 3, random(hidden)
     close(getattr(norm, f"rms_norm_{implementation}")(x, weight, 1e-3), exact_norm(x, weight, 1e-3))
-
-
-@pytest.mark.parametrize(("megabytes", "chunks"), [(1, 512), (8, 4096), (100, 4096)])
-def test_only_so_much_of_a_weight_is_asked_for_as_memory_moves_meanwhile(megabytes: int, chunks: int) -> None:
-    weight = torch.empty(megabytes, 1 << 20, dtype=torch.uint8)
-    assert prefetch_chunks(weight) == chunks
-    assert prefetch_chunks(weight.t()) == (chunks if megabytes == 1 else 0)
-    assert prefetch_chunks(weight.flatten()[1:]) == 0
-    assert prefetch_chunks(None) == 0
-
-
-@pytest.mark.gpu
-def test_asking_for_the_next_weight_changes_no_result() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    x, weight, following = torch.randn(70, 512), torch.randn(512), torch.randn(5000, 1000)
-    x, weight, following = (tensor.to("cuda", torch.bfloat16) for tensor in (x, weight, following))
-    assert torch.equal(norm.rms_norm(x, weight, 1e-6, next_weight=following), norm.rms_norm(x, weight, 1e-6))
-    assert torch.equal(norm.silu_mul(x, next_weight=following), norm.silu_mul(x))
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 1500)])

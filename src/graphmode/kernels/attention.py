@@ -22,7 +22,9 @@ as in a cache of latents, they are read once.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,7 +40,7 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
-from graphmode.kernels.parts import combine_parts, find_part, join_sink, spare_parts
+from graphmode.kernels.parts import Parts, combine_parts, join_sink, load_part, share_keys
 
 
 def paged_attention(
@@ -55,6 +57,7 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     selection: torch.Tensor | None = None,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
     """Attend from every new token to its sequence's tokens up to and with itself.
 
@@ -84,6 +87,8 @@ def paged_attention(
         selection: int32 ``[tokens, top_k]``, rows contiguous: the positions of the keys that each token sees, as
             :func:`~graphmode.kernels.select_keys` gives them: distinct, none after the token, the first
             ``min(p + 1, top_k)`` of a row used. Without ``window``.
+        parts: how decode is shared out among programs, as :func:`~graphmode.kernels.parts.share_keys` gives it of these
+            ``kv_lens``, with this window or ``top_k``; None has it computed. A reference does not read it.
 
     Returns:
         ``[tokens, q_heads, value_dim]`` in ``q``'s dtype, contiguous; zero for padding tokens.
@@ -113,8 +118,10 @@ def paged_attention(
         require_tensor("selection", selection, shape=(tokens, None), dtypes=(torch.int32,), like=q)
         require(selection.stride(1) == 1, "selection.stride(1)", selection.stride(1), "1")
         require(window is None, "window", window, "None with a selection")
-    attend = paged_attention_triton if runs_triton(q) else paged_attention_reference
-    return attend(
+    run: Callable[..., torch.Tensor] = paged_attention_reference
+    if runs_triton(q):
+        run = functools.partial(paged_attention_triton, parts=parts)
+    return run(
         q,
         k_cache,
         v_cache,
@@ -377,15 +384,15 @@ def paged_attention_triton(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     selection: torch.Tensor | None = None,
-    spare: int | None = None,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`paged_attention` in Triton; decode in at most ``spare`` parts more than there are sequences."""
+    """Do as :func:`paged_attention` in Triton."""
     tokens, q_heads, key_dim = q.shape
     _, block_size, kv_heads, value_dim = v_cache.shape
     out = torch.empty((tokens, q_heads, value_dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    seqs, max_blocks = block_tables.shape
+    seqs = block_tables.shape[0]
     group = q_heads // kv_heads
     first_dim = min(key_dim, value_dim)
     block_d = max(16, next_power_of_2(first_dim))
@@ -438,40 +445,41 @@ def paged_attention_triton(
         )
         return out
     block_m = max(next_power_of_2(block_heads), 16)
-    heads = kv_heads * head_blocks
     ragged = max_query_len > 1
-    # The tokens of a mixed batch with a selection are many, and have as many keys each.
-    spare = 0 if ragged else spare_parts(heads) if spare is None else spare
-    most = max_blocks * block_size if window is None else min(max_blocks * block_size, window)
-    most = most if selection is None else min(most, selection.shape[1])
-    if spare:
-        parts = torch.empty((tokens + spare, q_heads, value_dim), dtype=torch.float32, device=q.device)
-        tops = torch.empty((tokens + spare, q_heads), dtype=torch.float32, device=q.device)
-        sums = torch.empty_like(tops)
+    if ragged:
+        # The tokens of a mixed batch with a selection are many, and have as many keys each: a program each.
+        parts, programs = None, tokens
+        acc, tops, sums = out, kv_lens, kv_lens  # not used
     else:
-        parts, tops, sums = out, kv_lens, kv_lens  # not used
-    _decode_kernel[(tokens + spare, heads)](
+        if parts is None:
+            parts = share_keys(
+                kv_lens, kv_heads, window=window, top_k=None if selection is None else selection.shape[1]
+            )
+        programs = len(parts.programs)
+        acc = torch.empty((programs, q_heads, value_dim), dtype=torch.float32, device=q.device)
+        tops = torch.empty((programs, q_heads), dtype=torch.float32, device=q.device)
+        sums = torch.empty_like(tops)
+    _decode_kernel[(programs, kv_heads * head_blocks)](
         *inputs,
         selection,
         0 if selection is None else selection.stride(0),
+        None if parts is None else parts.programs,
         out,
-        parts,
+        acc,
         tops,
         sums,
         scale_log2,
         tokens,
         seqs,
-        most,
         **constants,
-        ragged=ragged,
+        top_k=0 if selection is None else selection.shape[1],
         block_m=block_m,
         block_seqs=next_power_of_2(seqs + 1),
-        spare=spare,
         num_warps=_num_warps(block_m, block_d, block_v),
         **launch_options(q.device),
     )
-    if spare:
-        combine_parts(parts, tops, sums, sinks, out, kv_lens, most, spare, block_n)
+    if parts is not None:
+        combine_parts(acc, tops, sums, sinks, out, parts)
     return out
 
 
@@ -479,7 +487,7 @@ def _num_warps(block_m: int, block_d: int, block_v: int) -> int:
     return 8 if block_m * max(block_d, block_v, 128) >= 128 * 128 else 4
 
 
-@jit(do_not_specialize=["tokens", "seqs", "most"])
+@jit(do_not_specialize=["tokens", "seqs"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q,
     q_stride_token,
@@ -494,6 +502,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     sinks,
     selection,
     selection_stride,
+    programs,
     out,
     parts,
     tops,
@@ -501,7 +510,6 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     scale_log2,
     tokens,
     seqs,
-    most,
     kv_heads: constexpr,
     group: constexpr,
     head_blocks: constexpr,
@@ -519,10 +527,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     values_in_keys: constexpr,
     window: constexpr,
     soft_cap: constexpr,
-    ragged: constexpr,
+    top_k: constexpr,
     block_m: constexpr,
     block_seqs: constexpr,
-    spare: constexpr,
     early: constexpr,
 ):
     """Attend with query heads of one key/value head of one token to all of its keys, or to one part of them.
@@ -534,31 +541,20 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     number = tl.program_id(0)
     kv_head = tl.program_id(1) // head_blocks
     first_head = tl.program_id(1) % head_blocks * block_heads
-    count = 1
-    part = 0
-    if ragged:
-        token = number.to(tl.int64)
-        seq, kv_len = find_token(number, tokens, cu_query_lens, kv_lens, seqs, block_seqs)
-    else:
-        if spare > 0:
-            seq, count, part = find_part(number, kv_lens, seqs, most, spare, block_n, block_seqs)
-            if count == 0:
-                return
-        else:
-            seq = number
+    if programs is not None:
+        seq, start, end, count = load_part(programs, number)
+        if count == 0:
+            return
         token = seq.to(tl.int64)
-        kv_len = tl.load(kv_lens + token)
-    keys = kv_len
+    else:
+        token = number.to(tl.int64)
+        seq, end = find_token(number, tokens, cu_query_lens, kv_lens, seqs, block_seqs)
+        start = 0
+        end = tl.minimum(end, top_k)
+        count = 1
     selected = None
     if selection is not None:
-        keys = tl.minimum(kv_len, most)
         selected = selection + token * selection_stride
-    first_key = 0
-    if window is not None:
-        first_key = tl.maximum(keys - window, 0)
-    part_keys = tl.cdiv(tl.cdiv(keys - first_key, count), block_n) * block_n
-    start = first_key + part * part_keys
-    end = tl.minimum(start + part_keys, keys)
 
     if early:
         gdc_wait()
@@ -570,7 +566,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     top = tl.full([block_m], -1e38, tl.float32)
     total = tl.zeros([block_m], tl.float32)
     acc = tl.zeros([block_m, block_v], tl.float32)
-    last_key = tl.zeros([block_m], tl.int32) + (keys - 1)
+    last_key = tl.zeros([block_m], tl.int32) + (end - 1)
     top, total, acc = _attend(
         q_first,
         q_rest,

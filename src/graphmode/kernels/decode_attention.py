@@ -1,7 +1,7 @@
 """Decode attention from the projections on: norms of heads, rotation, cache writes and attention in one kernel.
 
-A program has the new key of its sequence and head at hand, so it attends to it without waiting for the cache; the
-first of a sequence's programs writes it there. The keys before it do not hang on the kernel ahead, and are asked for
+A program has the new key of its sequence and head at hand: the last of a sequence's programs attends to it without
+waiting for the cache, and writes it there. The keys before it do not hang on the kernel ahead, and are asked for
 before waiting for that. For few sequences: with many, what each program holds costs more than a kernel less saves.
 """
 
@@ -22,7 +22,7 @@ from graphmode.kernels._triton import (
     tl,
 )
 from graphmode.kernels.attention import paged_attention
-from graphmode.kernels.parts import combine_parts, find_part, spare_parts
+from graphmode.kernels.parts import Parts, combine_parts, load_part, share_keys
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 
 _TILE_BYTES = 16384
@@ -47,7 +47,7 @@ def rotate_and_attend(
     *,
     scale: float,
     window: int | None = None,
-    next_weight: torch.Tensor | None = None,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
     """Do :func:`~graphmode.kernels.rotate_and_cache`, then :func:`~graphmode.kernels.paged_attention`, for decode.
 
@@ -75,10 +75,9 @@ def rotate_and_attend(
             kv_lens,
             scale=scale,
             window=window,
+            parts=parts,
         )
-    queries = rotate_and_cache(
-        qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping, next_weight=next_weight
-    )
+    queries = rotate_and_cache(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
     return paged_attention(
         queries,
         k_cache,
@@ -89,6 +88,7 @@ def rotate_and_attend(
         scale=scale,
         max_query_len=1,
         window=window,
+        parts=parts,
     )
 
 
@@ -107,28 +107,24 @@ def rotate_and_attend_triton(
     *,
     scale: float,
     window: int | None = None,
-    spare: int | None = None,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves.
-
-    There are at most ``spare`` parts more than sequences; 1 or more.
-    """
+    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves."""
     tokens, (block_size, kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
     q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return out
     group = q_heads // kv_heads
-    most = block_tables.shape[1] * block_size
-    most = most if window is None else min(most, window)
-    spare = spare_parts(kv_heads) if spare is None else spare
-    parts = torch.empty((tokens + spare, q_heads, head_dim), dtype=torch.float32, device=qkv.device)
-    tops = torch.empty((tokens + spare, q_heads), dtype=torch.float32, device=qkv.device)
+    if parts is None:
+        parts = share_keys(kv_lens, kv_heads, window=window)
+    programs = len(parts.programs)
+    acc = torch.empty((programs, q_heads, head_dim), dtype=torch.float32, device=qkv.device)
+    tops = torch.empty((programs, q_heads), dtype=torch.float32, device=qkv.device)
     sums = torch.empty_like(tops)
     block_half = max(16, next_power_of_2(head_dim // 2))
     block_m = max(next_power_of_2(group), 16)
-    block_n = min(max(_TILE_BYTES // (2 * block_half * qkv.element_size()), 16), 128)
-    _rotate_and_attend_kernel[(tokens + spare, kv_heads)](
+    _rotate_and_attend_kernel[(programs, kv_heads)](
         qkv,
         q_norm,
         k_norm,
@@ -142,32 +138,28 @@ def rotate_and_attend_triton(
         block_tables,
         block_tables.stride(0),
         kv_lens,
+        parts.programs,
         out,
-        parts,
+        acc,
         tops,
         sums,
         scale * math.log2(math.e),
-        tokens,
-        most,
         kv_heads=kv_heads,
         group=group,
         half=head_dim // 2,
         block_size=block_size,
         block_half=block_half,
         block_m=block_m,
-        block_n=block_n,
-        block_seqs=next_power_of_2(tokens),
-        window=window,
-        spare=spare,
+        block_n=min(max(_TILE_BYTES // (2 * block_half * qkv.element_size()), 16), 128),
         num_warps=8 if block_m >= 128 else 4,
         num_stages=3,
         **launch_options(qkv.device),
     )
-    combine_parts(parts, tops, sums, None, out, kv_lens, most, spare, block_n)
+    combine_parts(acc, tops, sums, None, out, parts)
     return out
 
 
-@jit(do_not_specialize=["tokens", "most"])
+@jit()
 def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     qkv,
     q_norm,
@@ -182,13 +174,12 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     block_tables,
     table_stride,
     kv_lens,
+    programs,
     out,
     parts,
     tops,
     sums,
     scale_log2,
-    tokens,
-    most,
     kv_heads: constexpr,
     group: constexpr,
     half: constexpr,
@@ -196,9 +187,6 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     block_half: constexpr,
     block_m: constexpr,
     block_n: constexpr,
-    block_seqs: constexpr,
-    window: constexpr,
-    spare: constexpr,
     early: constexpr,
 ):
     """Attend with the query heads of one key/value head of one sequence to all of its keys, or to one part of them.
@@ -209,19 +197,15 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     number = tl.program_id(0)
     kv_head = tl.program_id(1)
-    seq, count, split = find_part(number, kv_lens, tokens, most, spare, block_n, block_seqs)
+    seq, start, end, count = load_part(programs, number)
     if count == 0:
         return
     token = seq.to(tl.int64)
     head_dim: constexpr = 2 * half
+    # The last part has the new key, which is not in the cache yet.
     length = tl.load(kv_lens + token)
-    old = tl.maximum(length - 1, 0)
-    first_key = 0
-    if window is not None:
-        first_key = tl.maximum(length - window, 0)
-    part_keys = tl.cdiv(tl.cdiv(old - first_key, count), block_n) * block_n
-    start = first_key + split * part_keys
-    end = tl.minimum(start + part_keys, old)
+    has_new = (end == length) & (length > 0)
+    end = tl.minimum(end, length - 1)
 
     dim = tl.arange(0, block_half)
     real = dim < half
@@ -273,16 +257,14 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     value = row + ((group + 1) * kv_heads + kv_head) * head_dim + dim
     value_a = tl.load(value, mask=real, other=0.0)
     value_b = tl.load(value + half, mask=real, other=0.0)
-    if (split == 0) & (slot >= 0):
+    if has_new & (slot >= 0):
         tl.store(k_head + slot * step + dim, key_a, mask=real)
         tl.store(k_head + slot * step + half + dim, key_b, mask=real)
         tl.store(v_head + slot * step + dim, value_a, mask=real)
         tl.store(v_head + slot * step + half + dim, value_b, mask=real)
 
-    # The first part begins with the new key; the others with none.
     new = tl.sum(query_a.to(tl.float32) * key_a.to(tl.float32)[None, :], 1)
     new = (new + tl.sum(query_b.to(tl.float32) * key_b.to(tl.float32)[None, :], 1)) * scale_log2
-    has_new = (split == 0) & (length > 0)
     top = tl.where(has_new, new, -1e38)
     total = tl.zeros([block_m], tl.float32) + tl.where(has_new, 1.0, 0.0)
     zero = tl.zeros([block_m, block_half], tl.float32)

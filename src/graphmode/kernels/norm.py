@@ -15,19 +15,15 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
-from graphmode.kernels.prefetch import prefetch, prefetch_chunks
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, next_weight: torch.Tensor | None = None
-) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return ``x / sqrt(mean(x ** 2) + eps) * weight`` of each row (arXiv 1910.07467), rounded once.
 
     Args:
         x: ``[rows, hidden]``, float32, bfloat16 or float16, contiguous.
         weight: ``[hidden]`` in ``x``'s dtype.
         eps: added to the mean of squares.
-        next_weight: what the matrix product after it reads; where the device can, some of it is brought nearer.
 
     Raises:
         ValueError: a shape, dtype, layout or device does not fit.
@@ -36,9 +32,8 @@ def rms_norm(
     require_tensor("weight", weight, shape=x.shape[1:], dtypes=(x.dtype,), like=x)
     if not x.is_contiguous():
         raise ValueError(f"x has strides {x.stride()}, expected a contiguous tensor")
-    if runs_triton(x):
-        return rms_norm_triton(x, weight, eps, next_weight)
-    return rms_norm_reference(x, weight, eps)
+    normalise = rms_norm_triton if runs_triton(x) else rms_norm_reference
+    return normalise(x, weight, eps)
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -48,37 +43,23 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return (values * scale * weight.float()).to(x.dtype)
 
 
-def rms_norm_triton(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, next_weight: torch.Tensor | None = None
-) -> torch.Tensor:
+def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Do as :func:`rms_norm` in Triton, a program a row."""
     rows, hidden = x.shape
     out = torch.empty_like(x)
     block = next_power_of_2(hidden)
     if rows:
-        warps = min(max(block // 512, 1), 8)
         _rms_norm_kernel[(rows,)](
-            x,
-            weight,
-            out,
-            next_weight,
-            prefetch_chunks(next_weight),
-            eps,
-            hidden,
-            block=block,
-            lanes=32 * warps,
-            num_warps=warps,
-            **launch_options(x.device),
+            x, weight, out, eps, hidden, block=block, num_warps=min(max(block // 512, 1), 8), **launch_options(x.device)
         )
     return out
 
 
-def silu_mul(gate_up: torch.Tensor, *, next_weight: torch.Tensor | None = None) -> torch.Tensor:
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` (SwiGLU, arXiv 2002.05202), rounded once.
 
     Args:
         gate_up: ``[rows, 2 * size]``, gate before up, float32, bfloat16 or float16, contiguous.
-        next_weight: as of :func:`rms_norm`.
 
     Returns:
         ``[rows, size]``.
@@ -91,7 +72,8 @@ def silu_mul(gate_up: torch.Tensor, *, next_weight: torch.Tensor | None = None) 
         raise ValueError(
             f"gate_up has shape {list(gate_up.shape)} and strides {gate_up.stride()}, expected two halves, contiguous"
         )
-    return silu_mul_triton(gate_up, next_weight) if runs_triton(gate_up) else silu_mul_reference(gate_up)
+    multiply = silu_mul_triton if runs_triton(gate_up) else silu_mul_reference
+    return multiply(gate_up)
 
 
 def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -103,36 +85,24 @@ def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
 _SILU_BLOCK = 1024
 
 
-def silu_mul_triton(gate_up: torch.Tensor, next_weight: torch.Tensor | None = None) -> torch.Tensor:
+def silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
     """Do as :func:`silu_mul` in Triton."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         _silu_mul_kernel[(rows, -(-size // _SILU_BLOCK))](
-            gate_up,
-            out,
-            next_weight,
-            prefetch_chunks(next_weight),
-            size,
-            block=_SILU_BLOCK,
-            lanes=128,
-            num_warps=4,
-            **launch_options(gate_up.device),
+            gate_up, out, size, block=_SILU_BLOCK, num_warps=4, **launch_options(gate_up.device)
         )
     return out
 
 
 @jit()
-def _rms_norm_kernel(  # type: ignore[no-untyped-def]
-    x, weight, out, next_weight, chunks, eps, hidden, block: constexpr, lanes: constexpr, early: constexpr
-):
+def _rms_norm_kernel(x, weight, out, eps, hidden, block: constexpr, early: constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, block)
     inside = at < hidden
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     if early:
-        if next_weight is not None:
-            prefetch(next_weight, chunks, tl.program_id(0), tl.num_programs(0), lanes)
         gdc_launch_dependents()
         gdc_wait()
     values = tl.load(x + row * hidden + at, mask=inside, other=0.0).to(tl.float32)
@@ -141,16 +111,11 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _silu_mul_kernel(  # type: ignore[no-untyped-def]
-    gate_up, out, next_weight, chunks, size, block: constexpr, lanes: constexpr, early: constexpr
-):
+def _silu_mul_kernel(gate_up, out, size, block: constexpr, early: constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     inside = at < size
     if early:
-        if next_weight is not None:
-            program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-            prefetch(next_weight, chunks, program, tl.num_programs(0) * tl.num_programs(1), lanes)
         gdc_launch_dependents()
         gdc_wait()
     gate = tl.load(gate_up + row * 2 * size + at, mask=inside, other=0.0).to(tl.float32)

@@ -8,6 +8,8 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from graphmode.kernels._triton import (
@@ -20,83 +22,162 @@ from graphmode.kernels._triton import (
     tl,
 )
 
-# Programs that fill a large GPU: H100 and H200 have 132 multiprocessors, and two of these fit on each.
-_PROGRAMS = 256
+# Programs that have a multiprocessor each on a large GPU (H100 and H200 have 132), or nearly.
+_PROGRAMS = 128
 _MAX_SPARE = 32
+# Keys are shared out in tiles. Where the sequences fill the device, a part of fewer keys costs more than it gains.
+_TILE = 64
+_LEAST = 256
 
 
-def spare_parts(heads: int) -> int:
-    """Return how many parts more than sequences there may be, for so many key/value heads, each a program."""
-    return max(min(_PROGRAMS // heads, _MAX_SPARE), 1)
+class Parts(NamedTuple):
+    """The parts of a decode batch.
+
+    Attributes:
+        programs: int32 ``[seqs + spare, 4]``: of each program the sequence, the first of its keys, where they end, and
+            how many parts the sequence has: 0 for a program with nothing to do.
+        several: int32 ``[min(seqs, spare), 4]``: the sequences of several parts: which one, its first program, how many
+            parts, nothing. 0 parts where there is none.
+    """
+
+    programs: torch.Tensor
+    several: torch.Tensor
+
+
+def share_keys(
+    kv_lens: torch.Tensor,
+    kv_heads: int,
+    *,
+    window: int | None = None,
+    top_k: int | None = None,
+    spare: int | None = None,
+) -> Parts:
+    """Share out the keys of a decode batch, in Triton.
+
+    Args:
+        kv_lens: int32 ``[seqs]``: each sequence's length with its new token; 0 for padding, which is one part.
+        kv_heads: each takes a program of each part.
+        window: the last keys of a sequence that count.
+        top_k: the first keys of a sequence that count: of a selection.
+        spare: parts more than sequences that there may be, 1 or more; default by shapes.
+    """
+    seqs = len(kv_lens)
+    filling = max(_PROGRAMS // kv_heads, 1)
+    few = seqs <= filling
+    if spare is None:
+        spare = min(max(filling - seqs, filling // 2, 1) if few else 2 * filling, _MAX_SPARE)
+    programs = torch.empty((seqs + spare, 4), dtype=torch.int32, device=kv_lens.device)
+    several = torch.empty((min(seqs, spare), 4), dtype=torch.int32, device=kv_lens.device)
+    block_seqs = next_power_of_2(seqs)
+    block = max(4096 // block_seqs, 1)
+    # It lets no kernel start early: those after it read what it writes before they wait.
+    _share_kernel[(-(-(seqs + spare) // block),)](
+        kv_lens,
+        programs,
+        several,
+        seqs,
+        min(limit for limit in (window, top_k, 2**31 - 1) if limit is not None),
+        _TILE if few else _LEAST,
+        windowed=window is not None,
+        spare=spare,
+        tile=_TILE,
+        block_seqs=block_seqs,
+        block_spare=next_power_of_2(len(several)),
+        block=block,
+    )
+    return Parts(programs, several)
 
 
 def combine_parts(
-    parts: torch.Tensor,
+    acc: torch.Tensor,
     tops: torch.Tensor,
     sums: torch.Tensor,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
-    kv_lens: torch.Tensor,
-    most: int,
-    spare: int,
-    block_n: int,
+    parts: Parts,
 ) -> None:
     """Put together in ``out`` what several programs made of the keys of one sequence; the others' rows are there.
 
     Args:
-        parts: float32 ``[seqs + spare, q_heads, value_dim]``: sums of weighted values.
-        tops: float32 ``[seqs + spare, q_heads]``: what scores were taken relative to.
-        sums: float32 ``[seqs + spare, q_heads]``: of weights; 0 for a part without keys.
+        acc: float32 ``[programs, q_heads, value_dim]``: sums of weighted values.
+        tops: float32 ``[programs, q_heads]``: what scores were taken relative to.
+        sums: float32 ``[programs, q_heads]``: of weights; 0 for a part without keys.
         sinks: as of :func:`~graphmode.kernels.paged_attention`.
         out: ``[seqs, q_heads, value_dim]``.
-        kv_lens: int32 ``[seqs]``, as the programs took it; ``most``, ``spare`` and ``block_n`` likewise.
-        most: keys of a sequence that count.
-        spare: parts more than sequences.
-        block_n: keys of a tile.
+        parts: of the batch.
     """
-    seqs, q_heads, value_dim = out.shape
-    _combine_kernel[(min(seqs, spare), q_heads)](
-        parts,
+    q_heads, value_dim = out.shape[1:]
+    block_parts = next_power_of_2(len(parts.programs) - len(out))
+    _combine_kernel[(len(parts.several), q_heads)](
+        acc,
         tops,
         sums,
         sinks,
         out,
-        kv_lens,
-        seqs,
-        most,
+        parts.several,
         q_heads=q_heads,
         value_dim=value_dim,
         block_v=max(16, next_power_of_2(value_dim)),
-        spare=spare,
-        block_n=block_n,
-        block_seqs=next_power_of_2(seqs),
-        block_parts=next_power_of_2(spare),
-        num_warps=4 if value_dim * spare > 2048 else 1,
+        block_parts=block_parts,
+        num_warps=4 if value_dim * block_parts > 2048 else 1,
         **launch_options(out.device),
     )
 
 
 @jit()
-def count_parts(  # type: ignore[no-untyped-def]
-    kv_lens, seqs, most, spare: constexpr, block_n: constexpr, block_seqs: constexpr
+def load_part(programs, number):  # type: ignore[no-untyped-def]
+    """Return the sequence, the first key, their end and the number of parts of :class:`Parts`' program ``number``."""
+    place = programs + number * 4
+    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+
+
+@jit(do_not_specialize=["seqs", "most", "least"])
+def _share_kernel(  # type: ignore[no-untyped-def]
+    kv_lens,
+    programs,
+    several,
+    seqs,
+    most,
+    least,
+    windowed: constexpr,
+    spare: constexpr,
+    tile: constexpr,
+    block_seqs: constexpr,
+    block_spare: constexpr,
+    block: constexpr,
 ):
-    """Return the numbers of sequences, of each one's parts, and where they end in the row of all parts."""
+    """Fill ``block`` entries of ``programs``, and the first program those of ``several``."""
     index = tl.arange(0, block_seqs)
-    keys = tl.minimum(tl.load(kv_lens + index, mask=index < seqs, other=0), most)
-    share = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(keys, 0), spare), block_n), 1) * block_n
+    length = tl.load(kv_lens + index, mask=index < seqs, other=0)
+    keys = tl.minimum(length, most)
+    share = tl.cdiv(tl.maximum(tl.cdiv(tl.sum(keys, 0), spare), least), tile) * tile
     count = tl.where(index < seqs, tl.maximum(tl.cdiv(keys, share), 1), 0)
-    return index, count, tl.cumsum(count, 0)
-
-
-@jit()
-def find_part(  # type: ignore[no-untyped-def]
-    number, kv_lens, seqs, most, spare: constexpr, block_n: constexpr, block_seqs: constexpr
-):
-    """Return of a part its sequence, how many parts that has, 0 if there is none, and which one of them it is."""
-    index, count, end = count_parts(kv_lens, seqs, most, spare, block_n, block_seqs)
-    seq = tl.sum((end <= number).to(tl.int32), 0)
-    parts = tl.sum(tl.where(index == seq, count, 0), 0)
-    return seq, parts, number - tl.sum(tl.where(index == seq, end - count, 0), 0)
+    end = tl.cumsum(count, 0)
+    number = tl.program_id(0) * block + tl.arange(0, block)
+    seq = tl.sum((end[None, :] <= number[:, None]).to(tl.int32), 1)
+    mine = index[None, :] == seq[:, None]
+    parts = tl.sum(tl.where(mine, count[None, :], 0), 1)
+    part = number - tl.sum(tl.where(mine, (end - count)[None, :], 0), 1)
+    seq_keys = tl.sum(tl.where(mine, keys[None, :], 0), 1)
+    part_keys = tl.cdiv(tl.cdiv(seq_keys, tl.maximum(parts, 1)), tile) * tile
+    first = part * part_keys
+    last = tl.minimum(first + part_keys, seq_keys)
+    if windowed:
+        skipped = tl.sum(tl.where(mine, (length - keys)[None, :], 0), 1)
+        first += skipped
+        last += skipped
+    inside = number < seqs + spare
+    tl.store(programs + number * 4, seq, mask=inside)
+    tl.store(programs + number * 4 + 1, first, mask=inside)
+    tl.store(programs + number * 4 + 2, last, mask=inside)
+    tl.store(programs + number * 4 + 3, parts, mask=inside)
+    if tl.program_id(0) == 0:
+        nth = tl.arange(0, block_spare)
+        chosen = (count > 1)[None, :] & (tl.cumsum((count > 1).to(tl.int32), 0)[None, :] == nth[:, None] + 1)
+        room = nth < tl.minimum(seqs, spare)
+        tl.store(several + nth * 4, tl.sum(tl.where(chosen, index[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 4 + 1, tl.sum(tl.where(chosen, (end - count)[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 4 + 2, tl.sum(tl.where(chosen, count[None, :], 0), 1), mask=room)
 
 
 @jit()
@@ -111,34 +192,27 @@ def join_sink(total, top, sinks, head, inside):  # type: ignore[no-untyped-def]
     return total
 
 
-@jit(do_not_specialize=["seqs", "most"])
+@jit()
 def _combine_kernel(  # type: ignore[no-untyped-def]
     parts,
     tops,
     sums,
     sinks,
     out,
-    kv_lens,
-    seqs,
-    most,
+    several,
     q_heads: constexpr,
     value_dim: constexpr,
     block_v: constexpr,
-    spare: constexpr,
-    block_n: constexpr,
-    block_seqs: constexpr,
     block_parts: constexpr,
     early: constexpr,
 ):
-    """Combine the parts of one query head of the sequence that is the ``program_id(0)``-th of several parts."""
+    """Combine the parts of one query head of one sequence of several parts."""
     if early:
         gdc_launch_dependents()
-    index, count, end = count_parts(kv_lens, seqs, most, spare, block_n, block_seqs)
-    several = count > 1
-    mine = several & (tl.cumsum(several.to(tl.int32), 0) == tl.program_id(0) + 1)
-    seq = tl.sum(tl.where(mine, index, 0), 0)
-    number = tl.sum(tl.where(mine, count, 0), 0)
-    first = tl.sum(tl.where(mine, end - count, 0), 0)
+    place = several + tl.program_id(0) * 4
+    seq = tl.load(place)
+    first = tl.load(place + 1)
+    number = tl.load(place + 2)
     if early:
         gdc_wait()
     if number == 0:

@@ -18,7 +18,6 @@ from graphmode.kernels._triton import (
     tl,
 )
 from graphmode.kernels.kv_cache import write_kv_reference
-from graphmode.kernels.prefetch import prefetch, prefetch_chunks
 
 
 class Rotation(NamedTuple):
@@ -46,8 +45,6 @@ def rotate_and_cache(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    *,
-    next_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalise and rotate queries and keys, write keys and values into the paged cache, return the queries.
 
@@ -61,7 +58,6 @@ def rotate_and_cache(
         k_cache: ``[num_blocks, block_size, kv_heads, head_dim]`` in ``qkv``'s dtype, contiguous.
         v_cache: as ``k_cache``.
         slot_mapping: int64 ``[tokens]``: where each token's key and value go; -1 writes nothing.
-        next_weight: what the matrix product after attention reads, as of :func:`~graphmode.kernels.rms_norm`.
 
     Returns:
         ``[tokens, q_heads, head_dim]``.
@@ -90,10 +86,8 @@ def rotate_and_cache(
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             require_tensor(name, norm, shape=(head_dim,), dtypes=(qkv.dtype,), like=qkv)
-    arguments = (qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
-    if runs_triton(qkv):
-        return rotate_and_cache_triton(*arguments, next_weight)
-    return rotate_and_cache_reference(*arguments)
+    run = rotate_and_cache_triton if runs_triton(qkv) else rotate_and_cache_reference
+    return run(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
 
 
 def rotate_and_cache_reference(
@@ -149,7 +143,6 @@ def rotate_and_cache_triton(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    next_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do as :func:`rotate_and_cache` in Triton: programs of one token and some of its heads."""
     tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
@@ -160,7 +153,6 @@ def rotate_and_cache_triton(
     half = rotation.cos.shape[1]
     # Many small programs fill the device with few tokens; larger ones cost less each with many.
     block_h = next_power_of_2(min(kv_heads, 8 if tokens > 256 else 2))
-    warps = 2 if block_h > 2 else 1
     _rotate_and_cache_kernel[(tokens, -(-q_heads // block_h) + -(-kv_heads // block_h))](
         qkv,
         q_norm,
@@ -173,8 +165,6 @@ def rotate_and_cache_triton(
         v_cache,
         slot_mapping,
         out,
-        next_weight,
-        prefetch_chunks(next_weight),
         q_heads=q_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -184,8 +174,7 @@ def rotate_and_cache_triton(
         block_half=next_power_of_2(half),
         block_rest=next_power_of_2(max(head_dim - 2 * half, 1)),
         block_d=next_power_of_2(head_dim),
-        lanes=32 * warps,
-        num_warps=warps,
+        num_warps=2 if block_h > 2 else 1,
         **launch_options(qkv.device),
     )
     return out
@@ -204,8 +193,6 @@ def _rotate_and_cache_kernel(  # type: ignore[no-untyped-def]
     v_cache,
     slot_mapping,
     out,
-    next_weight,
-    chunks,
     q_heads: constexpr,
     kv_heads: constexpr,
     head_dim: constexpr,
@@ -215,16 +202,12 @@ def _rotate_and_cache_kernel(  # type: ignore[no-untyped-def]
     block_half: constexpr,
     block_rest: constexpr,
     block_d: constexpr,
-    lanes: constexpr,
     early: constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     q_parts = (q_heads + block_h - 1) // block_h
     if early:
-        if next_weight is not None:
-            program = tl.program_id(0) * tl.num_programs(1) + part
-            prefetch(next_weight, chunks, program, tl.num_programs(0) * tl.num_programs(1), lanes)
         gdc_launch_dependents()
         gdc_wait()
     position = tl.load(positions + token)

@@ -102,7 +102,7 @@ class FusedLayer:
             linear_add(x, h, self.down)
         else:
             h = _normed_linear(x, self.mlp_norm, self.gate_up)
-            x.addmm_(silu_mul(h, next_weight=self.down), self.down.T)
+            x.addmm_(silu_mul(h), self.down.T)
         return hidden_states
 
     def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> None:
@@ -124,16 +124,14 @@ class FusedLayer:
         rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping)
         if batch.max_query_len == 1 and not batch.piecewise:
             lengths = (batch.block_tables, batch.cu_query_lens, batch.kv_lens)
-            return rotate_and_attend(
-                qkv, *rotated, *lengths, scale=self.scale, window=self.window, next_weight=self.output
-            )
+            parts = batch.parts(cache.keys.shape[2], self.window)
+            return rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window, parts=parts)
         run = attend_outside_graph if batch.piecewise else attend
-        queries = rotate_and_cache(qkv, *rotated, next_weight=self.output)
-        return run(queries, cache, batch, self.scale, self.window, None, None)
+        return run(rotate_and_cache(qkv, *rotated), cache, batch, self.scale, self.window, None, None)
 
 
 def _normed_linear(x: torch.Tensor, norm: Norm, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return nn.functional.linear(rms_norm(x, norm.weight, norm.eps, next_weight=weight), weight, bias)
+    return nn.functional.linear(rms_norm(x, norm.weight, norm.eps), weight, bias)
 
 
 @dataclass(frozen=True)
