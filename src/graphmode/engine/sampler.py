@@ -70,7 +70,7 @@ class _Integers(NamedTuple, Generic[Column]):
         history_slot: the slot where penalties are on; else -1.
         list_slot: the slot where there is a bias or a minimum of tokens; else 0, whose lists are empty.
         stop_from: the first position at which it may draw its stop tokens.
-        logprobs: how many of the most likely tokens it wants.
+        logprobs: how many of the most likely tokens it wants beside the drawn one; -1 for none at all.
         prompt_logprobs: the same for the tokens of its prompt.
     """
 
@@ -84,7 +84,7 @@ class _Integers(NamedTuple, Generic[Column]):
 
 
 _NOBODY_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
-_NOBODY_INTEGERS = (0, 0, -1, 0, 0, 0, 0)
+_NOBODY_INTEGERS = (0, 0, -1, 0, 0, -1, -1)
 
 
 class _Lists(NamedTuple):
@@ -193,8 +193,8 @@ class Sampler:
             history_slot=slot if params.penalises else -1,
             list_slot=slot if params.logit_bias or params.min_tokens else 0,
             stop_from=len(sequence.prompt_token_ids) + params.min_tokens,
-            logprobs=params.logprobs or 0,
-            prompt_logprobs=params.prompt_logprobs or 0,
+            logprobs=-1 if params.logprobs is None else params.logprobs,
+            prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
         )
         return floats, integers
 

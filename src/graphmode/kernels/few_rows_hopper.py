@@ -119,6 +119,13 @@ def linear_add_hopper(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) ->
     _launch(h, None, weight, None, x, 0.0, gated=False, add=True)
 
 
+def linear_hopper(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Do as :func:`graphmode.kernels.few_rows.linear`, on what :func:`supports` accepts."""
+    out = torch.empty((h.shape[0], weight.shape[0]), dtype=h.dtype, device=h.device)
+    _launch(h, None, weight, None, out, 0.0, gated=False, add=False)
+    return out
+
+
 def _launch(
     x: torch.Tensor,
     norm: torch.Tensor | None,
