@@ -70,7 +70,6 @@ def share_keys(
     several = torch.empty((min(seqs, spare), 4), dtype=torch.int32, device=kv_lens.device)
     block_seqs = next_power_of_2(seqs)
     block = max(4096 // block_seqs, 1)
-    # It lets no kernel start early: those after it read what it writes before they wait.
     _share_kernel[(-(-(seqs + spare) // block),)](
         kv_lens,
         programs,
@@ -84,6 +83,7 @@ def share_keys(
         block_seqs=block_seqs,
         block_spare=next_power_of_2(len(several)),
         block=block,
+        **launch_options(kv_lens.device),
     )
     return Parts(programs, several)
 
@@ -145,8 +145,12 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     block_seqs: constexpr,
     block_spare: constexpr,
     block: constexpr,
+    early: constexpr,
 ):
     """Fill ``block`` entries of ``programs``, and the first program those of ``several``."""
+    # It lets no kernel start early: those after it read what it writes before they wait.
+    if early:
+        gdc_wait()
     index = tl.arange(0, block_seqs)
     length = tl.load(kv_lens + index, mask=index < seqs, other=0)
     keys = tl.minimum(length, most)
