@@ -58,16 +58,16 @@ def tiling(size: int, width: int, rows: int, *, normed: bool, gated: bool) -> Ti
     """Return how to share out weights ``[size, width]``, or with ``gated`` ``[2 * size, width]``, for so many rows.
 
     Weights under way are registers in use, and registers bound how many programs a multiprocessor runs at a time: where
-    rows are long, a few small parts are under way in many programs; where they are short, most of a row is before the
-    kernel waits. Of the tilings tried these are the fastest, or nearly, for the sizes of Qwen3-0.6B, 1.7B and 8B.
+    rows are long, a few small parts are under way in many programs; where they are short, a row is, before the kernel
+    waits. Of the tilings tried these are the fastest, or nearly, for the sizes of Qwen3-0.6B, 1.7B and 8B.
     """
     if not normed:
         block_n = 16 if size * width >= _LARGE else 8
         chosen = Tiling(block_n, 1024 if block_n == 8 and width > 2048 else 512, 3, 8)
     elif width > 2048:
         chosen = Tiling(8, 512, 2, 4)
-    elif not gated:
-        chosen = Tiling(16, 1024, 1, 4)
+    elif not gated or (width <= 1024 and rows <= 8):
+        chosen = Tiling(16, 1024, 1, 8)
     elif width > 1024:
         chosen = Tiling(8, 1024, 1, 8 if rows <= 8 else 4)
     else:
