@@ -6,7 +6,8 @@ makes is known to exist but not by value. The scheduler needs lengths; values ar
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -99,16 +100,17 @@ class Scheduler:
     def __init__(self, limits: Limits, pool: BlockPool, *, prefix_caching: bool = True) -> None:
         self.limits = limits
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: dict[Sequence, None] = {}
+        self._sources: deque[Iterator[Sequence]] = deque()
         self.preemptions = 0
         self._prefix_caching = prefix_caching
         self._free_slots = list(range(limits.max_num_seqs, 0, -1))
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is not finished."""
-        return bool(self.waiting or self.running)
+        """Whether any sequence is not finished, or may still come."""
+        return bool(self.waiting or self.running or self._sources)
 
     def check(self, prompt_tokens: int, max_tokens: int) -> None:
         """Check that a sequence could run.
@@ -138,7 +140,22 @@ class Scheduler:
             InputError: it could never run.
         """
         self.check(len(sequence.prompt_token_ids), sequence.params.max_tokens)
-        self.waiting.append(sequence)
+        self.waiting[sequence] = None
+
+    def feed(self, sequences: Iterator[Sequence]) -> None:
+        """Queue sequences that are made one by one, each when a step has room for it and nothing else waits.
+
+        So the first step starts before the last sequence is made, and holds what it would if all had been added.
+
+        Args:
+            sequences: makes them, checked. What it raises, :meth:`schedule` raises.
+        """
+        self._sources.append(sequences)
+
+    def withdraw(self, sequences: Iterator[Sequence]) -> None:
+        """Ask for no more of what :meth:`feed` took. Those that came already stay."""
+        if sequences in self._sources:
+            self._sources.remove(sequences)
 
     def schedule(self) -> Batch | None:
         """Choose the next step, admitting waiting sequences; None where there is nothing to compute now."""
@@ -164,13 +181,13 @@ class Scheduler:
                 budget -= tokens
                 scores -= len(row.scored)
         # Whoever gave up its blocks in this step waits for the next one.
-        while self.waiting and budget > 0 and self.preemptions == preemptions:
-            if not (tokens := self._admit(self.waiting[0], budget, scores)):
+        while budget > 0 and self.preemptions == preemptions and (first := self._next_waiting()) is not None:
+            if not (tokens := self._admit(first, budget, scores)):
                 break
-            sequence = self.waiting.popleft()
-            self.running[sequence] = None
-            admitted.append(sequence)
-            rows[sequence] = row = _row(sequence, tokens)
+            del self.waiting[first]
+            self.running[first] = None
+            admitted.append(first)
+            rows[first] = row = _row(first, tokens)
             budget -= tokens
             scores -= len(row.scored)
         if not rows:
@@ -231,7 +248,7 @@ class Scheduler:
         if sequence in self.running:
             del self.running[sequence]
         else:
-            self.waiting.remove(sequence)
+            del self.waiting[sequence]
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
@@ -293,9 +310,19 @@ class Scheduler:
         """Take the blocks of the sequence that was admitted last, which waits to be computed again; return it."""
         victim, _ = self.running.popitem()
         self._release(victim)
-        self.waiting.appendleft(victim)
+        self.waiting[victim] = None
+        self.waiting.move_to_end(victim, last=False)
         self.preemptions += 1
         return victim
+
+    def _next_waiting(self) -> Sequence | None:
+        """Return the sequence that is to be admitted next, asking for one where none waits; None where none comes."""
+        while not self.waiting and self._sources:
+            if (sequence := next(self._sources[0], None)) is None:
+                self._sources.popleft()
+            else:
+                self.waiting[sequence] = None
+        return next(iter(self.waiting), None)
 
     def _admit(self, sequence: Sequence, budget: int, scores: int) -> int:
         """Give a waiting sequence the blocks of its first step and return its tokens; 0 where there is no room."""
