@@ -245,7 +245,7 @@ class Engine:
 def _check_tokens(token_ids: SequenceOf[int], vocab_size: int) -> None:
     with suppress(OverflowError):
         # Without a sign, what is below 0 is too large.
-        if np.frombuffer(array("q", token_ids), np.uint64).max() < vocab_size:
+        if np.maximum.reduce(np.frombuffer(array("q", token_ids), np.uint64)) < vocab_size:
             return
     token = next(token for token in token_ids if not 0 <= token < vocab_size)
     raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
