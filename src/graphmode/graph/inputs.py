@@ -172,16 +172,17 @@ class _Staged:
     def __init__(self, region: _Region, memory: torch.Tensor) -> None:
         self._padding = region.spec.padding
         self._buffer = region.view(memory, region.shape).fill_(self._padding)
-        self._corner = (0,) * len(region.shape)
+        self._corner: torch.Size | None = None
 
     def write(self, value: torch.Tensor | None) -> None:
         """Write a value, None for nothing but padding. Only what held values before is padded again."""
-        corner = (0,) * len(self._corner) if value is None else tuple(value.shape)
-        if any(before > now for before, now in zip(self._corner, corner, strict=True)):
-            self._buffer[_slices(self._corner)].fill_(self._padding)
+        before, self._corner = self._corner, None if value is None else value.shape
+        if before is not None and (
+            value is None or any(old > new for old, new in zip(before, value.shape, strict=True))
+        ):
+            self._buffer[_slices(before)].fill_(self._padding)
         if value is not None:
-            self._buffer[_slices(corner)].copy_(value)
-        self._corner = corner
+            self._buffer[_slices(value.shape)].copy_(value)
 
 
 class InputBuffers:
