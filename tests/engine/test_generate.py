@@ -301,6 +301,23 @@ def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path
         SamplingParams(stop="a text, not a list")
 
 
+def test_a_burst_ends_at_the_token_that_one_step_at_a_time_ends_at(bundled: Path) -> None:
+    """Texts of many tokens are decoded and searched together; tokens, text and reason are those of single ones."""
+    single, burst = (LLM(bundled, device="cpu", max_num_seqs=8, decode_steps=steps) for steps in (1, 7))
+    text = single.generate("KING.\n", SamplingParams(temperature=0, max_tokens=40))[0].outputs[0].text
+    params = [
+        SamplingParams(temperature=0, max_tokens=40, stop=[text[at : at + size], "never said"], min_tokens=least)
+        for at, size in ((3, 1), (11, 4), (30, 17), (len(text) - 2, 2))
+        for least in (0, 13, 40)
+    ]
+    expected, outputs = (llm.generate(["KING.\n"] * len(params), params) for llm in (single, burst))
+    assert [output.outputs for output in outputs] == [output.outputs for output in expected]
+    assert {output.outputs[0].finish_reason for output in outputs} == {"stop", "length"}
+    for output, each in zip(outputs, params, strict=True):
+        (*streamed,) = burst.stream("KING.\n", each)
+        assert streamed[-1].outputs == output.outputs
+
+
 def test_stop_tokens_end_the_answer_and_stay_in_it(tiny: Path) -> None:
     llm = LLM(tiny, device="cpu", max_num_seqs=2)
     prompt = {"prompt_token_ids": [5, 6, 7]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ class _Answer:
         self.sequence = sequence
         self.text = ""
         self._read = len(sequence.prompt_token_ids)
-        # Decoding costs the host time at every token: where nothing looks at the text before its end, it is done there.
+        # Decoding costs the host time: where nothing looks at the text before its end, it is done there.
         self._as_it_comes = request.streamed or bool(sequence.params.stop)
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
@@ -237,20 +238,34 @@ class _Answer:
         return None if self.unread else self.sequence.finish_reason
 
     def read(self) -> bool:
-        """Take in the next token, or all where nothing looks at the text before its end.
+        """Take in the next token where each is streamed, else what there is, up to the minimum of tokens first.
 
         Returns:
             Whether the text has come to a stop text, where it is cut.
         """
-        self._read = self._read + 1 if self._as_it_comes else len(self.sequence.token_ids)
+        end = self._read + 1 if self.request.streamed else len(self.sequence.token_ids)
+        least = len(self.sequence.prompt_token_ids) + self.sequence.params.min_tokens
+        if self._read < least:
+            end = min(end, least)
+        before = self._read, self.text, copy(self._decoder)
+        if not self._read_to(end):
+            return False
+        # The token that completes the stop text is the last one; which it is, a second look tells.
+        self._read, self.text, self._decoder = before
+        return any(self._read_to(at) for at in range(self._read + 1, end + 1))
+
+    def _read_to(self, end: int) -> bool:
+        """Take in the tokens before ``end`` together; return whether the text has come to a stop text."""
+        tokens = self.sequence.token_ids[self._read : end]
+        self._read = end
         if self._tokenizer is None:
             return False
-        made = self._read - len(self.sequence.prompt_token_ids)
+        made = end - len(self.sequence.prompt_token_ids)
         if self.finish_reason is not None:
-            tokens = self.sequence.output_token_ids
-            new = str(self._tokenizer.decode(tokens, skip_special_tokens=True))[len(self.text) :]
+            whole = self._tokenizer.decode(self.sequence.output_token_ids, skip_special_tokens=True)
+            new = str(whole)[len(self.text) :]
         elif self._as_it_comes:
-            new = self._decoder.step(self._tokenizer.backend_tokenizer, self.sequence.token_ids[self._read - 1]) or ""
+            new = self._decoder.step(self._tokenizer.backend_tokenizer, tokens) or ""
         else:
             return False
         before, self.text = len(self.text), self.text + new
