@@ -8,7 +8,6 @@ import time
 from array import array
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -243,10 +242,12 @@ class Engine:
 
 
 def _check_tokens(token_ids: SequenceOf[int], vocab_size: int) -> None:
-    with suppress(OverflowError):
+    try:
         # Without a sign, what is below 0 is too large.
         if np.maximum.reduce(np.frombuffer(array("q", token_ids), np.uint64)) < vocab_size:
             return
+    except OverflowError:
+        pass
     token = next(token for token in token_ids if not 0 <= token < vocab_size)
     raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
 
