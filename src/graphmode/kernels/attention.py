@@ -422,14 +422,13 @@ def paged_attention_triton(
         "values_in_keys": values_in_keys,
         "window": window,
         "soft_cap": soft_cap,
-        "num_stages": 3 if max(block_d, block_v) <= 256 else 2,
     }
     inputs = (q, *q.stride(), k_cache, v_cache, block_tables, block_tables.stride(0), kv_lens, cu_query_lens, sinks)
     scale_log2 = scale * math.log2(math.e)
     if max_query_len > 1 and selection is None:
-        # A prompt beside many sequences of one token fills larger tiles than the mean says; small ones cost it more.
-        rows = max(next_power_of_2(max(tokens * group // seqs, 1)), 64 if tokens > 32 else 16)
-        block_m = max(min(rows, 128 if q.element_size() == 2 else 16, max_rows), next_power_of_2(block_heads), 16)
+        # On an H100 as fast as tiles of 128 rows for long prompts, faster for short ones (docs/performance.md).
+        rows = 64 if tokens > 32 and q.element_size() == 2 else 16
+        block_m = max(min(rows, max_rows), next_power_of_2(block_heads))
         block_q = block_m // block_heads
         _mixed_kernel[(tokens // block_q + seqs + 1, kv_heads * head_blocks)](
             *inputs,
@@ -442,6 +441,7 @@ def paged_attention_triton(
             block_m=block_m,
             block_seqs=next_power_of_2(seqs + 1),
             num_warps=_num_warps(block_m, block_d, block_v),
+            num_stages=2,
         )
         return out
     block_m = max(next_power_of_2(block_heads), 16)
@@ -476,6 +476,7 @@ def paged_attention_triton(
         block_m=block_m,
         block_seqs=next_power_of_2(seqs + 1),
         num_warps=_num_warps(block_m, block_d, block_v),
+        num_stages=3 if max(block_d, block_v) <= 256 else 2,
         **launch_options(q.device),
     )
     if parts is not None:
