@@ -40,16 +40,7 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
-from graphmode.kernels.parts import (
-    MAX_HEAD_BLOCKS,
-    Parts,
-    add_parts,
-    is_last,
-    join_sink,
-    load_part,
-    share_keys,
-    weigh_parts,
-)
+from graphmode.kernels.parts import Parts, combine_parts, join_sink, load_part, share_keys
 
 
 def paged_attention(
@@ -412,12 +403,6 @@ def paged_attention_triton(
     # Where the query heads of one key/value head are more than a program takes, several share them.
     max_rows = max(_QUERY_BYTES // (max(block_d, block_v) * q.element_size()), 16)
     head_blocks = -(-group // max_rows)
-    require(
-        head_blocks <= MAX_HEAD_BLOCKS,
-        "query heads of a key/value head",
-        group,
-        f"at most {MAX_HEAD_BLOCKS * max_rows}",
-    )
     block_heads = -(-group // head_blocks)
     constants = {
         "kv_heads": kv_heads,
@@ -478,7 +463,7 @@ def paged_attention_triton(
         *inputs,
         selection,
         0 if selection is None else selection.stride(0),
-        *((None, None) if parts is None else parts),
+        None if parts is None else parts.programs,
         out,
         acc,
         tops,
@@ -490,13 +475,12 @@ def paged_attention_triton(
         top_k=0 if selection is None else selection.shape[1],
         block_m=block_m,
         block_seqs=next_power_of_2(seqs + 1),
-        block_parts=next_power_of_2(max(programs - tokens, 1)),
-        parts_at_once=4 if block_m * block_v <= 4096 else 1,
-        max_head_blocks=MAX_HEAD_BLOCKS,
         num_warps=_num_warps(block_m, block_d, block_v),
         num_stages=3 if max(block_d, block_v) <= 256 else 2,
         **launch_options(q.device),
     )
+    if parts is not None:
+        combine_parts(acc, tops, sums, sinks, out, parts)
     return out
 
 
@@ -520,7 +504,6 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     selection,
     selection_stride,
     programs,
-    arrivals,
     out,
     parts,
     tops,
@@ -548,15 +531,11 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     top_k: constexpr,
     block_m: constexpr,
     block_seqs: constexpr,
-    block_parts: constexpr,
-    parts_at_once: constexpr,
-    max_head_blocks: constexpr,
     early: constexpr,
 ):
     """Attend with query heads of one key/value head of one token to all of its keys, or to one part of them.
 
-    Then ``parts`` takes the sums before division, ``tops`` and ``sums`` each row's largest score and sum of weights;
-    the last program of the token puts them together.
+    Then ``parts`` takes the sums before division, ``tops`` and ``sums`` each row's largest score and sum of weights.
     """
     if early:
         gdc_launch_dependents()
@@ -564,7 +543,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(1) // head_blocks
     first_head = tl.program_id(1) % head_blocks * block_heads
     if programs is not None:
-        seq, start, end, count, first_program = load_part(programs, number)
+        seq, start, end, count = load_part(programs, number)
         if count == 0:
             return
         token = seq.to(tl.int64)
@@ -630,27 +609,6 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         tl.store(tops + row, top, mask=mine)
         tl.store(sums + row, total, mask=mine)
         tl.store(parts + row[:, None] * value_dim + dim[None, :], acc, mask=inside)
-        place = (token * kv_heads + kv_head) * max_head_blocks + tl.program_id(1) % head_blocks
-        if is_last(arrivals, place, count):
-            row = first_program.to(tl.int64) * (kv_heads * group) + head
-            top, total = weigh_parts(tops, sums, row, kv_heads * group, count, mine, block_parts)
-            acc = add_parts(
-                parts,
-                tops,
-                row,
-                kv_heads * group,
-                count,
-                top,
-                mine,
-                dim,
-                dim < value_dim,
-                value_dim,
-                parts_at_once,
-            )
-            total = join_sink(total, top, sinks, head, mine)
-            acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-            row = token * (kv_heads * group) + head
-            tl.store(out + row[:, None] * value_dim + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=["tokens", "seqs"])

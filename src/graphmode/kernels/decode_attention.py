@@ -22,7 +22,7 @@ from graphmode.kernels._triton import (
     tl,
 )
 from graphmode.kernels.attention import paged_attention
-from graphmode.kernels.parts import MAX_HEAD_BLOCKS, Parts, add_parts, is_last, load_part, share_keys, weigh_parts
+from graphmode.kernels.parts import Parts, combine_parts, load_part, share_keys
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 
 _TILE_BYTES = 16384
@@ -138,7 +138,7 @@ def rotate_and_attend_triton(
         block_tables,
         block_tables.stride(0),
         kv_lens,
-        *parts,
+        parts.programs,
         out,
         acc,
         tops,
@@ -151,12 +151,11 @@ def rotate_and_attend_triton(
         block_half=block_half,
         block_m=block_m,
         block_n=min(max(_TILE_BYTES // (2 * block_half * qkv.element_size()), 16), 128),
-        block_parts=next_power_of_2(programs - tokens),
-        max_head_blocks=MAX_HEAD_BLOCKS,
         num_warps=8 if block_m >= 128 else 4,
         num_stages=3,
         **launch_options(qkv.device),
     )
+    combine_parts(acc, tops, sums, None, out, parts)
     return out
 
 
@@ -176,7 +175,6 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     table_stride,
     kv_lens,
     programs,
-    arrivals,
     out,
     parts,
     tops,
@@ -189,19 +187,17 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     block_half: constexpr,
     block_m: constexpr,
     block_n: constexpr,
-    block_parts: constexpr,
-    max_head_blocks: constexpr,
     early: constexpr,
 ):
     """Attend with the query heads of one key/value head of one sequence to all of its keys, or to one part of them.
 
-    Then ``parts``, ``tops`` and ``sums`` take what the last program of the sequence puts together.
+    Then ``parts``, ``tops`` and ``sums`` take what :func:`~graphmode.kernels.parts.combine_parts` puts together.
     """
     if early:
         gdc_launch_dependents()
     number = tl.program_id(0)
     kv_head = tl.program_id(1)
-    seq, start, end, count, first_program = load_part(programs, number)
+    seq, start, end, count = load_part(programs, number)
     if count == 0:
         return
     token = seq.to(tl.int64)
@@ -285,9 +281,9 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
             query_a, query_b, keys_a, keys_b, values_a, values_b, seen, top, total, acc_a, acc_b, scale_log2
         )
 
-    whole = out + (token * (kv_heads * group) + head)[:, None] * head_dim + dim[None, :]
     if count == 1:
         weight = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        whole = out + (token * (kv_heads * group) + head)[:, None] * head_dim + dim[None, :]
         tl.store(whole, (acc_a * weight).to(out.dtype.element_ty), mask=both)
         tl.store(whole + half, (acc_b * weight).to(out.dtype.element_ty), mask=both)
     else:
@@ -297,14 +293,6 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
         target = parts + part[:, None] * head_dim + dim[None, :]
         tl.store(target, acc_a, mask=both)
         tl.store(target + half, acc_b, mask=both)
-        if is_last(arrivals, (token * kv_heads + kv_head) * max_head_blocks, count):
-            part = first_program.to(tl.int64) * (kv_heads * group) + head
-            top, total = weigh_parts(tops, sums, part, kv_heads * group, count, mine, block_parts)
-            weight = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-            acc_a = add_parts(parts, tops, part, kv_heads * group, count, top, mine, dim, real, head_dim, 4)
-            tl.store(whole, (acc_a * weight).to(out.dtype.element_ty), mask=both)
-            acc_b = add_parts(parts + half, tops, part, kv_heads * group, count, top, mine, dim, real, head_dim, 4)
-            tl.store(whole + half, (acc_b * weight).to(out.dtype.element_ty), mask=both)
 
 
 @jit()

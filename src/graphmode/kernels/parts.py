@@ -2,9 +2,8 @@
 
 A part has at most ``1 / spare`` of all keys, so that long contexts beside short ones are spread over the device, and
 the short ones stay whole. Of ``seqs`` sequences there are then at most ``seqs + spare`` parts, whatever the lengths:
-the number of programs, which a graph fixes. Parts of one sequence (flash-decoding,
-https://crfm.stanford.edu/2023/10/12/flashdecoding.html) are put together by the last of its programs to end,
-in their order, so that it does not matter which one that is.
+the number of programs, which a graph fixes. Parts of one sequence are put together by a second kernel (flash-decoding,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 
 from graphmode.kernels._triton import (
     constexpr,
+    gdc_launch_dependents,
     gdc_wait,
     jit,
     launch_options,
@@ -28,23 +28,20 @@ _MAX_SPARE = 32
 # Keys are shared out in tiles. Where the sequences fill the device, a part of fewer keys costs more than it gains.
 _TILE = 64
 _LEAST = 256
-_COLUMNS = 5
-# Programs that the query heads of one key/value head may be for.
-MAX_HEAD_BLOCKS = 8
 
 
 class Parts(NamedTuple):
     """The parts of a decode batch.
 
     Attributes:
-        programs: int32 ``[seqs + spare, 5]``: of each program the sequence, the first of its keys, where they end, how
-            many parts the sequence has, 0 for a program with nothing to do, and the first program of the sequence.
-        arrivals: int32 ``[seqs, kv_heads, 8]``: programs of a sequence, a key/value head and up to eight groups of its
-            query heads that have come to their end; 0 between calls.
+        programs: int32 ``[seqs + spare, 4]``: of each program the sequence, the first of its keys, where they end, and
+            how many parts the sequence has: 0 for a program with nothing to do.
+        several: int32 ``[min(seqs, spare), 4]``: the sequences of several parts: which one, its first program, how many
+            parts, nothing. 0 parts where there is none.
     """
 
     programs: torch.Tensor
-    arrivals: torch.Tensor
+    several: torch.Tensor
 
 
 def share_keys(
@@ -69,120 +66,88 @@ def share_keys(
     few = seqs <= filling
     if spare is None:
         spare = min(max(filling - seqs, filling // 2, 1) if few else 2 * filling, _MAX_SPARE)
-    programs = torch.empty((seqs + spare, _COLUMNS), dtype=torch.int32, device=kv_lens.device)
-    arrivals = torch.zeros((seqs, kv_heads, MAX_HEAD_BLOCKS), dtype=torch.int32, device=kv_lens.device)
+    programs = torch.empty((seqs + spare, 4), dtype=torch.int32, device=kv_lens.device)
+    several = torch.empty((min(seqs, spare), 4), dtype=torch.int32, device=kv_lens.device)
     block_seqs = next_power_of_2(seqs)
     block = max(4096 // block_seqs, 1)
     _share_kernel[(-(-(seqs + spare) // block),)](
         kv_lens,
         programs,
+        several,
         seqs,
         min(limit for limit in (window, top_k, 2**31 - 1) if limit is not None),
         _TILE if few else _LEAST,
         windowed=window is not None,
         spare=spare,
         tile=_TILE,
-        columns=_COLUMNS,
         block_seqs=block_seqs,
+        block_spare=next_power_of_2(len(several)),
         block=block,
         **launch_options(kv_lens.device),
     )
-    return Parts(programs, arrivals)
+    return Parts(programs, several)
+
+
+def combine_parts(
+    acc: torch.Tensor,
+    tops: torch.Tensor,
+    sums: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    parts: Parts,
+) -> None:
+    """Put together in ``out`` what several programs made of the keys of one sequence; the others' rows are there.
+
+    Args:
+        acc: float32 ``[programs, q_heads, value_dim]``: sums of weighted values.
+        tops: float32 ``[programs, q_heads]``: what scores were taken relative to.
+        sums: float32 ``[programs, q_heads]``: of weights; 0 for a part without keys.
+        sinks: as of :func:`~graphmode.kernels.paged_attention`.
+        out: ``[seqs, q_heads, value_dim]``.
+        parts: of the batch.
+    """
+    q_heads, value_dim = out.shape[1:]
+    block_parts = next_power_of_2(len(parts.programs) - len(out))
+    _combine_kernel[(len(parts.several), q_heads)](
+        acc,
+        tops,
+        sums,
+        sinks,
+        out,
+        parts.several,
+        q_heads=q_heads,
+        value_dim=value_dim,
+        block_v=max(16, next_power_of_2(value_dim)),
+        block_parts=block_parts,
+        num_warps=4 if value_dim * block_parts > 2048 else 1,
+        **launch_options(out.device),
+    )
 
 
 @jit()
 def load_part(programs, number):  # type: ignore[no-untyped-def]
-    """Return what :class:`Parts` says of program ``number``."""
-    place = programs + number * 5
-    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3), tl.load(place + 4)
-
-
-@jit()
-def is_last(arrivals, place, count):  # type: ignore[no-untyped-def]
-    """Return whether all ``count`` programs have stored their parts, this one last."""
-    tl.debug_barrier()
-    last = tl.atomic_add(arrivals + place, 1) == count - 1
-    if last:
-        tl.store(arrivals + place, 0)
-    return last
-
-
-@jit()
-def weigh_parts(  # type: ignore[no-untyped-def]
-    tops, sums, row, stride: constexpr, count, mine, block_parts: constexpr
-):
-    """Return the largest score of each row of all parts, and the sum of weights relative to it.
-
-    Args:
-        tops: float32 ``[programs, stride]``: what a part's scores were taken relative to.
-        sums: float32 ``[programs, stride]``: of a part's weights.
-        row: of the first part in these, ``[block_m]``.
-        stride: query heads.
-        count: parts.
-        mine: ``[block_m]``: which rows there are.
-        block_parts: a power of two that is at least ``count``.
-    """
-    part = tl.arange(0, block_parts)
-    at = row[:, None] + (part * stride)[None, :]
-    inside = mine[:, None] & (part < count)[None, :]
-    top = tl.load(tops + at, mask=inside, other=-1e38, cache_modifier=".cg")
-    total = tl.load(sums + at, mask=inside, other=0.0, cache_modifier=".cg")
-    top_of_all = tl.max(top, 1)
-    return top_of_all, tl.sum(total * tl.exp2(top - top_of_all[:, None]), 1)
-
-
-@jit()
-def add_parts(  # type: ignore[no-untyped-def]
-    parts, tops, row, stride: constexpr, count, top_of_all, mine, dim, real, width: constexpr, at_once: constexpr
-):
-    """Return the sums of weighted values of all parts, ``[block_m, block]``, relative to ``top_of_all``.
-
-    Args:
-        parts: float32 ``[programs, stride, width]``.
-        tops: this and what follows as of :func:`weigh_parts`.
-        row: as there.
-        stride: as there.
-        count: as there.
-        top_of_all: as it returns it.
-        mine: as there.
-        dim: elements of a row, ``[block]``.
-        real: which of them there are.
-        width: of a row.
-        at_once: parts that are asked for together.
-    """
-    acc = tl.zeros([row.shape[0], dim.shape[0]], tl.float32)
-    for first in range(0, count, at_once):
-        for step in tl.static_range(at_once):
-            number = tl.zeros_like(row) + (first + step)
-            at = row + number * stride
-            here = mine & (number < count)
-            top = tl.load(tops + at, mask=here, other=-1e38, cache_modifier=".cg")
-            part = tl.load(
-                parts + at[:, None] * width + dim[None, :],
-                mask=here[:, None] & real[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            acc += part * tl.exp2(top - top_of_all)[:, None]
-    return acc
+    """Return the sequence, the first key, their end and the number of parts of :class:`Parts`' program ``number``."""
+    place = programs + number * 4
+    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
 
 
 @jit(do_not_specialize=["seqs", "most", "least"])
 def _share_kernel(  # type: ignore[no-untyped-def]
     kv_lens,
     programs,
+    several,
     seqs,
     most,
     least,
     windowed: constexpr,
     spare: constexpr,
     tile: constexpr,
-    columns: constexpr,
     block_seqs: constexpr,
+    block_spare: constexpr,
     block: constexpr,
     early: constexpr,
 ):
-    """Fill ``block`` entries of ``programs``."""
+    """Fill ``block`` entries of ``programs``, and the first program those of ``several``."""
     # It lets no kernel start early: those after it read what it writes before they wait.
     if early:
         gdc_wait()
@@ -196,8 +161,7 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     seq = tl.sum((end[None, :] <= number[:, None]).to(tl.int32), 1)
     mine = index[None, :] == seq[:, None]
     parts = tl.sum(tl.where(mine, count[None, :], 0), 1)
-    first_program = tl.sum(tl.where(mine, (end - count)[None, :], 0), 1)
-    part = number - first_program
+    part = number - tl.sum(tl.where(mine, (end - count)[None, :], 0), 1)
     seq_keys = tl.sum(tl.where(mine, keys[None, :], 0), 1)
     part_keys = tl.cdiv(tl.cdiv(seq_keys, tl.maximum(parts, 1)), tile) * tile
     first = part * part_keys
@@ -207,12 +171,17 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         first += skipped
         last += skipped
     inside = number < seqs + spare
-    place = programs + number * columns
-    tl.store(place, seq, mask=inside)
-    tl.store(place + 1, first, mask=inside)
-    tl.store(place + 2, last, mask=inside)
-    tl.store(place + 3, parts, mask=inside)
-    tl.store(place + 4, first_program, mask=inside)
+    tl.store(programs + number * 4, seq, mask=inside)
+    tl.store(programs + number * 4 + 1, first, mask=inside)
+    tl.store(programs + number * 4 + 2, last, mask=inside)
+    tl.store(programs + number * 4 + 3, parts, mask=inside)
+    if tl.program_id(0) == 0:
+        nth = tl.arange(0, block_spare)
+        chosen = (count > 1)[None, :] & (tl.cumsum((count > 1).to(tl.int32), 0)[None, :] == nth[:, None] + 1)
+        room = nth < tl.minimum(seqs, spare)
+        tl.store(several + nth * 4, tl.sum(tl.where(chosen, index[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 4 + 1, tl.sum(tl.where(chosen, (end - count)[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 4 + 2, tl.sum(tl.where(chosen, count[None, :], 0), 1), mask=room)
 
 
 @jit()
@@ -225,3 +194,45 @@ def join_sink(total, top, sinks, head, inside):  # type: ignore[no-untyped-def]
         sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
         total = total + tl.exp2(sink - top)
     return total
+
+
+@jit()
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    parts,
+    tops,
+    sums,
+    sinks,
+    out,
+    several,
+    q_heads: constexpr,
+    value_dim: constexpr,
+    block_v: constexpr,
+    block_parts: constexpr,
+    early: constexpr,
+):
+    """Combine the parts of one query head of one sequence of several parts."""
+    if early:
+        gdc_launch_dependents()
+    place = several + tl.program_id(0) * 4
+    seq = tl.load(place)
+    first = tl.load(place + 1)
+    number = tl.load(place + 2)
+    if early:
+        gdc_wait()
+    if number == 0:
+        return
+    head = tl.program_id(1)
+    part = tl.arange(0, block_parts)
+    row = (first + part).to(tl.int64) * q_heads + head
+    total = tl.load(sums + row, mask=part < number, other=0.0)
+    used = total > 0.0
+    top = tl.load(tops + row, mask=used, other=-1e38)
+    top_of_all = tl.max(top, 0)
+    weight = tl.where(used, tl.exp2(top - top_of_all), 0.0)
+    dim = tl.arange(0, block_v)
+    inside = dim < value_dim
+    acc = tl.load(parts + row[:, None] * value_dim + dim[None, :], mask=used[:, None] & inside[None, :], other=0.0)
+    total_of_all = join_sink(tl.sum(total * weight, 0), top_of_all, sinks, head, True)
+    acc = tl.sum(acc * weight[:, None], 0) / tl.where(total_of_all == 0.0, 1.0, total_of_all)
+    target = out + (seq.to(tl.int64) * q_heads + head) * value_dim + dim
+    tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
