@@ -35,12 +35,13 @@ def test_every_key_is_in_one_part_and_no_part_has_more_than_its_share(
     largest = max(math.ceil(sum(keys) / spare), TILE if len(lens) <= 16 else 256) + TILE
     expected = []
     for seq, (length, count) in enumerate(zip(lens, keys, strict=True)):
-        mine = [(start, end) for which, start, end, _ in real if which == seq]
-        assert {parts for which, *_, parts in real if which == seq} == {len(mine)}
+        mine = [(start, end) for which, start, end, *_ in real if which == seq]
+        assert {parts for which, _, _, parts, _ in real if which == seq} == {len(mine)}
         assert all(end - start < largest for start, end in mine)
         assert len(mine) == 1 or all(start < end for start, end in mine)
         at = length - count if "window" in limit else 0
         assert [start for start, _ in mine] + [at + count] == [at] + [end for _, end in mine]
+        assert [entry[4] for entry in real if entry[0] == seq] == [0] * (len(mine) - 1) + [int(count > 0)]
         if len(mine) > 1:
             expected.append([seq, next(i for i, entry in enumerate(real) if entry[0] == seq), len(mine)])
     assert [entry for entry in several if entry[2]] == expected
@@ -49,13 +50,14 @@ def test_every_key_is_in_one_part_and_no_part_has_more_than_its_share(
 def test_a_long_context_beside_short_ones_is_spread(kernel_device: str) -> None:
     found, several = share([10] * 20 + [3200] + [10] * 20, kernel_device)
     assert several[0] == [20, 20, 13]
-    assert all(parts == 1 for seq, *_, parts in found if seq != 20 and parts)
+    assert all(entry[3] == 1 for entry in found if entry[0] != 20 and entry[3])
 
 
 def test_even_contexts_stay_whole(kernel_device: str) -> None:
     found, several = share([200] * 64, kernel_device)
-    assert found[:64] == [[seq, 0, 200, 1] for seq in range(64)]
-    assert not any(parts for *_, parts in found[64:] + several)
+    assert found[:64] == [[seq, 0, 200, 1, 1] for seq in range(64)]
+    assert not any(entry[3] for entry in found[64:])
+    assert not any(parts for *_, parts in several)
 
 
 def test_one_sequence_is_spread_over_the_device(kernel_device: str) -> None:

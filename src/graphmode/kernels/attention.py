@@ -543,7 +543,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(1) // head_blocks
     first_head = tl.program_id(1) % head_blocks * block_heads
     if programs is not None:
-        seq, start, end, count = load_part(programs, number)
+        seq, start, end, count, _ = load_part(programs, number)
         if count == 0:
             return
         token = seq.to(tl.int64)

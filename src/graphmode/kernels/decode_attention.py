@@ -137,7 +137,6 @@ def rotate_and_attend_triton(
         slot_mapping,
         block_tables,
         block_tables.stride(0),
-        kv_lens,
         parts.programs,
         out,
         acc,
@@ -173,7 +172,6 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     slot_mapping,
     block_tables,
     table_stride,
-    kv_lens,
     programs,
     out,
     parts,
@@ -193,19 +191,16 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
 
     Then ``parts``, ``tops`` and ``sums`` take what :func:`~graphmode.kernels.parts.combine_parts` puts together.
     """
-    if early:
-        gdc_launch_dependents()
     number = tl.program_id(0)
     kv_head = tl.program_id(1)
-    seq, start, end, count = load_part(programs, number)
+    seq, start, end, count, newest = load_part(programs, number)
     if count == 0:
         return
     token = seq.to(tl.int64)
     head_dim: constexpr = 2 * half
-    # The last part has the new key, which is not in the cache yet.
-    length = tl.load(kv_lens + token)
-    has_new = (end == length) & (length > 0)
-    end = tl.minimum(end, length - 1)
+    # The newest key is not in the cache yet.
+    has_new = newest > 0
+    end -= newest
 
     dim = tl.arange(0, block_half)
     real = dim < half
@@ -226,7 +221,9 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     if k_norm is not None:
         k_scale_a = tl.load(k_norm + dim, mask=real, other=0.0).to(tl.float32)
         k_scale_b = tl.load(k_norm + half + dim, mask=real, other=0.0).to(tl.float32)
+    # Only now: the weights that kernels after this one ask for come after these keys.
     if early:
+        gdc_launch_dependents()
         gdc_wait()
 
     row = qkv + token * ((group + 2) * kv_heads * head_dim)

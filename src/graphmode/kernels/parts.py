@@ -34,8 +34,8 @@ class Parts(NamedTuple):
     """The parts of a decode batch.
 
     Attributes:
-        programs: int32 ``[seqs + spare, 4]``: of each program the sequence, the first of its keys, where they end, and
-            how many parts the sequence has: 0 for a program with nothing to do.
+        programs: int32 ``[seqs + spare, 5]``: of each program the sequence, the first of its keys, where they end, how
+            many parts the sequence has, 0 for a program with nothing to do, and 1 where its newest key is among them.
         several: int32 ``[min(seqs, spare), 4]``: the sequences of several parts: which one, its first program, how many
             parts, nothing. 0 parts where there is none.
     """
@@ -66,7 +66,7 @@ def share_keys(
     few = seqs <= filling
     if spare is None:
         spare = min(max(filling - seqs, filling // 2, 1) if few else 2 * filling, _MAX_SPARE)
-    programs = torch.empty((seqs + spare, 4), dtype=torch.int32, device=kv_lens.device)
+    programs = torch.empty((seqs + spare, 5), dtype=torch.int32, device=kv_lens.device)
     several = torch.empty((min(seqs, spare), 4), dtype=torch.int32, device=kv_lens.device)
     block_seqs = next_power_of_2(seqs)
     block = max(4096 // block_seqs, 1)
@@ -126,9 +126,9 @@ def combine_parts(
 
 @jit()
 def load_part(programs, number):  # type: ignore[no-untyped-def]
-    """Return the sequence, the first key, their end and the number of parts of :class:`Parts`' program ``number``."""
-    place = programs + number * 4
-    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+    """Return what :class:`Parts` says of program ``number``."""
+    place = programs + number * 5
+    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3), tl.load(place + 4)
 
 
 @jit(do_not_specialize=["seqs", "most", "least"])
@@ -171,10 +171,12 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         first += skipped
         last += skipped
     inside = number < seqs + spare
-    tl.store(programs + number * 4, seq, mask=inside)
-    tl.store(programs + number * 4 + 1, first, mask=inside)
-    tl.store(programs + number * 4 + 2, last, mask=inside)
-    tl.store(programs + number * 4 + 3, parts, mask=inside)
+    place = programs + number * 5
+    tl.store(place, seq, mask=inside)
+    tl.store(place + 1, first, mask=inside)
+    tl.store(place + 2, last, mask=inside)
+    tl.store(place + 3, parts, mask=inside)
+    tl.store(place + 4, ((part == parts - 1) & (seq_keys > 0)).to(tl.int32), mask=inside)
     if tl.program_id(0) == 0:
         nth = tl.arange(0, block_spare)
         chosen = (count > 1)[None, :] & (tl.cumsum((count > 1).to(tl.int32), 0)[None, :] == nth[:, None] + 1)
