@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphmode.kernels import few_rows, norm, rotary
+from graphmode.kernels import few_rows, norm, residual, rotary
 from graphmode.kernels.rotary import Rotation
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -46,6 +46,18 @@ def test_add_rms_norm(implementation: str, random, rows: int, hidden: int) -> No
     expected = x.double() + exact_norm(h, weight, 1e-3)
     getattr(norm, f"add_rms_norm_{implementation}")(x, h, weight, 1e-3)
     close(x, expected)
+
+
+@pytest.mark.parametrize(("splits", "rows", "hidden"), [(1, 1, 16), (3, 4, 1000), (8, 2, 128)])
+def test_add_parts(implementation: str, random, splits: int, rows: int, hidden: int, nan_memory: None) -> None:
+    x, weight = random(rows, hidden) * 3, random(hidden)
+    parts = random(splits, rows, hidden).float()
+    expected, alone = x.double() + parts.double().sum(0), x.clone()
+    normed = getattr(residual, f"add_parts_and_norm_{implementation}")(x, parts, weight, 1e-3)
+    close(x, expected)
+    close(normed, exact_norm(x, weight, 1e-3))
+    getattr(residual, f"add_parts_{implementation}")(alone, parts)
+    assert torch.equal(alone, x)
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 1500)])

@@ -31,6 +31,16 @@ gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
 # A product of matrices in registers (mma.sync), batched.
 mma_v2: Any = getattr(_load("triton.experimental.gluon.language.nvidia.ampere"), "mma_v2", None)
 
+# Copies by descriptors (TMA), their barriers, and products of warpgroups (wgmma).
+hopper: Any = _load("triton.experimental.gluon.nvidia.hopper")
+_hopper_language: Any = _load("triton.experimental.gluon.language.nvidia.hopper")
+mbarrier: Any = getattr(_hopper_language, "mbarrier", None)
+_tma: Any = getattr(_hopper_language, "tma", None)
+# Its name until Triton 3.6, and since.
+async_load: Any = getattr(_tma, "async_load", getattr(_tma, "async_copy_global_to_shared", None))
+warpgroup_mma: Any = getattr(_hopper_language, "warpgroup_mma", None)
+warpgroup_mma_wait: Any = getattr(_hopper_language, "warpgroup_mma_wait", None)
+
 if TYPE_CHECKING:
     constexpr: TypeAlias = Any
 else:

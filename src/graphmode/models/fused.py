@@ -28,6 +28,8 @@ from graphmode.kernels import (
     silu_mul,
 )
 from graphmode.kernels.few_rows import runs_few_rows
+from graphmode.kernels.many_rows_hopper import many_rows, many_rows_parts, runs_many_rows
+from graphmode.kernels.residual import add_parts, add_parts_and_norm
 from graphmode.models.attention import (
     AttentionBatch,
     LayerCache,
@@ -104,6 +106,9 @@ class FusedLayer:
         x = hidden_states[0]
         weights = [weight for weight in (self.qkv, self.output, self.gate_up, self.down) if weight is not None]
         few = runs_few_rows(x, *weights)
+        if not few and self._is_plain and runs_many_rows(x, *weights):
+            self._compute_many_rows(x, position_ids[0], attention_batch)
+            return hidden_states
         self._attention(x, position_ids[0], attention_batch, few)
         if self.experts is not None:
             h = self.experts(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps).unsqueeze(0))[0]
@@ -117,6 +122,18 @@ class FusedLayer:
             h = silu_mul(nn.functional.linear(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps), self.gate_up))
         _project(x, h, self.down, self.down_norm, few)
         return hidden_states
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.experts is None and self.output_norm is None and self.down_norm is None
+
+    def _compute_many_rows(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> None:
+        assert self.gate_up is not None
+        assert self.down is not None
+        h = rms_norm(x, self.input_norm.weight, self.input_norm.eps)
+        heads = self._attend(many_rows(h, self.qkv, self.qkv_bias), positions, batch).flatten(1)
+        h = add_parts_and_norm(x, many_rows_parts(heads, self.output), self.mlp_norm.weight, self.mlp_norm.eps)
+        add_parts(x, many_rows_parts(many_rows(h, self.gate_up, gated=True), self.down))
 
     def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> None:
         norm = self.input_norm
