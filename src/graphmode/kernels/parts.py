@@ -69,7 +69,7 @@ def share_keys(
     programs = torch.empty((seqs + spare, 5), dtype=torch.int32, device=kv_lens.device)
     several = torch.empty((min(seqs, spare), 4), dtype=torch.int32, device=kv_lens.device)
     block_seqs = next_power_of_2(seqs)
-    block = max(4096 // block_seqs, 1)
+    block = min(max(4096 // block_seqs, 1), next_power_of_2(seqs + spare))
     _share_kernel[(-(-(seqs + spare) // block),)](
         kv_lens,
         programs,
@@ -126,9 +126,12 @@ def combine_parts(
 
 @jit()
 def load_part(programs, number):  # type: ignore[no-untyped-def]
-    """Return what :class:`Parts` says of program ``number``."""
+    """Return what :class:`Parts` says of program ``number``; from L2, where the kernel ahead may just have put it."""
     place = programs + number * 5
-    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3), tl.load(place + 4)
+    seq = tl.load(place, cache_modifier=".cg")
+    first = tl.load(place + 1, cache_modifier=".cg")
+    end = tl.load(place + 2, cache_modifier=".cg")
+    return seq, first, end, tl.load(place + 3, cache_modifier=".cg"), tl.load(place + 4, cache_modifier=".cg")
 
 
 @jit(do_not_specialize=["seqs", "most", "least"])
@@ -148,7 +151,6 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     early: constexpr,
 ):
     """Fill ``block`` entries of ``programs``, and the first program those of ``several``."""
-    # It lets no kernel start early: those after it read what it writes before they wait.
     if early:
         gdc_wait()
     index = tl.arange(0, block_seqs)
@@ -184,6 +186,9 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         tl.store(several + nth * 4, tl.sum(tl.where(chosen, index[None, :], 0), 1), mask=room)
         tl.store(several + nth * 4 + 1, tl.sum(tl.where(chosen, (end - count)[None, :], 0), 1), mask=room)
         tl.store(several + nth * 4 + 2, tl.sum(tl.where(chosen, count[None, :], 0), 1), mask=room)
+    # The next kernel reads this before it waits. So it may not start early, and all must be in L2 when it does.
+    if early:
+        tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @jit()
