@@ -36,8 +36,8 @@ class Parts(NamedTuple):
     Attributes:
         programs: int32 ``[seqs + spare, 5]``: of each program the sequence, the first of its keys, where they end, how
             many parts the sequence has, 0 for a program with nothing to do, and 1 where its newest key is among them.
-        several: int32 ``[min(seqs, spare), 4]``: the sequences of several parts: which one, its first program, how many
-            parts, nothing. 0 parts where there is none.
+        several: int32 ``[min(seqs, spare), 3]``: the sequences of several parts: which one, its first program, how many
+            parts; 0 where there is none.
     """
 
     programs: torch.Tensor
@@ -67,7 +67,7 @@ def share_keys(
     if spare is None:
         spare = min(max(filling - seqs, filling // 2, 1) if few else 2 * filling, _MAX_SPARE)
     programs = torch.empty((seqs + spare, 5), dtype=torch.int32, device=kv_lens.device)
-    several = torch.empty((min(seqs, spare), 4), dtype=torch.int32, device=kv_lens.device)
+    several = torch.empty((min(seqs, spare), 3), dtype=torch.int32, device=kv_lens.device)
     block_seqs = next_power_of_2(seqs)
     block = min(max(4096 // block_seqs, 1), next_power_of_2(seqs + spare))
     _share_kernel[(-(-(seqs + spare) // block),)](
@@ -183,9 +183,9 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         nth = tl.arange(0, block_spare)
         chosen = (count > 1)[None, :] & (tl.cumsum((count > 1).to(tl.int32), 0)[None, :] == nth[:, None] + 1)
         room = nth < tl.minimum(seqs, spare)
-        tl.store(several + nth * 4, tl.sum(tl.where(chosen, index[None, :], 0), 1), mask=room)
-        tl.store(several + nth * 4 + 1, tl.sum(tl.where(chosen, (end - count)[None, :], 0), 1), mask=room)
-        tl.store(several + nth * 4 + 2, tl.sum(tl.where(chosen, count[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 3, tl.sum(tl.where(chosen, index[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 3 + 1, tl.sum(tl.where(chosen, (end - count)[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 3 + 2, tl.sum(tl.where(chosen, count[None, :], 0), 1), mask=room)
     # The next kernel reads this before it waits. So it may not start early, and all must be in L2 when it does.
     if early:
         tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
@@ -220,7 +220,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     """Combine the parts of one query head of one sequence of several parts."""
     if early:
         gdc_launch_dependents()
-    place = several + tl.program_id(0) * 4
+    place = several + tl.program_id(0) * 3
     seq = tl.load(place)
     first = tl.load(place + 1)
     number = tl.load(place + 2)

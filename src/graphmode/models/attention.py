@@ -100,7 +100,7 @@ class AttentionBatch:
     attend: Callable[..., torch.Tensor] | None = None
     host_arguments: Mapping[str, list[int]] = field(default_factory=dict)
     kept: torch.Tensor | None = None
-    _parts: dict[tuple[int, int | None, int | None], Parts] = field(default_factory=dict)
+    _parts: dict[tuple[int, int | None, int | None], Parts] = field(default_factory=dict, init=False)
 
     def parts(self, kv_heads: int, window: int | None, top_k: int | None = None) -> Parts | None:
         """Return how decode is shared out among programs, computed once a step; None where each call computes it.
