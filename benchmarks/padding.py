@@ -25,7 +25,7 @@ from graphmode.observe.bench.workloads import PROMPT_TOKENS, Workload
 from graphmode.observe.machine import device_name, versions
 
 # The sizes that the engine makes graphs of on a GPU, where the user says nothing.
-BUCKETS = make_buckets(2048)
+BUCKETS = make_buckets(8192)
 
 
 def bucket_of(size: int) -> int:

@@ -16,7 +16,7 @@ TILE = 64
 def share(lens: list[int], device: str, **options: int) -> tuple[list[list[int]], list[list[int]]]:
     """Return what each program has, and the sequences of several parts."""
     parts = share_keys(torch.tensor(lens, dtype=torch.int32, device=device), 8, **options)
-    return parts.programs.tolist(), [entry[:3] for entry in parts.several.tolist()]
+    return parts.programs.tolist(), parts.several.tolist()
 
 
 @given(

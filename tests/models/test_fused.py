@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from graphmode.models.attention import ATTENTION_NAME
-from graphmode.models.fused import fuse
+from graphmode.models.attention import ATTENTION_NAME, AttentionBatch, LayerCache
+from graphmode.models.fused import fuse, keeps_rows
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 32,
@@ -163,3 +163,38 @@ def test_a_layer_with_other_output_norms_or_another_gate_is_left_as_it_is(change
     change(model)
     assert fuse(model, 64) == 0
     assert "forward" not in vars(model.model.layers[0])
+
+
+def test_the_last_layer_leaves_out_tokens_that_are_not_kept(model: Any) -> None:
+    assert not keeps_rows(model)
+    fuse(model, 64)
+    assert keeps_rows(model)
+    tokens, kept = torch.randint(60, (1, 20)), torch.tensor([3, 19, 0])
+
+    def run(rows: torch.Tensor | None, logits_to_keep: Any) -> tuple[torch.Tensor, list[LayerCache]]:
+        caches = [LayerCache(*torch.zeros(2, 2, 16, 2, 16)) for _ in range(2)]
+        batch = AttentionBatch(
+            slot_mapping=torch.arange(20),
+            block_tables=torch.tensor([[0, 1]], dtype=torch.int32),
+            cu_query_lens=torch.tensor([0, 20], dtype=torch.int32),
+            kv_lens=torch.tensor([20], dtype=torch.int32),
+            max_query_len=20,
+            caches=caches,
+            kept=rows,
+        )
+        positions = torch.arange(20).unsqueeze(0)
+        options = {"use_cache": False, "logits_to_keep": logits_to_keep, "attention_batch": batch}
+        return model(input_ids=tokens, position_ids=positions, **options).logits, caches
+
+    (narrowed, caches), (whole, expected) = run(kept, 0), run(None, kept)
+    torch.testing.assert_close(narrowed, whole)
+    assert narrowed.shape == (1, 3, 60)
+    for cache, other in zip(caches, expected, strict=True):
+        assert torch.equal(cache.keys, other.keys)
+        assert torch.equal(cache.values, other.values)
+
+
+def test_a_last_layer_with_experts_keeps_all_tokens() -> None:
+    model = make("qwen3_moe", num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2)
+    assert fuse(model, 64) == 2
+    assert not keeps_rows(model)

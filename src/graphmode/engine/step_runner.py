@@ -20,6 +20,7 @@ from graphmode.graph.inputs import all_padding
 from graphmode.graph.staging import Event, StagingRing
 from graphmode.kernels.advance import DecodeRows, Handover, hand_on, take_tokens
 from graphmode.models.attention import PORTABLE_ATTENTION, AttentionBatch, DeviceAttention, LayerCache
+from graphmode.models.fused import keeps_rows
 from graphmode.models.loader import LoadedModel
 
 # A padding token has slot -1 and a padding sequence length 0: they write no KV and read none.
@@ -120,6 +121,7 @@ class StepRunner:
         strict: bool = False,
     ) -> None:
         self._model = loaded.model
+        self._keeps_rows = keeps_rows(loaded.model)
         self._caches = caches
         self._piecewise = piecewise
         self._max_seqs = limits.max_num_seqs
@@ -270,6 +272,9 @@ class StepRunner:
             cu_query_lens = self._one_each[: len(query_lens) + 1]
         else:
             cu_query_lens = torch.nn.functional.pad(torch.cumsum(query_lens, 0, dtype=torch.int32), (1, 0))
+        # Of a decode step every token has a row of logits. Of a long step few have: the last layer may stop at those.
+        every = family == "decode" and len(logits_rows) == len(token_ids)
+        kept = logits_rows if self._keeps_rows and 2 * len(logits_rows) <= len(token_ids) else None
         batch = AttentionBatch(
             slot_mapping=slot_mapping,
             block_tables=block_tables,
@@ -280,6 +285,7 @@ class StepRunner:
             piecewise=family in self._piecewise,
             attend=self._attention.attend,
             host_arguments={} if self._host_arguments is None else self._host_arguments.current,
+            kept=kept,
         )
         tokens: dict[str, Any] = {"input_ids": token_ids.unsqueeze(0)}
         if self.vision is not None and visual is not None:
@@ -288,8 +294,7 @@ class StepRunner:
             **tokens,
             position_ids=positions.unsqueeze(0) if positions.dim() == 1 else positions.t().unsqueeze(1),
             use_cache=False,
-            # Of a decode step every token has a row of logits: 0 keeps all, without a copy.
-            logits_to_keep=0 if family == "decode" and len(logits_rows) == len(token_ids) else logits_rows,
+            logits_to_keep=0 if every or kept is not None else logits_rows,  # 0 keeps all, without a copy
             attention_batch=batch,
         )
         logits = output.logits

@@ -445,8 +445,7 @@ def paged_attention_triton(
         )
         return out
     block_m = max(next_power_of_2(block_heads), 16)
-    ragged = max_query_len > 1
-    if ragged:
+    if max_query_len > 1:
         # The tokens of a mixed batch with a selection are many, and have as many keys each: a program each.
         parts, programs = None, tokens
         acc, tops, sums = out, kv_lens, kv_lens  # not used

@@ -36,8 +36,8 @@ class Parts(NamedTuple):
     Attributes:
         programs: int32 ``[seqs + spare, 5]``: of each program the sequence, the first of its keys, where they end, how
             many parts the sequence has, 0 for a program with nothing to do, and 1 where its newest key is among them.
-        several: int32 ``[min(seqs, spare), 4]``: the sequences of several parts: which one, its first program, how many
-            parts, nothing. 0 parts where there is none.
+        several: int32 ``[min(seqs, spare), 3]``: the sequences of several parts: which one, its first program, how many
+            parts; 0 where there is none.
     """
 
     programs: torch.Tensor
@@ -67,9 +67,9 @@ def share_keys(
     if spare is None:
         spare = min(max(filling - seqs, filling // 2, 1) if few else 2 * filling, _MAX_SPARE)
     programs = torch.empty((seqs + spare, 5), dtype=torch.int32, device=kv_lens.device)
-    several = torch.empty((min(seqs, spare), 4), dtype=torch.int32, device=kv_lens.device)
+    several = torch.empty((min(seqs, spare), 3), dtype=torch.int32, device=kv_lens.device)
     block_seqs = next_power_of_2(seqs)
-    block = max(4096 // block_seqs, 1)
+    block = min(max(4096 // block_seqs, 1), next_power_of_2(seqs + spare))
     _share_kernel[(-(-(seqs + spare) // block),)](
         kv_lens,
         programs,
@@ -126,9 +126,12 @@ def combine_parts(
 
 @jit()
 def load_part(programs, number):  # type: ignore[no-untyped-def]
-    """Return what :class:`Parts` says of program ``number``."""
+    """Return what :class:`Parts` says of program ``number``; from L2, where the kernel ahead may just have put it."""
     place = programs + number * 5
-    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3), tl.load(place + 4)
+    seq = tl.load(place, cache_modifier=".cg")
+    first = tl.load(place + 1, cache_modifier=".cg")
+    end = tl.load(place + 2, cache_modifier=".cg")
+    return seq, first, end, tl.load(place + 3, cache_modifier=".cg"), tl.load(place + 4, cache_modifier=".cg")
 
 
 @jit(do_not_specialize=["seqs", "most", "least"])
@@ -148,7 +151,6 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     early: constexpr,
 ):
     """Fill ``block`` entries of ``programs``, and the first program those of ``several``."""
-    # It lets no kernel start early: those after it read what it writes before they wait.
     if early:
         gdc_wait()
     index = tl.arange(0, block_seqs)
@@ -181,9 +183,12 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         nth = tl.arange(0, block_spare)
         chosen = (count > 1)[None, :] & (tl.cumsum((count > 1).to(tl.int32), 0)[None, :] == nth[:, None] + 1)
         room = nth < tl.minimum(seqs, spare)
-        tl.store(several + nth * 4, tl.sum(tl.where(chosen, index[None, :], 0), 1), mask=room)
-        tl.store(several + nth * 4 + 1, tl.sum(tl.where(chosen, (end - count)[None, :], 0), 1), mask=room)
-        tl.store(several + nth * 4 + 2, tl.sum(tl.where(chosen, count[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 3, tl.sum(tl.where(chosen, index[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 3 + 1, tl.sum(tl.where(chosen, (end - count)[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 3 + 2, tl.sum(tl.where(chosen, count[None, :], 0), 1), mask=room)
+    # The next kernel reads this before it waits. So it may not start early, and all must be in L2 when it does.
+    if early:
+        tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @jit()
@@ -215,7 +220,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     """Combine the parts of one query head of one sequence of several parts."""
     if early:
         gdc_launch_dependents()
-    place = several + tl.program_id(0) * 4
+    place = several + tl.program_id(0) * 3
     seq = tl.load(place)
     first = tl.load(place + 1)
     number = tl.load(place + 2)

@@ -86,6 +86,8 @@ class AttentionBatch:
         piecewise: whether attention runs outside the graph.
         attend: the device's attention; None for :func:`cached_attention`.
         host_arguments: lengths on the host, for a device whose attention takes them there.
+        kept: int64 ``[kept]``: the tokens whose hidden states are wanted in the end, for a last layer that leaves out
+            the others (:func:`~graphmode.models.fused.keeps_rows`). None for all.
     """
 
     slot_mapping: torch.Tensor
@@ -97,7 +99,8 @@ class AttentionBatch:
     piecewise: bool = False
     attend: Callable[..., torch.Tensor] | None = None
     host_arguments: Mapping[str, list[int]] = field(default_factory=dict)
-    _parts: dict[tuple[int, int | None, int | None], Parts] = field(default_factory=dict)
+    kept: torch.Tensor | None = None
+    _parts: dict[tuple[int, int | None, int | None], Parts] = field(default_factory=dict, init=False)
 
     def parts(self, kv_heads: int, window: int | None, top_k: int | None = None) -> Parts | None:
         """Return how decode is shared out among programs, computed once a step; None where each call computes it.

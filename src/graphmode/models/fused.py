@@ -102,14 +102,22 @@ class FusedLayer:
         attention_batch: AttentionBatch,
         **kwargs: object,
     ) -> torch.Tensor:
-        """Compute the layer, in place: ``hidden_states`` is ``[1, tokens, hidden]``, and is returned."""
+        """Compute the layer, in place: ``hidden_states`` is ``[1, tokens, hidden]``, and is returned.
+
+        Of the last layer only the tokens that the batch has ``kept``, if it says so: ``[1, kept, hidden]``.
+        """
         x = hidden_states[0]
         weights = [weight for weight in (self.qkv, self.output, self.gate_up, self.down) if weight is not None]
         few = runs_few_rows(x, *weights)
-        if not few and self._is_plain and runs_many_rows(x, *weights):
+        kept = attention_batch.kept if self.index == len(attention_batch.caches) - 1 else None
+        if not few and kept is None and self._is_plain and runs_many_rows(x, *weights):
             self._compute_many_rows(x, position_ids[0], attention_batch)
             return hidden_states
-        self._attention(x, position_ids[0], attention_batch, few)
+        heads = self._attention(x, position_ids[0], attention_batch, few)
+        if kept is not None:
+            x, heads = (each.index_select(0, kept) for each in (x, heads))
+            hidden_states, few = x.unsqueeze(0), runs_few_rows(x, *weights)
+        _project(x, heads, self.output, self.output_norm, few)
         if self.experts is not None:
             h = self.experts(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps).unsqueeze(0))[0]
             _add(x, h, self.down_norm)
@@ -135,14 +143,13 @@ class FusedLayer:
         h = add_parts_and_norm(x, many_rows_parts(heads, self.output), self.mlp_norm.weight, self.mlp_norm.eps)
         add_parts(x, many_rows_parts(many_rows(h, self.gate_up, gated=True), self.down))
 
-    def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> None:
+    def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> torch.Tensor:
         norm = self.input_norm
         if few:
             qkv = norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps)
         else:
             qkv = nn.functional.linear(rms_norm(x, norm.weight, norm.eps), self.qkv, self.qkv_bias)
-        heads = self._attend(qkv, positions, batch).flatten(1)
-        _project(x, heads, self.output, self.output_norm, few)
+        return self._attend(qkv, positions, batch).flatten(1)
 
     def _attend(self, qkv: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         cache = batch.caches[self.index]
@@ -232,6 +239,13 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
     text.norm.forward = _unchanged
     log.info("%d layers are fused", len(fused))
     return len(fused)
+
+
+def keeps_rows(model: PreTrainedModel) -> bool:
+    """Return whether the last layer leaves out tokens that a batch does not keep: it is fused, and has no experts."""
+    layers = getattr(getattr(model, model.base_model_prefix, None), "layers", None)
+    last = getattr(layers[-1], "forward", None) if isinstance(layers, nn.ModuleList) else None
+    return isinstance(last, FusedLayer) and last.experts is None
 
 
 def _unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
