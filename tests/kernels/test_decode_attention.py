@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -69,7 +71,13 @@ def make_inputs(
     }
 
 
-def check(inputs: dict, *, window: int | None = None, spare: int | None = None) -> None:
+def check(
+    inputs: dict,
+    *,
+    window: int | None = None,
+    spare: int | None = None,
+    run: Callable[..., torch.Tensor] = rotate_and_attend_triton,
+) -> None:
     scale = 0.3
     expected_caches = [inputs["k_cache"].clone(), inputs["v_cache"].clone()]
     arguments = [inputs[name] for name in ("qkv", "q_norm", "k_norm", "eps", "rotation", "positions")]
@@ -86,7 +94,7 @@ def check(inputs: dict, *, window: int | None = None, spare: int | None = None) 
         window=window,
     )
     parts = share_keys(inputs["kv_lens"], inputs["k_cache"].shape[2], window=window, spare=spare)
-    output = rotate_and_attend_triton(**inputs, scale=scale, window=window, parts=parts)
+    output = run(**inputs, scale=scale, window=window, parts=parts)
     tolerance = TOLERANCE[output.dtype]
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     assert not output[inputs["kv_lens"] == 0].any()

@@ -266,14 +266,14 @@ class Sampler:
             logits, scored = all_logits[:rows], all_logits[rows:]
         else:
             logits = logits_of(logits_rows)
+        if level is SamplingLevel.PLAIN:
+            temperature = _Floats[torch.Tensor]._make(self._floats).temperature
+            return sample(logits, temperature, _Integers[torch.Tensor]._make(self._integers).seed, positions, slots=slots)
         floats = _Floats[torch.Tensor]._make(self._floats.index_select(1, slots))
         integers = _Integers[torch.Tensor]._make(self._integers.index_select(1, slots))
-        filters = None
-        if level >= SamplingLevel.FILTERED:
-            filters = Filters(integers.top_k.to(torch.int32), floats.top_p, floats.min_p)
-        if level < SamplingLevel.FULL:
-            tokens: torch.Tensor = sample(logits, floats.temperature, integers.seed, positions, filters)
-            return tokens
+        filters = Filters(integers.top_k.to(torch.int32), floats.top_p, floats.min_p)
+        if level is SamplingLevel.FILTERED:
+            return sample(logits, floats.temperature, integers.seed, positions, filters)
         assert self._lists is not None, "admit() allocates before a step of this level runs"
         lists = self._lists
         adjustments = Adjustments(

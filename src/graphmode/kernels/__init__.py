@@ -2,6 +2,7 @@
 
 from graphmode.kernels.attention import paged_attention
 from graphmode.kernels.decode_attention import rotate_and_attend
+from graphmode.kernels.embedding import embed
 from graphmode.kernels.few_rows import linear, linear_add, norm_linear
 from graphmode.kernels.filters import Filters
 from graphmode.kernels.history import count_tokens, start_history
@@ -22,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "adjust_logits",
     "count_tokens",
+    "embed",
     "linear",
     "linear_add",
     "log_probabilities",

@@ -28,8 +28,10 @@ _cuda: Any = _load("triton.language.extra.cuda")
 # lengths, tables, the keys of tokens before. The kernels that write lengths let none start.
 gdc_launch_dependents: Any = getattr(_cuda, "gdc_launch_dependents", None)
 gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
-# A product of matrices in registers (mma.sync), batched.
-mma_v2: Any = getattr(_load("triton.experimental.gluon.language.nvidia.ampere"), "mma_v2", None)
+_ampere: Any = _load("triton.experimental.gluon.language.nvidia.ampere")
+# A product of matrices in registers (mma.sync), batched; copies to shared memory that are not waited for (cp.async).
+mma_v2: Any = getattr(_ampere, "mma_v2", None)
+async_copy: Any = getattr(_ampere, "async_copy", None)
 
 # Copies by descriptors (TMA), their barriers, and products of warpgroups (wgmma).
 hopper: Any = _load("triton.experimental.gluon.nvidia.hopper")

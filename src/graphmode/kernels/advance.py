@@ -12,6 +12,7 @@ import torch
 from graphmode.kernels._arguments import require_tensor
 from graphmode.kernels._triton import (
     constexpr,
+    gdc_launch_dependents,
     gdc_wait,
     jit,
     launch_options,
@@ -91,12 +92,19 @@ def take_tokens_triton(token_ids: torch.Tensor, sources: torch.Tensor, last: tor
     taken = torch.empty_like(token_ids)
     count = len(token_ids)
     if count:
-        _take_tokens_kernel[(-(-count // _TAKE_BLOCK),)](token_ids, sources, last, taken, count, block=_TAKE_BLOCK)
+        _take_tokens_kernel[(-(-count // _TAKE_BLOCK),)](
+            token_ids, sources, last, taken, count, block=_TAKE_BLOCK, **launch_options(token_ids.device)
+        )
     return taken
 
 
 @jit(do_not_specialize=["count"])
-def _take_tokens_kernel(token_ids, sources, last, taken, count, block: constexpr):  # type: ignore[no-untyped-def]
+def _take_tokens_kernel(  # type: ignore[no-untyped-def]
+    token_ids, sources, last, taken, count, block: constexpr, early: constexpr
+):
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < count
     source = tl.load(sources + at, mask=inside, other=-1)

@@ -22,6 +22,8 @@ from graphmode.kernels._triton import (
     tl,
 )
 from graphmode.kernels.attention import paged_attention
+from graphmode.kernels.decode_attention_hopper import rotate_and_attend_hopper
+from graphmode.kernels.decode_attention_hopper import supports as runs_hopper
 from graphmode.kernels.parts import Parts, combine_parts, load_part, share_keys
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 
@@ -59,9 +61,16 @@ def rotate_and_attend(
     Raises:
         ValueError: as they raise.
     """
-    whole = not rotation.interleaved and 2 * rotation.cos.shape[1] == k_cache.shape[3]
-    if runs_triton(qkv) and whole and k_cache.shape == v_cache.shape and len(qkv) <= MAX_ROWS:
-        return rotate_and_attend_triton(
+    whole = (
+        not rotation.interleaved and 2 * rotation.cos.shape[1] == k_cache.shape[3] and k_cache.shape == v_cache.shape
+    )
+    run = None
+    if whole and runs_hopper(qkv, k_cache):
+        run = rotate_and_attend_hopper
+    elif whole and runs_triton(qkv) and len(qkv) <= MAX_ROWS:
+        run = rotate_and_attend_triton
+    if run is not None:
+        return run(
             qkv,
             q_norm,
             k_norm,

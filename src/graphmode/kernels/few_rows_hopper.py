@@ -95,7 +95,12 @@ def supports(weight: torch.Tensor, *, gated: bool = False) -> bool:
     """Return whether the kernels run where ``weight``, ``[out, in]``, lies, and take it."""
     out, width = weight.shape
     size = out // 2 if gated else out
-    return weight.device.type == "cuda" and compiles() and fits(weight.dtype, size, width) and _is_hopper(weight.device)
+    return fits(weight.dtype, size, width) and runs_here(weight)
+
+
+def runs_here(tensor: torch.Tensor) -> bool:
+    """Return whether Hopper's kernels run where a tensor lies."""
+    return tensor.device.type == "cuda" and compiles() and _is_hopper(tensor.device)
 
 
 def norm_linear_hopper(

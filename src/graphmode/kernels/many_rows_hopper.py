@@ -111,7 +111,7 @@ def _launch(
     (rows, width), size = x.shape, out.shape[-1]
     layout = gl.NVMMASharedLayout(128, 16, rank=2)
     describe = hopper.TensorDescriptor.from_tensor
-    _many_rows_kernel[(size // tile.block_n, tile.splits)](
+    _many_rows_kernel[(size // tile.block_n, tile.splits, -(-rows // tile.block_m))](
         describe(x, [tile.block_m, _BLOCK_K], layout),
         describe(weight, [tile.block_n, _BLOCK_K], layout),
         bias,
@@ -152,6 +152,7 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
     )
     first = gl.program_id(0) * block_n
     split = gl.program_id(1)
+    first_row = gl.program_id(2) * block_m
     start = split * (chunks * block_k)
     if early:
         gdc_launch_dependents()
@@ -172,7 +173,7 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
     if early:
         gdc_wait()
     for stage in gl.static_range(stages):
-        async_load(x_desc, [0, start + stage * block_k], full.index(stage), x_ring.index(stage))
+        async_load(x_desc, [first_row, start + stage * block_k], full.index(stage), x_ring.index(stage))
     total = gl.zeros([block_m, block_n], gl.float32, layout=products)
     total_up = total
     for chunk in range(chunks):
@@ -192,11 +193,11 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
         async_load(weight_desc, [first, at], full.index(slot), ring.index(slot), pred=more)
         if gated:
             async_load(weight_desc, [size + first, at], full.index(slot), up_ring.index(slot), pred=more)
-        async_load(x_desc, [0, at], full.index(slot), x_ring.index(slot), pred=more)
+        async_load(x_desc, [first_row, at], full.index(slot), x_ring.index(slot), pred=more)
     vector: constexpr = 16 // (out.dtype.element_ty.primitive_bitwidth // 8)
     lanes_n: constexpr = min(32, block_n // vector)
     stores: constexpr = gl.BlockedLayout([1, vector], [32 // lanes_n, lanes_n], [warps, 1], [1, 0])
-    m = gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))[:, None]
+    m = first_row + gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))[:, None]
     n = gl.arange(0, block_n, layout=gl.SliceLayout(0, stores))[None, :]
     result = gl.convert_layout(total, stores)
     if bias is not None:

@@ -65,7 +65,7 @@ def share_keys(
     filling = max(_PROGRAMS // kv_heads, 1)
     few = seqs <= filling
     if spare is None:
-        spare = min(max(filling - seqs, filling // 2, 1) if few else 2 * filling, _MAX_SPARE)
+        spare = min(filling if few else 2 * filling, _MAX_SPARE)
     programs = torch.empty((seqs + spare, 5), dtype=torch.int32, device=kv_lens.device)
     several = torch.empty((min(seqs, spare), 3), dtype=torch.int32, device=kv_lens.device)
     block_seqs = next_power_of_2(seqs)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from graphmode.kernels._arguments import FLOATS, require_tensor
+from graphmode.kernels._arguments import FLOATS, require, require_tensor
 from graphmode.kernels._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -42,19 +42,22 @@ def sample(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     filters: Filters | None = None,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw one token for each row.
 
     Args:
         logits: ``[seqs, vocab]``, float32, bfloat16 or float16. A token with a logit of -inf is never drawn; NaN counts
             as -inf, and a row without any other value gives token 0.
-        temperature: float32 ``[seqs]``. Below 1e-5, 0 included, the row is greedy: the highest logit, the lowest index
+        temperature: float32 ``[slots]``. Below 1e-5, 0 included, a row is greedy: the highest logit, the lowest index
             among equals.
-        seeds: int64 ``[seqs]``: all bits count.
+        seeds: int64 ``[slots]``: all bits count.
         positions: int64 or int32 ``[seqs]``: the position in its sequence of the token that is drawn. No text begins
             with a drawn token: 0 or less is a padding row, which gets token 0, and whose logits are not read.
         filters: the rows' top-k, top-p and min-p. A row whose filters are all off gets the token that it gets without
             them. None spares their work where no row will ever filter.
+        slots: int64 ``[seqs]``: which entry of ``temperature`` and ``seeds`` is a row's, without ``filters``; None where
+            the row's own is.
 
     Returns:
         int64 ``[seqs]``: always in the vocabulary, for padding rows too, whatever they hold.
@@ -64,15 +67,19 @@ def sample(
     """
     require_tensor("logits", logits, shape=(None, None), dtypes=FLOATS, like=logits)
     rows = logits.shape[:1]
-    require_tensor("temperature", temperature, shape=rows, dtypes=(torch.float32,), like=logits)
-    require_tensor("seeds", seeds, shape=rows, dtypes=(torch.int64,), like=logits)
+    given = rows if slots is None else (None,)
+    require_tensor("temperature", temperature, shape=given, dtypes=(torch.float32,), like=logits)
+    require_tensor("seeds", seeds, shape=temperature.shape, dtypes=(torch.int64,), like=logits)
     require_tensor("positions", positions, shape=rows, dtypes=(torch.int64, torch.int32), like=logits)
     if logits.shape[1] == 0:
         raise ValueError(f"logits has shape {list(logits.shape)}, expected a vocabulary of at least one token")
     if filters is not None:
         require_filters(filters, logits)
+        require(slots is None, "slots", "given", "None with filters")
+    if slots is not None:
+        require_tensor("slots", slots, shape=rows, dtypes=(torch.int64,), like=logits)
     draw = sample_triton if runs_triton(logits) else sample_reference
-    return draw(logits, temperature, seeds, positions, filters)
+    return draw(logits, temperature, seeds, positions, filters, slots)
 
 
 def sample_reference(
@@ -81,8 +88,11 @@ def sample_reference(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     filters: Filters | None = None,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do as :func:`sample` in PyTorch."""
+    if slots is not None:
+        temperature, seeds = temperature.index_select(0, slots), seeds.index_select(0, slots)
     random = (temperature >= MIN_TEMPERATURE).unsqueeze(1)
     scores = logits.float() * torch.where(random, temperature.unsqueeze(1), 1.0).reciprocal()
     log_rate = uniform_reference(seeds, positions, logits.shape[1]).log_().neg_().log_()
@@ -131,6 +141,7 @@ def sample_triton(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     filters: Filters | None = None,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do as :func:`sample` in Triton: one pass over the logits, in parts, then a small kernel picks the best part.
 
@@ -150,6 +161,7 @@ def sample_triton(
         *logits.stride(),
         temperature,
         seeds,
+        slots,
         positions,
         None if filters is None else threshold_triton(logits, temperature, filters),
         best_score,
@@ -181,6 +193,7 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
     logits_stride_vocab,
     temperature,
     seeds,
+    slots,
     positions,
     threshold,
     best_score,
@@ -200,10 +213,13 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
     start = tl.program_id(1) * part
     position = tl.load(positions + row)
     end = tl.where(position > 0, tl.minimum(start + part, vocab), 0)
-    warmth = tl.load(temperature + row)
+    slot = row
+    if slots is not None:
+        slot = tl.load(slots + row)
+    warmth = tl.load(temperature + slot)
     random = warmth >= min_temperature
     factor = 1.0 / tl.where(random, warmth, 1.0)
-    key = _key(tl.load(seeds + row), position)
+    key = _key(tl.load(seeds + slot), position)
     lane = tl.arange(0, block)
     best = tl.full([block], float("-inf"), tl.float32)
     best_at = start + lane

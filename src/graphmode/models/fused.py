@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from graphmode.kernels import (
     Rotation,
     add_rms_norm,
+    embed,
     linear,
     linear_add,
     norm_linear,
@@ -197,6 +198,17 @@ class FusedHead:
         return nn.functional.linear(rms_norm(x, self.norm.weight, self.norm.eps), self.weight).unsqueeze(0)
 
 
+@dataclass(frozen=True)
+class FusedEmbedding:
+    """The embedding of tokens: a kernel in the chain of those after it."""
+
+    weight: torch.Tensor
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return ``[1, tokens, hidden]`` of tokens ``[1, tokens]``."""
+        return embed(input_ids[0], self.weight).unsqueeze(0)
+
+
 def fuse(model: PreTrainedModel, max_model_len: int) -> int:
     """Fuse the layers of a model that are recognised and give what they gave; log what is not and why.
 
@@ -237,6 +249,9 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
     text.rotary_emb.forward = lambda *args, **kwargs: rotation
     head.forward = fused_head
     text.norm.forward = _unchanged
+    embedding: Any = text.embed_tokens
+    if type(embedding) is nn.Embedding and embedding.max_norm is None:
+        embedding.forward = FusedEmbedding(embedding.weight.data)
     log.info("%d layers are fused", len(fused))
     return len(fused)
 
