@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -51,3 +55,40 @@ def test_many_sequences(sequences: int) -> None:
     generator = torch.Generator().manual_seed(sequences)
     lengths = torch.randint(1, 500, (sequences,), generator=generator).tolist()
     check_hopper(make_inputs(lengths, head_dim=128, block_size=16, dtype=torch.bfloat16, device="cuda"))
+
+
+COMPILE = r"""
+import re
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from graphmode.kernels import decode_attention_hopper as hopper
+
+kernel = hopper._rotate_and_attend_kernel
+for seqs, group, head_dim, kind in (1, 2, 128, "bf16"), (64, 16, 64, "fp16"), (10, 6, 256, "bf16"):
+    tile = hopper.tiling(seqs, head_dim)
+    constants = {"kv_heads": 8, "group": group, "head_dim": head_dim, "block_size": 16, "warp_keys": 16,
+                 "stages": tile.stages, "early": True}
+    signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "k_cache", "v_cache", "out"), "*" + kind)
+    signature |= dict.fromkeys(("cos", "sin", "parts", "tops", "sums"), "*fp32")
+    signature |= dict.fromkeys(("positions", "slot_mapping"), "*i64") | {"eps": "fp32", "scale_log2": "fp32"}
+    signature |= {"block_tables": "*i32", "programs": "*i32", "table_stride": "i32"}
+    aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names)
+               if signature.get(name, "").startswith("*")}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = GluonASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, aligned)
+    code = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.warps}).asm["ptx"]
+    # All keys and values of the ring are asked for before the wait, 16 bytes a lane.
+    early, late = code.split("griddepcontrol.wait")
+    copies = 2 * tile.stages * 16 * head_dim * 2 // (32 * 16)
+    assert len(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*, 0x10,", early)) == copies, early
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans" in late, late
+"""
+
+
+@pytest.mark.skipif(not few_rows_hopper.compiles(), reason="needs a Triton that compiles these kernels")
+def test_compiles_without_a_gpu(tmp_path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -268,7 +268,9 @@ class Sampler:
             logits = logits_of(logits_rows)
         if level is SamplingLevel.PLAIN:
             temperature = _Floats[torch.Tensor]._make(self._floats).temperature
-            return sample(logits, temperature, _Integers[torch.Tensor]._make(self._integers).seed, positions, slots=slots)
+            return sample(
+                logits, temperature, _Integers[torch.Tensor]._make(self._integers).seed, positions, slots=slots
+            )
         floats = _Floats[torch.Tensor]._make(self._floats.index_select(1, slots))
         integers = _Integers[torch.Tensor]._make(self._integers.index_select(1, slots))
         filters = Filters(integers.top_k.to(torch.int32), floats.top_p, floats.min_p)

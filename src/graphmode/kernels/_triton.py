@@ -31,7 +31,10 @@ gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
 _ampere: Any = _load("triton.experimental.gluon.language.nvidia.ampere")
 # A product of matrices in registers (mma.sync), batched; copies to shared memory that are not waited for (cp.async).
 mma_v2: Any = getattr(_ampere, "mma_v2", None)
-async_copy: Any = getattr(_ampere, "async_copy", None)
+_async_copy: Any = getattr(_ampere, "async_copy", None)
+copy_async: Any = getattr(_async_copy, "async_load", getattr(_async_copy, "async_copy_global_to_shared", None))
+commit_group: Any = getattr(_async_copy, "commit_group", None)
+wait_group: Any = getattr(_async_copy, "wait_group", None)
 
 # Copies by descriptors (TMA), their barriers, and products of warpgroups (wgmma).
 hopper: Any = _load("triton.experimental.gluon.nvidia.hopper")

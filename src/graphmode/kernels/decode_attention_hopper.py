@@ -15,14 +15,16 @@ from dataclasses import dataclass
 import torch
 
 from graphmode.kernels._triton import (
-    async_copy,
+    commit_group,
     constexpr,
+    copy_async,
     gdc_launch_dependents,
     gdc_wait,
     gl,
     gluon_jit,
     launch_options,
     mma_v2,
+    wait_group,
 )
 from graphmode.kernels.few_rows_hopper import runs_here
 from graphmode.kernels.parts import Parts, combine_parts, share_keys
@@ -210,7 +212,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
             k_head, v_head, k_ring.index(stage), v_ring.index(stage), pages[stage], start + stage * tile, end,
             step, block_size, warps, warp_keys, head_dim, copies,
         )  # fmt: skip
-        async_copy.commit_group()
+        commit_group()
     next_pages = _load_pages(table, start + stages * tile, end, block_size, warps, warp_keys, copies)
 
     half: constexpr = head_dim // 2
@@ -284,7 +286,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     outer = gl.arange(0, warps, layout=gl.SliceLayout(1, number_of))[:, None] * warp_keys
     turn = 0
     for first in range(start, end, tile):
-        async_copy.wait_group(stages - 1)
+        wait_group(stages - 1)
         keys = k_ring.index(turn).permute((0, 2, 1)).load(keys_of)
         scores = mma_v2(queries, keys, gl.zeros([warps, 16, warp_keys], gl.float32, layout=products)) * scale_log2
         seen = gl.expand_dims(first + outer + inner < end, 1)
@@ -303,7 +305,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
                 step, block_size, warps, warp_keys, head_dim, copies,
             )  # fmt: skip
             next_pages = _load_pages(table, first + (stages + 1) * tile, end, block_size, warps, warp_keys, copies)
-        async_copy.commit_group()
+        commit_group()
         turn = gl.where(turn == stages - 1, 0, turn + 1)
 
     # A thread has what all warps have of its elements.
@@ -372,8 +374,8 @@ def _copy_tile(  # type: ignore[no-untyped-def]
     dim = gl.arange(0, head_dim, layout=gl.SliceLayout(0, gl.SliceLayout(1, copies)))[None, None, :]
     place = gl.expand_dims(slot * step, 2) + dim
     inside = gl.expand_dims(number < end, 2)
-    async_copy.async_copy_global_to_shared(k_tile, k_head + place, mask=inside)
-    async_copy.async_copy_global_to_shared(v_tile, v_head + place, mask=inside)
+    copy_async(k_tile, k_head + place, mask=inside)
+    copy_async(v_tile, v_head + place, mask=inside)
 
 
 @gluon_jit()

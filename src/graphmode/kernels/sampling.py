@@ -56,8 +56,8 @@ def sample(
             with a drawn token: 0 or less is a padding row, which gets token 0, and whose logits are not read.
         filters: the rows' top-k, top-p and min-p. A row whose filters are all off gets the token that it gets without
             them. None spares their work where no row will ever filter.
-        slots: int64 ``[seqs]``: which entry of ``temperature`` and ``seeds`` is a row's, without ``filters``; None where
-            the row's own is.
+        slots: int64 ``[seqs]``: which entry of ``temperature`` and ``seeds`` is a row's, without ``filters``. None: the
+            entry of the row's own number.
 
     Returns:
         int64 ``[seqs]``: always in the vocabulary, for padding rows too, whatever they hold.

@@ -29,7 +29,7 @@ from graphmode.kernels import (
     silu_mul,
 )
 from graphmode.kernels.few_rows import runs_few_rows
-from graphmode.kernels.many_rows_hopper import many_rows, many_rows_parts, runs_many_rows
+from graphmode.kernels.many_rows_hopper import many_rows, many_rows_parts, runs_parts, runs_products
 from graphmode.kernels.residual import add_parts, add_parts_and_norm
 from graphmode.models.attention import (
     AttentionBatch,
@@ -108,48 +108,44 @@ class FusedLayer:
         Of the last layer only the tokens that the batch has ``kept``, if it says so: ``[1, kept, hidden]``.
         """
         x = hidden_states[0]
-        weights = [weight for weight in (self.qkv, self.output, self.gate_up, self.down) if weight is not None]
-        few = runs_few_rows(x, *weights)
-        kept = attention_batch.kept if self.index == len(attention_batch.caches) - 1 else None
-        if not few and kept is None and self._is_plain and runs_many_rows(x, *weights):
-            self._compute_many_rows(x, position_ids[0], attention_batch)
-            return hidden_states
+        few = self._few(x)
         heads = self._attention(x, position_ids[0], attention_batch, few)
-        if kept is not None:
-            x, heads = (each.index_select(0, kept) for each in (x, heads))
-            hidden_states, few = x.unsqueeze(0), runs_few_rows(x, *weights)
-        _project(x, heads, self.output, self.output_norm, few)
+        if attention_batch.kept is not None and self.index == len(attention_batch.caches) - 1:
+            x, heads = (each.index_select(0, attention_batch.kept) for each in (x, heads))
+            hidden_states, few = x.unsqueeze(0), self._few(x)
+        norm = self.mlp_norm
         if self.experts is not None:
-            h = self.experts(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps).unsqueeze(0))[0]
+            _project(x, heads, self.output, self.output_norm, few)
+            h = self.experts(rms_norm(x, norm.weight, norm.eps).unsqueeze(0))[0]
             _add(x, h, self.down_norm)
             return hidden_states
         assert self.gate_up is not None
         assert self.down is not None
+        plain = self.output_norm is None and self.down_norm is None
+        if not few and plain and runs_parts(x, self.output, self.down):
+            h = add_parts_and_norm(x, many_rows_parts(heads, self.output), norm.weight, norm.eps)
+            add_parts(x, many_rows_parts(_gated(h, self.gate_up), self.down))
+            return hidden_states
+        _project(x, heads, self.output, self.output_norm, few)
         if few:
-            h = norm_linear(x, self.mlp_norm.weight, self.gate_up, None, self.mlp_norm.eps, gated=True)
+            h = norm_linear(x, norm.weight, self.gate_up, None, norm.eps, gated=True)
         else:
-            h = silu_mul(nn.functional.linear(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps), self.gate_up))
+            h = _gated(rms_norm(x, norm.weight, norm.eps), self.gate_up)
         _project(x, h, self.down, self.down_norm, few)
         return hidden_states
 
-    @property
-    def _is_plain(self) -> bool:
-        return self.experts is None and self.output_norm is None and self.down_norm is None
-
-    def _compute_many_rows(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> None:
-        assert self.gate_up is not None
-        assert self.down is not None
-        h = rms_norm(x, self.input_norm.weight, self.input_norm.eps)
-        heads = self._attend(many_rows(h, self.qkv, self.qkv_bias), positions, batch).flatten(1)
-        h = add_parts_and_norm(x, many_rows_parts(heads, self.output), self.mlp_norm.weight, self.mlp_norm.eps)
-        add_parts(x, many_rows_parts(many_rows(h, self.gate_up, gated=True), self.down))
+    def _few(self, x: torch.Tensor) -> bool:
+        weights = (self.qkv, self.output, self.gate_up, self.down)
+        return runs_few_rows(x, *(weight for weight in weights if weight is not None))
 
     def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> torch.Tensor:
         norm = self.input_norm
         if few:
             qkv = norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps)
         else:
-            qkv = nn.functional.linear(rms_norm(x, norm.weight, norm.eps), self.qkv, self.qkv_bias)
+            h = rms_norm(x, norm.weight, norm.eps)
+            product = many_rows if runs_products(x, self.qkv) else nn.functional.linear
+            qkv = product(h, self.qkv, self.qkv_bias)
         return self._attend(qkv, positions, batch).flatten(1)
 
     def _attend(self, qkv: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
@@ -163,6 +159,13 @@ class FusedLayer:
             return rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window, parts=parts)
         run = attend_outside_graph if batch.piecewise else attend
         return run(rotate_and_cache(qkv, *rotated), cache, batch, self.scale, self.window, None, None)
+
+
+def _gated(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(gate) * up`` of ``h @ weight.T``."""
+    if runs_products(h, weight):
+        return many_rows(h, weight, gated=True)
+    return silu_mul(nn.functional.linear(h, weight))
 
 
 def _project(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, norm: Norm | None, few: bool) -> None:
@@ -249,9 +252,9 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
     text.rotary_emb.forward = lambda *args, **kwargs: rotation
     head.forward = fused_head
     text.norm.forward = _unchanged
-    embedding: Any = text.embed_tokens
-    if type(embedding) is nn.Embedding and embedding.max_norm is None:
-        embedding.forward = FusedEmbedding(embedding.weight.data)
+    plain = type(text.embed_tokens) is nn.Embedding and text.embed_tokens.max_norm is None
+    if plain:
+        text.embed_tokens.forward = FusedEmbedding(text.embed_tokens.weight.data)
     log.info("%d layers are fused", len(fused))
     return len(fused)
 
