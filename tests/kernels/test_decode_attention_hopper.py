@@ -68,7 +68,7 @@ kernel = hopper._rotate_and_attend_kernel
 for seqs, group, head_dim, kind in (1, 2, 128, "bf16"), (64, 16, 64, "fp16"), (10, 6, 256, "bf16"):
     tile = hopper.tiling(seqs, head_dim)
     constants = {"kv_heads": 8, "group": group, "head_dim": head_dim, "block_size": 16, "warp_keys": 16,
-                 "stages": tile.stages, "early": True}
+                 "stages": tile.stages, "heads_first": seqs > 16, "early": True}
     signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "k_cache", "v_cache", "out"), "*" + kind)
     signature |= dict.fromkeys(("cos", "sin", "parts", "tops", "sums"), "*fp32")
     signature |= dict.fromkeys(("positions", "slot_mapping"), "*i64") | {"eps": "fp32", "scale_log2": "fp32"}

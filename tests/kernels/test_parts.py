@@ -44,12 +44,12 @@ def test_every_key_is_in_one_part_and_no_part_has_more_than_its_share(
         assert [entry[4] for entry in real if entry[0] == seq] == [0] * (len(mine) - 1) + [int(count > 0)]
         if len(mine) > 1:
             expected.append([seq, next(i for i, entry in enumerate(real) if entry[0] == seq), len(mine)])
-    assert [entry for entry in several if entry[2]] == expected
+    assert sorted(entry for entry in several if entry[2]) == expected
 
 
 def test_a_long_context_beside_short_ones_is_spread(kernel_device: str) -> None:
     found, several = share([10] * 20 + [3200] + [10] * 20, kernel_device)
-    assert several[0] == [20, 20, 13]
+    assert several[0] == [20, 0, 13]
     assert all(entry[3] == 1 for entry in found if entry[0] != 20 and entry[3])
 
 

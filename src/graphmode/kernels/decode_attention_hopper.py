@@ -59,7 +59,7 @@ def tiling(seqs: int, head_dim: int) -> Tiling:
         warps, stages = 4, 1
     elif seqs <= 16:
         warps, stages = 8, 1
-    elif seqs <= 32:
+    elif seqs <= 48:
         warps, stages = 4, 2
     else:
         warps, stages = 2, 3
@@ -103,7 +103,8 @@ def rotate_and_attend_hopper(
     tops = torch.empty((programs, q_heads), dtype=torch.float32, device=qkv.device)
     sums = torch.empty_like(tops)
     tile = tiling(tokens, head_dim)
-    _rotate_and_attend_kernel[(programs, kv_heads)](
+    heads_first = tokens > 16
+    _rotate_and_attend_kernel[(kv_heads, programs) if heads_first else (programs, kv_heads)](
         qkv,
         q_norm,
         k_norm,
@@ -128,6 +129,7 @@ def rotate_and_attend_hopper(
         block_size=block_size,
         warp_keys=_WARP_KEYS,
         stages=tile.stages,
+        heads_first=heads_first,
         num_warps=tile.warps,
         **launch_options(qkv.device),
     )
@@ -161,6 +163,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     block_size: constexpr,
     warp_keys: constexpr,
     stages: constexpr,
+    heads_first: constexpr,
     early: constexpr,
 ):
     """Attend with the query heads of one key/value head of one sequence to all of its keys, or to one part of them.
@@ -181,8 +184,8 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     shared: constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
     heads: constexpr = gl.BlockedLayout([1, head_dim // 32], [1, 32], [warps, 1], [1, 0])
 
-    number = gl.program_id(0)
-    kv_head = gl.program_id(1)
+    number = gl.program_id(1 if heads_first else 0)
+    kv_head = gl.program_id(0 if heads_first else 1)
     if early:
         gdc_launch_dependents()
     # From L2, where the kernel ahead may just have put it.

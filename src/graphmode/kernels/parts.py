@@ -78,6 +78,7 @@ def share_keys(
         min(limit for limit in (window, top_k, 2**31 - 1) if limit is not None),
         _TILE if few else _LEAST,
         windowed=window is not None,
+        longest_first=not few,
         spare=spare,
         tile=_TILE,
         block_seqs=block_seqs,
@@ -143,6 +144,7 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     most,
     least,
     windowed: constexpr,
+    longest_first: constexpr,
     spare: constexpr,
     tile: constexpr,
     block_seqs: constexpr,
@@ -157,11 +159,21 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     length = tl.load(kv_lens + index, mask=index < seqs, other=0)
     keys = tl.minimum(length, most)
     share = tl.cdiv(tl.maximum(tl.cdiv(tl.sum(keys, 0), spare), least), tile) * tile
+    if longest_first:
+        part_keys = tl.cdiv(keys, tl.maximum(tl.cdiv(keys, share), 1))
+        ranked = tl.where(index < seqs, part_keys.to(tl.int64) * block_seqs + block_seqs - 1 - index, -1)
+        ranked = tl.sort(ranked, descending=True)
+        which = tl.where(index < seqs, block_seqs - 1 - (ranked % block_seqs), index).to(tl.int32)
+        length = tl.load(kv_lens + which, mask=index < seqs, other=0)
+        keys = tl.minimum(length, most)
+    else:
+        which = index
     count = tl.where(index < seqs, tl.maximum(tl.cdiv(keys, share), 1), 0)
     end = tl.cumsum(count, 0)
     number = tl.program_id(0) * block + tl.arange(0, block)
-    seq = tl.sum((end[None, :] <= number[:, None]).to(tl.int32), 1)
-    mine = index[None, :] == seq[:, None]
+    at = tl.sum((end[None, :] <= number[:, None]).to(tl.int32), 1)
+    mine = index[None, :] == at[:, None]
+    seq = tl.sum(tl.where(mine, which[None, :], 0), 1)
     parts = tl.sum(tl.where(mine, count[None, :], 0), 1)
     part = number - tl.sum(tl.where(mine, (end - count)[None, :], 0), 1)
     seq_keys = tl.sum(tl.where(mine, keys[None, :], 0), 1)
@@ -183,7 +195,7 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         nth = tl.arange(0, block_spare)
         chosen = (count > 1)[None, :] & (tl.cumsum((count > 1).to(tl.int32), 0)[None, :] == nth[:, None] + 1)
         room = nth < tl.minimum(seqs, spare)
-        tl.store(several + nth * 3, tl.sum(tl.where(chosen, index[None, :], 0), 1), mask=room)
+        tl.store(several + nth * 3, tl.sum(tl.where(chosen, which[None, :], 0), 1), mask=room)
         tl.store(several + nth * 3 + 1, tl.sum(tl.where(chosen, (end - count)[None, :], 0), 1), mask=room)
         tl.store(several + nth * 3 + 2, tl.sum(tl.where(chosen, count[None, :], 0), 1), mask=room)
     # The next kernel reads this before it waits. So it may not start early, and all must be in L2 when it does.
