@@ -1,7 +1,14 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
 from graphmode.kernels import attention, kv_cache, sampling
+from graphmode.kernels._triton import compiles_hopper, runs_hopper
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +52,24 @@ def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+
+
+@pytest.fixture
+def on_hopper() -> None:
+    if not runs_hopper(torch.empty(0, device="cuda")):
+        pytest.skip("needs Hopper and a Triton that compiles its kernels")
+
+
+@pytest.fixture
+def compile_for_hopper(tmp_path: Path) -> Callable[[str], None]:
+    """Runs a script that compiles kernels, in a process where Triton compiles instead of interpreting."""
+    if not compiles_hopper():
+        pytest.skip("needs a Triton that compiles the kernels for Hopper")
+
+    def run(script: str) -> None:
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(tmp_path)
+        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+
+    return run

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 else:
     constexpr = tl and tl.constexpr  # annotates the compile-time parameters of kernels
 
+# Gluon is experimental: only with these versions of Triton are the kernels known to compile.
+_GLUON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
+
 # Where Triton compiles to. On other devices the public functions take the PyTorch reference.
 _TRITON_DEVICES = frozenset({"cuda", "xpu"})
 
@@ -85,6 +88,21 @@ def _jit(compiler: Any, options: dict[str, Any]) -> Callable[[Callable[..., Any]
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Return whether the public functions take the Triton kernel for tensors on this tensor's device."""
     return triton is not None and tensor.device.type in _TRITON_DEVICES
+
+
+def compiles_hopper() -> bool:
+    """Return whether the installed Triton compiles the kernels for Hopper, which are in Gluon."""
+    return gl is not None and mma_v2 is not None and triton.__version__.rpartition(".")[0] in _GLUON_VERSIONS
+
+
+def runs_hopper(tensor: torch.Tensor) -> bool:
+    """Return whether the kernels for Hopper run where a tensor lies."""
+    return tensor.device.type == "cuda" and compiles_hopper() and _is_hopper(tensor.device)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache

@@ -40,7 +40,7 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
-from graphmode.kernels.parts import Parts, combine_parts, join_sink, load_part, share_keys
+from graphmode.kernels.parts import Parts, combine_parts, join_sink, load_part, room_for_parts, share_keys
 
 
 def paged_attention(
@@ -455,9 +455,7 @@ def paged_attention_triton(
                 kv_lens, kv_heads, window=window, top_k=None if selection is None else selection.shape[1]
             )
         programs = len(parts.programs)
-        acc = torch.empty((programs, q_heads, value_dim), dtype=torch.float32, device=q.device)
-        tops = torch.empty((programs, q_heads), dtype=torch.float32, device=q.device)
-        sums = torch.empty_like(tops)
+        acc, tops, sums = room_for_parts(parts, q_heads, value_dim)
     _decode_kernel[(programs, kv_heads * head_blocks)](
         *inputs,
         selection,

@@ -24,7 +24,7 @@ from graphmode.kernels._triton import (
 from graphmode.kernels.attention import paged_attention
 from graphmode.kernels.decode_attention_hopper import rotate_and_attend_hopper
 from graphmode.kernels.decode_attention_hopper import supports as runs_hopper
-from graphmode.kernels.parts import Parts, combine_parts, load_part, share_keys
+from graphmode.kernels.parts import Parts, combine_parts, load_part, room_for_parts, share_keys
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 
 _TILE_BYTES = 16384
@@ -128,9 +128,7 @@ def rotate_and_attend_triton(
     if parts is None:
         parts = share_keys(kv_lens, kv_heads, window=window)
     programs = len(parts.programs)
-    acc = torch.empty((programs, q_heads, head_dim), dtype=torch.float32, device=qkv.device)
-    tops = torch.empty((programs, q_heads), dtype=torch.float32, device=qkv.device)
-    sums = torch.empty_like(tops)
+    acc, tops, sums = room_for_parts(parts, q_heads, head_dim)
     block_half = max(16, next_power_of_2(head_dim // 2))
     block_m = max(next_power_of_2(group), 16)
     _rotate_and_attend_kernel[(programs, kv_heads)](

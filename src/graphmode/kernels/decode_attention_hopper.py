@@ -24,10 +24,10 @@ from graphmode.kernels._triton import (
     gluon_jit,
     launch_options,
     mma_v2,
+    runs_hopper,
     wait_group,
 )
-from graphmode.kernels.few_rows_hopper import runs_here
-from graphmode.kernels.parts import Parts, combine_parts, share_keys
+from graphmode.kernels.parts import Parts, combine_parts, room_for_parts, share_keys
 from graphmode.kernels.rotary import Rotation
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -70,7 +70,7 @@ def supports(qkv: torch.Tensor, k_cache: torch.Tensor) -> bool:
     """Return whether the kernel runs where these tensors lie, and takes them, with values like keys."""
     kv_heads, head_dim = k_cache.shape[2:]
     fits = k_cache.dtype in _DTYPES and head_dim in _HEAD_DIMS
-    return fits and qkv.shape[1] // head_dim - 2 * kv_heads <= _MAX_GROUP * kv_heads and runs_here(qkv)
+    return fits and qkv.shape[1] // head_dim - 2 * kv_heads <= _MAX_GROUP * kv_heads and runs_hopper(qkv)
 
 
 def rotate_and_attend_hopper(
@@ -99,9 +99,7 @@ def rotate_and_attend_hopper(
     if parts is None:
         parts = share_keys(kv_lens, kv_heads, window=window)
     programs = len(parts.programs)
-    acc = torch.empty((programs, q_heads, head_dim), dtype=torch.float32, device=qkv.device)
-    tops = torch.empty((programs, q_heads), dtype=torch.float32, device=qkv.device)
-    sums = torch.empty_like(tops)
+    acc, tops, sums = room_for_parts(parts, q_heads, head_dim)
     tile = tiling(tokens, head_dim)
     heads_first = tokens > 16
     _rotate_and_attend_kernel[(kv_heads, programs) if heads_first else (programs, kv_heads)](

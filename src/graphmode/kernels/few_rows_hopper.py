@@ -12,7 +12,6 @@ The norm's factor is multiplied into the result, so that no product waits for it
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,11 +25,9 @@ from graphmode.kernels._triton import (
     launch_options,
     mma_v2,
     next_power_of_2,
-    triton,
+    runs_hopper,
 )
 
-# Gluon is experimental: only with these versions are the kernels known to compile.
-_TRITON_VERSIONS = ("3.6", "3.7", "3.8", "3.9")
 _DTYPES = (torch.bfloat16, torch.float16)
 # A warp takes at least this many elements of a row at a time: two products' worth, as 16 bytes of each of its lanes.
 _MIN_WARP_K = 32
@@ -76,16 +73,6 @@ def tiling(size: int, width: int, rows: int, *, normed: bool, gated: bool) -> Ti
     return replace(chosen, block_n=8 if size % 16 else chosen.block_n, block_k=block_k)
 
 
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def compiles() -> bool:
-    """Return whether the installed Triton compiles these kernels."""
-    return gl is not None and mma_v2 is not None and triton.__version__.rpartition(".")[0] in _TRITON_VERSIONS
-
-
 def fits(dtype: torch.dtype, size: int, width: int) -> bool:
     """Return whether the kernels take weights of ``size`` rows (with a gate: of each half) of ``width`` elements."""
     return dtype in _DTYPES and size > 0 and size % 8 == 0 and width > 0 and width % 128 == 0
@@ -95,12 +82,7 @@ def supports(weight: torch.Tensor, *, gated: bool = False) -> bool:
     """Return whether the kernels run where ``weight``, ``[out, in]``, lies, and take it."""
     out, width = weight.shape
     size = out // 2 if gated else out
-    return fits(weight.dtype, size, width) and runs_here(weight)
-
-
-def runs_here(tensor: torch.Tensor) -> bool:
-    """Return whether Hopper's kernels run where a tensor lies."""
-    return tensor.device.type == "cuda" and compiles() and _is_hopper(tensor.device)
+    return fits(weight.dtype, size, width) and runs_hopper(weight)
 
 
 def norm_linear_hopper(

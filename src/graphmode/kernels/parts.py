@@ -89,6 +89,13 @@ def share_keys(
     return Parts(programs, several)
 
 
+def room_for_parts(parts: Parts, q_heads: int, value_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return room for what programs make of their parts: the first arguments of :func:`combine_parts`."""
+    programs, device = len(parts.programs), parts.programs.device
+    acc = torch.empty((programs, q_heads, value_dim), dtype=torch.float32, device=device)
+    return acc, *torch.empty((2, programs, q_heads), dtype=torch.float32, device=device)
+
+
 def combine_parts(
     acc: torch.Tensor,
     tops: torch.Tensor,
