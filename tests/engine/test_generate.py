@@ -1,5 +1,6 @@
 """The engine gives what transformers gives, token for token, however requests are batched."""
 
+import gc
 from itertools import pairwise
 from pathlib import Path
 
@@ -118,6 +119,25 @@ def test_a_stream_that_is_left_gives_its_blocks_back(tiny: Path) -> None:
     stream.close()
     assert not llm.engine.scheduler.has_work
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+
+
+def test_what_exists_is_out_of_the_collectors_way_while_tokens_are_made_and_no_longer(tiny: Path) -> None:
+    llm = LLM(tiny, device="cpu", max_num_seqs=2)
+    prompt, params = {"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=5)
+    assert gc.get_freeze_count() == 0
+    stream = llm.stream(prompt, params)
+    next(stream)
+    assert gc.get_freeze_count() > 0
+    stream.close()
+    assert gc.get_freeze_count() == 0
+    llm.generate(prompt, params)
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        llm.generate(prompt, params)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_limits_end_a_sequence_with_its_reason(tiny: Path) -> None:
