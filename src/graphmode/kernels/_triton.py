@@ -32,6 +32,7 @@ _ampere: Any = _load("triton.experimental.gluon.language.nvidia.ampere")
 # A product of matrices in registers (mma.sync), batched; copies to shared memory that are not waited for (cp.async).
 mma_v2: Any = getattr(_ampere, "mma_v2", None)
 _async_copy: Any = getattr(_ampere, "async_copy", None)
+# By its name in newer versions of Triton, and in older ones.
 copy_async: Any = getattr(_async_copy, "async_load", getattr(_async_copy, "async_copy_global_to_shared", None))
 commit_group: Any = getattr(_async_copy, "commit_group", None)
 wait_group: Any = getattr(_async_copy, "wait_group", None)
@@ -41,7 +42,7 @@ hopper: Any = _load("triton.experimental.gluon.nvidia.hopper")
 _hopper_language: Any = _load("triton.experimental.gluon.language.nvidia.hopper")
 mbarrier: Any = getattr(_hopper_language, "mbarrier", None)
 _tma: Any = getattr(_hopper_language, "tma", None)
-# Its name until Triton 3.6, and since.
+# Likewise.
 async_load: Any = getattr(_tma, "async_load", getattr(_tma, "async_copy_global_to_shared", None))
 warpgroup_mma: Any = getattr(_hopper_language, "warpgroup_mma", None)
 warpgroup_mma_wait: Any = getattr(_hopper_language, "warpgroup_mma_wait", None)

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from graphmode.kernels import decode_attention_hopper
 from graphmode.kernels._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -22,14 +23,12 @@ from graphmode.kernels._triton import (
     tl,
 )
 from graphmode.kernels.attention import paged_attention
-from graphmode.kernels.decode_attention_hopper import rotate_and_attend_hopper
-from graphmode.kernels.decode_attention_hopper import supports as runs_hopper
 from graphmode.kernels.parts import Parts, combine_parts, load_part, room_for_parts, share_keys
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 
 _TILE_BYTES = 16384
-# Sequences up to which one kernel is faster than two (H100, Qwen3-0.6B: 0.73 beside 0.78 ms a step of one sequence,
-# but 2.06 beside 1.83 ms of 64).
+# Sequences up to which this one kernel is faster than two (H100, Qwen3-0.6B: 0.73 beside 0.78 ms a step of one
+# sequence, but 2.06 beside 1.83 ms of 64).
 MAX_ROWS = 16
 
 
@@ -61,12 +60,11 @@ def rotate_and_attend(
     Raises:
         ValueError: as they raise.
     """
-    whole = (
-        not rotation.interleaved and 2 * rotation.cos.shape[1] == k_cache.shape[3] and k_cache.shape == v_cache.shape
-    )
+    by_halves = not rotation.interleaved and 2 * rotation.cos.shape[1] == k_cache.shape[3]
+    whole = by_halves and k_cache.shape == v_cache.shape
     run = None
-    if whole and runs_hopper(qkv, k_cache):
-        run = rotate_and_attend_hopper
+    if whole and decode_attention_hopper.supports(qkv, k_cache):
+        run = decode_attention_hopper.rotate_and_attend_hopper
     elif whole and runs_triton(qkv) and len(qkv) <= MAX_ROWS:
         run = rotate_and_attend_triton
     if run is not None:

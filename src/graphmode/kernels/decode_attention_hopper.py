@@ -34,6 +34,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256)
 _MAX_GROUP = 16  # query heads of a key/value head: the rows of a matrix product
 _WARP_KEYS = 16  # of a tile: the inner dimension of a product
+_FEW = 16  # sequences, whose parts have a multiprocessor each
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def tiling(seqs: int, head_dim: int) -> Tiling:
     """
     if seqs <= 8:
         warps, stages = 4, 1
-    elif seqs <= 16:
+    elif seqs <= _FEW:
         warps, stages = 8, 1
     elif seqs <= 48:
         warps, stages = 4, 2
@@ -101,7 +102,8 @@ def rotate_and_attend_hopper(
     programs = len(parts.programs)
     acc, tops, sums = room_for_parts(parts, q_heads, head_dim)
     tile = tiling(tokens, head_dim)
-    heads_first = tokens > 16
+    # Of many sequences the longest parts come first: so all heads of one before those of the next.
+    heads_first = tokens > _FEW
     _rotate_and_attend_kernel[(kv_heads, programs) if heads_first else (programs, kv_heads)](
         qkv,
         q_norm,
@@ -243,11 +245,10 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     key = row + (group * kv_heads + kv_head) * head_dim
     c = gl.load(key + dim).to(gl.float32)
     d = gl.load(key + partner).to(gl.float32)
-    value = gl.load(row + ((group + 1) * kv_heads + kv_head) * head_dim + dim)
+    new_place = key + step
+    value = gl.load(new_place + dim)
     wide: constexpr = gl.SliceLayout(0, gl.SliceLayout(1, products))
-    new_value = gl.load(row + ((group + 1) * kv_heads + kv_head) * head_dim + gl.arange(0, head_dim, layout=wide)).to(
-        gl.float32
-    )
+    new_value = gl.load(new_place + gl.arange(0, head_dim, layout=wide)).to(gl.float32)
     if q_norm is not None:
         factor = gl.rsqrt(gl.sum(a * a, 1) / head_dim + eps)[:, None]
         a = a * factor * q_scale[None, :]

@@ -208,8 +208,8 @@ class FusedEmbedding:
     weight: torch.Tensor
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return ``[1, tokens, hidden]`` of tokens ``[1, tokens]``."""
-        return embed(input_ids[0], self.weight).unsqueeze(0)
+        """Return ``[..., hidden]`` of tokens ``[...]``."""
+        return embed(input_ids.flatten(), self.weight).view(*input_ids.shape, -1)
 
 
 def fuse(model: PreTrainedModel, max_model_len: int) -> int:
