@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from graphmode.kernels.decode_attention_hopper import rotate_and_attend_hopper, supports
+from graphmode.kernels import decode_attention_hopper
+from graphmode.kernels._triton import compiles_hopper
+from graphmode.kernels.decode_attention import rotate_and_attend_triton
+from graphmode.kernels.decode_attention_hopper import supports
 from tests.kernels.test_decode_attention import check, make_inputs
 
 
 def check_hopper(inputs: dict, *, window: int | None = None, spare: int | None = None) -> None:
     assert supports(*(inputs[name] for name in ("qkv", "k_cache")))
-    check(inputs, window=window, spare=spare, run=rotate_and_attend_hopper)
+    check(inputs, window=window, spare=spare, run=partial(rotate_and_attend_triton, hopper=True))
 
 
 LENGTHS = [1, 2, 17, 300, 64, 65, 129]
@@ -48,6 +52,22 @@ def test_many_sequences(sequences: int) -> None:
     check_hopper(make_inputs(lengths, head_dim=128, block_size=16, dtype=torch.bfloat16, device="cuda"))
 
 
+@pytest.mark.skipif(not compiles_hopper(), reason="needs a Triton that compiles the kernels for Hopper")
+@pytest.mark.parametrize("sequences", [1, 20])
+def test_its_kernel_is_launched_with_what_it_takes(monkeypatch: pytest.MonkeyPatch, sequences: int) -> None:
+    kernel, *_ = decode_attention_hopper.choose(sequences, sequences, 2, 128)
+    given: list[str] = []
+
+    class Recorder:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **kwargs: given.extend([*kernel.arg_names[: len(args)], *kwargs])
+
+    monkeypatch.setattr(decode_attention_hopper, "_rotate_and_attend_kernel", Recorder())
+    inputs = make_inputs([10] * sequences, head_dim=128, block_size=16, padding=0)
+    rotate_and_attend_triton(**inputs, scale=0.3, hopper=True)
+    assert sorted(given) == sorted([*kernel.arg_names, "num_warps"])
+
+
 COMPILE = r"""
 import re
 from triton import compile
@@ -55,11 +75,10 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from graphmode.kernels import decode_attention_hopper as hopper
 
-kernel = hopper._rotate_and_attend_kernel
 for seqs, group, head_dim, kind in (1, 2, 128, "bf16"), (64, 16, 64, "fp16"), (10, 6, 256, "bf16"):
-    tile = hopper.tiling(seqs, head_dim)
-    constants = {"kv_heads": 8, "group": group, "head_dim": head_dim, "block_size": 16, "warp_keys": 16,
-                 "stages": tile.stages, "heads_first": seqs > 16, "early": True}
+    kernel, _, constants = hopper.choose(seqs, 2 * seqs, 8, head_dim)
+    warps, stages = constants.pop("num_warps"), constants["stages"]
+    constants |= {"kv_heads": 8, "group": group, "block_size": 16, "early": True}
     signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "k_cache", "v_cache", "out"), "*" + kind)
     signature |= dict.fromkeys(("cos", "sin", "parts", "tops", "sums"), "*fp32")
     signature |= dict.fromkeys(("positions", "slot_mapping"), "*i64") | {"eps": "fp32", "scale_log2": "fp32"}
@@ -68,10 +87,10 @@ for seqs, group, head_dim, kind in (1, 2, 128, "bf16"), (64, 16, 64, "fp16"), (1
                if signature.get(name, "").startswith("*")}
     signature |= dict.fromkeys(constants, "constexpr")
     source = GluonASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, aligned)
-    code = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.warps}).asm["ptx"]
+    code = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
     # All keys and values of the ring are asked for before the wait, 16 bytes a lane.
     early, late = code.split("griddepcontrol.wait")
-    copies = 2 * tile.stages * 16 * head_dim * 2 // (32 * 16)
+    copies = 2 * stages * 16 * head_dim * 2 // (32 * 16)
     assert len(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*, 0x10,", early)) == copies, early
     assert "ldmatrix.sync.aligned.m8n8.x4.trans" in late, late
 """

@@ -11,10 +11,10 @@ from graphmode.kernels.embedding import embed, embed_reference, embed_triton
 @pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden", [1, 24, 1024, 1500])
-@pytest.mark.parametrize("tokens", [0, 1, 33])
-def test_rows(kernel_device: str, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [(0,), (1,), (33,), (1, 5)])
+def test_rows(kernel_device: str, tokens: tuple[int, ...], hidden: int, dtype: torch.dtype) -> None:
     weight = torch.randn(50, hidden).to(kernel_device, dtype)
-    token_ids = torch.randint(50, (tokens,)).to(kernel_device)
+    token_ids = torch.randint(50, tokens).to(kernel_device)
     assert torch.equal(embed_triton(token_ids, weight), embed_reference(token_ids, weight))
 
 
@@ -22,8 +22,8 @@ def test_rows(kernel_device: str, tokens: int, hidden: int, dtype: torch.dtype) 
     ("token_ids", "weight", "message"),
     [
         (torch.zeros(3, dtype=torch.int32), torch.zeros(5, 4), "token_ids"),
-        (torch.zeros(3, 1, dtype=torch.int64), torch.zeros(5, 4), "token_ids"),
-        (torch.zeros(3, dtype=torch.int64), torch.zeros(4, 5).T, "weight has strides"),
+        (torch.zeros(4, 3, dtype=torch.int64).T, torch.zeros(5, 4), "token_ids is of strides"),
+        (torch.zeros(3, dtype=torch.int64), torch.zeros(4, 5).T, "weight is of strides"),
         (torch.zeros(3, dtype=torch.int64), torch.zeros(5, 4, dtype=torch.int64), "weight"),
     ],
 )

@@ -3,11 +3,13 @@
 A program has the new key of its sequence and head at hand: the last of a sequence's programs attends to it without
 waiting for the cache, and writes it there. The keys before it do not hang on the kernel ahead, and are asked for
 before waiting for that. For few sequences: with many, what each program holds costs more than a kernel less saves.
+Hopper has a kernel of its own, for any number (:mod:`graphmode.kernels.decode_attention_hopper`).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -62,13 +64,9 @@ def rotate_and_attend(
     """
     by_halves = not rotation.interleaved and 2 * rotation.cos.shape[1] == k_cache.shape[3]
     whole = by_halves and k_cache.shape == v_cache.shape
-    run = None
-    if whole and decode_attention_hopper.supports(qkv, k_cache):
-        run = decode_attention_hopper.rotate_and_attend_hopper
-    elif whole and runs_triton(qkv) and len(qkv) <= MAX_ROWS:
-        run = rotate_and_attend_triton
-    if run is not None:
-        return run(
+    hopper = decode_attention_hopper.supports(qkv, k_cache)
+    if whole and (hopper or (runs_triton(qkv) and len(qkv) <= MAX_ROWS)):
+        return rotate_and_attend_triton(
             qkv,
             q_norm,
             k_norm,
@@ -83,6 +81,7 @@ def rotate_and_attend(
             scale=scale,
             window=window,
             parts=parts,
+            hopper=hopper,
         )
     queries = rotate_and_cache(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
     return paged_attention(
@@ -115,8 +114,9 @@ def rotate_and_attend_triton(
     scale: float,
     window: int | None = None,
     parts: Parts | None = None,
+    hopper: bool = False,
 ) -> torch.Tensor:
-    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves."""
+    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves; on ``hopper`` by its own kernel."""
     tokens, (block_size, kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
     q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
@@ -127,9 +127,12 @@ def rotate_and_attend_triton(
         parts = share_keys(kv_lens, kv_heads, window=window)
     programs = len(parts.programs)
     acc, tops, sums = room_for_parts(parts, q_heads, head_dim)
-    block_half = max(16, next_power_of_2(head_dim // 2))
-    block_m = max(next_power_of_2(group), 16)
-    _rotate_and_attend_kernel[(programs, kv_heads)](
+    if hopper:
+        kernel, grid, constants = decode_attention_hopper.choose(tokens, programs, kv_heads, head_dim)
+    else:
+        kernel, grid = _rotate_and_attend_kernel, (programs, kv_heads)
+        constants = _constants(group, head_dim, qkv.element_size())
+    kernel[grid](
         qkv,
         q_norm,
         k_norm,
@@ -150,17 +153,26 @@ def rotate_and_attend_triton(
         scale * math.log2(math.e),
         kv_heads=kv_heads,
         group=group,
-        half=head_dim // 2,
         block_size=block_size,
-        block_half=block_half,
-        block_m=block_m,
-        block_n=min(max(_TILE_BYTES // (2 * block_half * qkv.element_size()), 16), 128),
-        num_warps=8 if block_m >= 128 else 4,
-        num_stages=3,
+        **constants,
         **launch_options(qkv.device),
     )
     combine_parts(acc, tops, sums, None, out, parts)
     return out
+
+
+def _constants(group: int, head_dim: int, itemsize: int) -> dict[str, Any]:
+    """Return the constants of the kernel below that Hopper's has not."""
+    block_half = max(16, next_power_of_2(head_dim // 2))
+    block_m = max(next_power_of_2(group), 16)
+    return {
+        "half": head_dim // 2,
+        "block_half": block_half,
+        "block_m": block_m,
+        "block_n": min(max(_TILE_BYTES // (2 * block_half * itemsize), 16), 128),
+        "num_warps": 8 if block_m >= 128 else 4,
+        "num_stages": 3,
+    }
 
 
 @jit()

@@ -9,8 +9,8 @@ and a softmax of its own; they meet at the end.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,13 +22,10 @@ from graphmode.kernels._triton import (
     gdc_wait,
     gl,
     gluon_jit,
-    launch_options,
     mma_v2,
     runs_hopper,
     wait_group,
 )
-from graphmode.kernels.parts import Parts, combine_parts, room_for_parts, share_keys
-from graphmode.kernels.rotary import Rotation
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256)
@@ -74,67 +71,20 @@ def supports(qkv: torch.Tensor, k_cache: torch.Tensor) -> bool:
     return fits and qkv.shape[1] // head_dim - 2 * kv_heads <= _MAX_GROUP * kv_heads and runs_hopper(qkv)
 
 
-def rotate_and_attend_hopper(
-    qkv: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    block_tables: torch.Tensor,
-    kv_lens: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    parts: Parts | None = None,
-) -> torch.Tensor:
-    """Do as :func:`graphmode.kernels.rotate_and_attend`, on what :func:`supports` accepts."""
-    tokens, (block_size, kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
-    q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    if tokens == 0:
-        return out
-    if parts is None:
-        parts = share_keys(kv_lens, kv_heads, window=window)
-    programs = len(parts.programs)
-    acc, tops, sums = room_for_parts(parts, q_heads, head_dim)
-    tile = tiling(tokens, head_dim)
+def choose(seqs: int, programs: int, kv_heads: int, head_dim: int) -> tuple[Any, tuple[int, int], dict[str, Any]]:
+    """Return the kernel for so many sequences, with ``programs`` for each head, its grid and its constants."""
+    tile = tiling(seqs, head_dim)
     # Of many sequences the longest parts come first: so all heads of one before those of the next.
-    heads_first = tokens > _FEW
-    _rotate_and_attend_kernel[(kv_heads, programs) if heads_first else (programs, kv_heads)](
-        qkv,
-        q_norm,
-        k_norm,
-        eps,
-        rotation.cos,
-        rotation.sin,
-        positions,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        block_tables,
-        block_tables.stride(0),
-        parts.programs,
-        out,
-        acc,
-        tops,
-        sums,
-        scale * math.log2(math.e),
-        kv_heads=kv_heads,
-        group=q_heads // kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        warp_keys=_WARP_KEYS,
-        stages=tile.stages,
-        heads_first=heads_first,
-        num_warps=tile.warps,
-        **launch_options(qkv.device),
-    )
-    combine_parts(acc, tops, sums, None, out, parts)
-    return out
+    heads_first = seqs > _FEW
+    constants = {
+        "head_dim": head_dim,
+        "warp_keys": _WARP_KEYS,
+        "stages": tile.stages,
+        "heads_first": heads_first,
+        "num_warps": tile.warps,
+    }
+    grid = (kv_heads, programs) if heads_first else (programs, kv_heads)
+    return _rotate_and_attend_kernel, grid, constants
 
 
 @gluon_jit()
@@ -159,8 +109,8 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     scale_log2,
     kv_heads: constexpr,
     group: constexpr,
-    head_dim: constexpr,
     block_size: constexpr,
+    head_dim: constexpr,
     warp_keys: constexpr,
     stages: constexpr,
     heads_first: constexpr,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphmode.kernels._arguments import FLOATS, require_tensor
+from graphmode.kernels._arguments import FLOATS, require, require_tensor
 from graphmode.kernels._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -23,32 +23,32 @@ def embed(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the rows ``token_ids`` of ``weight``.
 
     Args:
-        token_ids: int64 ``[tokens]``, each a row of ``weight``.
+        token_ids: int64 ``[...]``, each a row of ``weight``, contiguous.
         weight: ``[vocab, hidden]``, float32, bfloat16 or float16, contiguous.
 
     Returns:
-        ``[tokens, hidden]`` in ``weight``'s dtype.
+        ``[..., hidden]`` in ``weight``'s dtype.
 
     Raises:
         ValueError: a shape, dtype, layout or device does not fit.
     """
     require_tensor("weight", weight, shape=(None, None), dtypes=FLOATS, like=weight)
-    require_tensor("token_ids", token_ids, shape=(None,), dtypes=(torch.int64,), like=weight)
-    if not weight.is_contiguous():
-        raise ValueError(f"weight has strides {weight.stride()}, expected a contiguous tensor")
+    require_tensor("token_ids", token_ids, shape=(None,) * token_ids.dim(), dtypes=(torch.int64,), like=weight)
+    for name, tensor in (("token_ids", token_ids), ("weight", weight)):
+        require(tensor.is_contiguous(), name, f"of strides {tensor.stride()}", "a contiguous tensor")
     run = embed_triton if runs_triton(weight) else embed_reference
     return run(token_ids, weight)
 
 
 def embed_reference(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Do as :func:`embed` in PyTorch."""
-    return weight.index_select(0, token_ids)
+    return torch.nn.functional.embedding(token_ids, weight)
 
 
 def embed_triton(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Do as :func:`embed` in Triton: programs of one token and part of its row."""
-    tokens, hidden = len(token_ids), weight.shape[1]
-    out = torch.empty((tokens, hidden), dtype=weight.dtype, device=weight.device)
+    tokens, hidden = token_ids.numel(), weight.shape[1]
+    out = torch.empty((*token_ids.shape, hidden), dtype=weight.dtype, device=weight.device)
     if tokens:
         block = min(next_power_of_2(hidden), _MAX_BLOCK)
         _embed_kernel[(tokens, -(-hidden // block))](

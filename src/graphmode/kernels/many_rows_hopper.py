@@ -71,13 +71,13 @@ def tiling(size: int, width: int, rows: int, *, gated: bool, splits: bool) -> Ti
     return Tiling(block_n, count, min(stages, width // count // _BLOCK_K))
 
 
-def runs_products(x: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Return whether :func:`many_rows` takes these weights, and beats cuBLAS for a step's rows ``[rows, hidden]``."""
-    return all(_takes(weight, x.shape[0], _MAX_ROWS) for weight in weights)
+def runs_products(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether :func:`many_rows` takes a weight, and beats cuBLAS for a step's rows ``[rows, hidden]``."""
+    return _takes(weight, x.shape[0], _MAX_ROWS)
 
 
 def runs_parts(x: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Return the same of :func:`many_rows_parts` and what adds parts up."""
+    """Return the same of :func:`many_rows_parts` and what adds parts up, of the layers of a step."""
     few_outputs = all(len(weight) <= _FEW_OUTPUTS for weight in weights)
     limit = _MAX_ROWS_OF_FEW_OUTPUTS if few_outputs else _MAX_ROWS
     return all(_takes(weight, x.shape[0], limit) for weight in weights)

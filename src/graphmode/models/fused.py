@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,17 +202,6 @@ class FusedHead:
         return nn.functional.linear(rms_norm(x, self.norm.weight, self.norm.eps), self.weight).unsqueeze(0)
 
 
-@dataclass(frozen=True)
-class FusedEmbedding:
-    """The embedding of tokens: a kernel in the chain of those after it."""
-
-    weight: torch.Tensor
-
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return ``[..., hidden]`` of tokens ``[...]``."""
-        return embed(input_ids.flatten(), self.weight).view(*input_ids.shape, -1)
-
-
 def fuse(model: PreTrainedModel, max_model_len: int) -> int:
     """Fuse the layers of a model that are recognised and give what they gave; log what is not and why.
 
@@ -254,7 +244,7 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
     text.norm.forward = _unchanged
     plain = type(text.embed_tokens) is nn.Embedding and text.embed_tokens.max_norm is None
     if plain:
-        text.embed_tokens.forward = FusedEmbedding(text.embed_tokens.weight.data)
+        text.embed_tokens.forward = partial(embed, weight=text.embed_tokens.weight.data)
     log.info("%d layers are fused", len(fused))
     return len(fused)
 
