@@ -1,4 +1,4 @@
-"""Hopper's linear layers of some dozen rows: on a GPU against float64, elsewhere that they compile."""
+"""Hopper's linear layers of some dozen to some hundred rows: on a GPU against float64, elsewhere that they compile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from graphmode.kernels import many_rows_hopper as many
 from tests.kernels.test_fused import close
 
-ROWS = [17, 40, 64, 65, 128]
+ROWS = [17, 40, 64, 65, 128, 129, 256]
 # Qwen3 0.6B, 1.7B and 8B, and the smallest: inputs and outputs, of a gate one half of them.
 SIZES = [(1024, 4096), (2048, 6144), (4096, 12288), (128, 64), (2048, 1024), (3072, 1024), (12288, 4096), (384, 192)]
 
@@ -71,15 +71,16 @@ def test_weights_elsewhere_are_not_taken() -> None:
     assert not many.runs_parts(x, weight)
 
 
-@given(st.integers(1, 1000), st.integers(1, 120), st.integers(17, 128), st.sampled_from(["plain", "gated", "parts"]))
+@given(st.integers(1, 1000), st.integers(1, 120), st.integers(17, 256), st.sampled_from(["plain", "gated", "parts"]))
 def test_tilings_cover_the_weights(size_64: int, width_128: int, rows: int, kind: str) -> None:
     size, width = 64 * size_64 // (2 if kind == "gated" else 1), 128 * width_128
     tile = many.tiling(size, width, rows, gated=kind == "gated", splits=kind == "parts")
     assert size % tile.block_n == 0
-    assert width % (128 * tile.splits) == 0
+    assert width % (tile.block_k * tile.splits) == 0
     assert tile.splits == 1 or kind == "parts"
-    assert 1 <= tile.stages <= width // 128 // tile.splits
-    assert tile.block_n >= 16
+    assert 1 <= tile.stages <= width // tile.block_k // tile.splits
+    assert tile.block_n >= 32
+    assert tile.block_m == 64 or (tile.block_m == 128 and rows > 64)
 
 
 COMPILE = r"""
@@ -91,18 +92,20 @@ from graphmode.kernels import many_rows_hopper as many
 
 layout = gl.NVMMASharedLayout(128, 16, rank=2)
 for size, width, rows, gated, splits, dtype in (
-    (3072, 1024, 64, True, False, "bf16"), (192, 384, 128, False, False, "fp16"), (1024, 3072, 17, False, True, "bf16")
+    (3072, 1024, 64, True, False, "bf16"), (6144, 2048, 128, True, False, "bf16"),
+    (192, 384, 200, False, False, "fp16"), (1024, 3072, 17, False, True, "bf16"),
+    (1024, 3072, 100, False, True, "bf16"),
 ):
     tile = many.tiling(size, width, rows, gated=gated, splits=splits)
-    constants = {"chunks": width // tile.splits // 128, "gated": gated, "block_m": 64, "early": True,
-                 "block_n": tile.block_n, "block_k": 128, "stages": tile.stages, "bias": None}
-    described = {"x_desc": 64, "weight_desc": tile.block_n}
-    signature = {name: f"tensordesc<{dtype}[{block}, 128],{layout!r}>" for name, block in described.items()}
-    signature |= {"out": "*fp32" if splits else "*" + dtype, "rows": "i32", "size": "i32"}
+    constants = {"chunks": width // tile.splits // tile.block_k, "gated": gated, "block_m": tile.block_m, "early": True,
+                 "block_n": tile.block_n, "block_k": tile.block_k, "stages": tile.stages, "size": size, "bias": None}
+    described = {"x_desc": tile.block_m, "weight_desc": tile.block_n}
+    signature = {name: f"tensordesc<{dtype}[{block}, {tile.block_k}],{layout!r}>" for name, block in described.items()}
+    signature |= {"out": "*fp32" if splits else "*" + dtype, "rows": "i32"}
     signature |= dict.fromkeys(constants, "constexpr")
     kernel = many._many_rows_kernel
     source = GluonASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, {})
-    code = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+    code = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.block_m // 16}).asm["ptx"]
     # Weights are asked for before the wait.
     assert code.index("cp.async.bulk.tensor") < code.index("griddepcontrol.wait") < code.index("wgmma"), code
 """

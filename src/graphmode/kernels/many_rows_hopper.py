@@ -1,4 +1,4 @@
-"""Linear layers of some dozen rows on Hopper, in Gluon: still bound by the reading of weights, but for matrix products.
+"""Linear layers of some dozen to some hundred rows on Hopper, in Gluon: bound by the reading of weights, or nearly.
 
 Weights and rows come by TMA to a ring in shared memory, from where warpgroup products take them. The first of the
 weights are asked for before waiting for the kernel ahead. Where a layer has few outputs, several programs share their
@@ -28,16 +28,18 @@ from graphmode.kernels._triton import (
 )
 from graphmode.kernels.few_rows_hopper import supports
 
-# Where these kernels beat cuBLAS in a chain of layers (H100, Qwen3-0.6B, 1.7B and 8B): up to so many rows; of more than
-# so many weights from so many rows on; of parts and their sum with a norm, of few outputs, up to more rows.
-_MAX_ROWS = 64
+# Where these kernels beat cuBLAS in a chain of layers (H100, Qwen3-0.6B, 1.7B and 8B): up to so many rows; more than so
+# many weights from and up to others; parts and their sum with a norm, of many outputs, up to fewer.
+_MAX_ROWS = 256
 _LARGE = 1 << 23
-_MIN_ROWS_OF_LARGE = 33
-_MAX_ROWS_OF_FEW_OUTPUTS = 128
+_ROWS_OF_LARGE = (33, 128)
+_MAX_ROWS_OF_PARTS = 64
 _FEW_OUTPUTS = 2048
-_BLOCK_M = 64  # rows of a program
-_BLOCK_K = 128  # elements of a row at a time
-_PROGRAMS = 128
+_PROGRAMS = 132  # a large GPU's multiprocessors
+_MEMORY = 163840  # bytes of shared memory for a ring: beside it, the next kernel's programs find room
+_MEMORY_OF_GATED = 196608
+_MAX_STAGES = 4
+_MAX_SPLITS = 4
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,16 @@ class Tiling:
     """How a layer's weights are shared out.
 
     Attributes:
+        block_m: rows of a program, 64 or 128.
         block_n: outputs of a program, a power of two; with a gate, of gate and of up each.
+        block_k: elements of a row at a time.
         splits: programs that share the inputs of the same outputs.
         stages: of the ring.
     """
 
+    block_m: int
     block_n: int
+    block_k: int
     splits: int
     stages: int
 
@@ -58,34 +64,43 @@ class Tiling:
 def tiling(size: int, width: int, rows: int, *, gated: bool, splits: bool) -> Tiling:
     """Return how to share out weights ``[size, width]``, or with ``gated`` ``[2 * size, width]``, for so many rows.
 
-    There should be a program or two for each multiprocessor, and not many more, for each reads all rows. Of the tilings
-    tried these are the fastest, or nearly, for the sizes of Qwen3-0.6B, 1.7B and 8B.
+    The multiprocessor with the most outputs should have as few as can be, for all take as long as that one. Of the
+    tilings tried these are the fastest, or nearly, for the sizes of Qwen3-0.6B, 1.7B and 8B.
     """
-    block_n = 16 if gated and size // 32 < _PROGRAMS else 32
-    stages = 2 if gated and block_n == 32 else 4
+    block_m = 64 if rows <= 64 or (splits and rows > 128) else 128
+    row_blocks = -(-rows // block_m)
     count = 1
     if splits:
-        programs = size // block_n * -(-rows // _BLOCK_M)
-        while width % (2 * count * _BLOCK_K) == 0 and (count == 1 or 2 * count * programs <= _PROGRAMS):
+        block_n, block_k = block_m // 2, 128
+        programs = size // block_n * row_blocks
+        while width % (2 * count * block_k) == 0 and (
+            count == 1 or (count < _MAX_SPLITS and 2 * count * programs <= _PROGRAMS)
+        ):
             count *= 2
-    return Tiling(block_n, count, min(stages, width // count // _BLOCK_K))
+    else:
+        blocks = [block for block in (64, 32) if size % block == 0]
+        block_n = min(blocks, key=lambda block: -(-size // block * row_blocks // _PROGRAMS) * block)
+        block_k = 64 if gated and (block_m, block_n) == (128, 64) else 128
+    stage_bytes = 2 * block_k * (block_m + (2 * block_n if gated else block_n))
+    stages = min(_MAX_STAGES, (_MEMORY_OF_GATED if gated else _MEMORY) // stage_bytes, width // count // block_k)
+    return Tiling(block_m, block_n, block_k, count, stages)
 
 
 def runs_products(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether :func:`many_rows` takes a weight, and beats cuBLAS for a step's rows ``[rows, hidden]``."""
-    return _takes(weight, x.shape[0], _MAX_ROWS)
+    return _takes(weight, x.shape[0])
 
 
 def runs_parts(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Return the same of :func:`many_rows_parts` and what adds parts up, of the layers of a step."""
     few_outputs = all(len(weight) <= _FEW_OUTPUTS for weight in weights)
-    limit = _MAX_ROWS_OF_FEW_OUTPUTS if few_outputs else _MAX_ROWS
-    return all(_takes(weight, x.shape[0], limit) for weight in weights)
+    return (few_outputs or x.shape[0] <= _MAX_ROWS_OF_PARTS) and all(_takes(weight, x.shape[0]) for weight in weights)
 
 
-def _takes(weight: torch.Tensor, rows: int, limit: int) -> bool:
-    fits = weight.shape[0] % 64 == 0 and weight.shape[1] % _BLOCK_K == 0 and supports(weight)
-    return fits and (_MIN_ROWS_OF_LARGE if weight.numel() > _LARGE else 1) <= rows <= limit
+def _takes(weight: torch.Tensor, rows: int) -> bool:
+    least, most = _ROWS_OF_LARGE if weight.numel() > _LARGE else (1, _MAX_ROWS)
+    fits = weight.shape[0] % 64 == 0 and weight.shape[1] % 128 == 0
+    return least <= rows <= most and fits and supports(weight)
 
 
 def many_rows(
@@ -120,32 +135,32 @@ def _launch(
     (rows, width), size = x.shape, out.shape[-1]
     layout = gl.NVMMASharedLayout(128, 16, rank=2)
     describe = hopper.TensorDescriptor.from_tensor
-    _many_rows_kernel[(size // tile.block_n, tile.splits, -(-rows // _BLOCK_M))](
-        describe(x, [_BLOCK_M, _BLOCK_K], layout),
-        describe(weight, [tile.block_n, _BLOCK_K], layout),
+    _many_rows_kernel[(size // tile.block_n, tile.splits, -(-rows // tile.block_m))](
+        describe(x, [tile.block_m, tile.block_k], layout),
+        describe(weight, [tile.block_n, tile.block_k], layout),
         bias,
         out,
         rows,
-        size,
-        chunks=width // tile.splits // _BLOCK_K,
+        size=size,
+        chunks=width // tile.splits // tile.block_k,
         gated=gated,
-        block_m=_BLOCK_M,
+        block_m=tile.block_m,
         block_n=tile.block_n,
-        block_k=_BLOCK_K,
+        block_k=tile.block_k,
         stages=tile.stages,
-        num_warps=4,
+        num_warps=tile.block_m // 16,
         **launch_options(x.device),
     )
 
 
-@gluon_jit(do_not_specialize=["rows", "size"])
+@gluon_jit(do_not_specialize=["rows"])
 def _many_rows_kernel(  # type: ignore[no-untyped-def]
     x_desc,
     weight_desc,
     bias,
     out,
     rows,
-    size,
+    size: constexpr,
     chunks: constexpr,
     gated: constexpr,
     block_m: constexpr,
@@ -156,8 +171,9 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
 ):
     warps: constexpr = gl.num_warps()
     dtype: constexpr = x_desc.dtype
+    wide: constexpr = 2 * block_n if gated else block_n
     products: constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, block_n, 16]
+        version=[3, 0], warps_per_cta=[warps, 1], instr_shape=[16, wide, 16]
     )
     first = gl.program_id(0) * block_n
     split = gl.program_id(1)
@@ -166,55 +182,68 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
     if early:
         gdc_launch_dependents()
     x_ring = gl.allocate_shared_memory(dtype, [stages, block_m, block_k], x_desc.layout)
-    ring = gl.allocate_shared_memory(dtype, [stages, block_n, block_k], weight_desc.layout)
-    up_ring = ring
-    stage_bytes: constexpr = 2 * block_k * (block_m + block_n * (2 if gated else 1))
-    if gated:
-        up_ring = gl.allocate_shared_memory(dtype, [stages, block_n, block_k], weight_desc.layout)
+    ring = gl.allocate_shared_memory(dtype, [stages, wide, block_k], weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(stages):
         mbarrier.init(full.index(stage), count=1)
     for stage in gl.static_range(stages):
-        mbarrier.expect(full.index(stage), stage_bytes)
-        async_load(weight_desc, [first, start + stage * block_k], full.index(stage), ring.index(stage))
-        if gated:
-            async_load(weight_desc, [size + first, start + stage * block_k], full.index(stage), up_ring.index(stage))
+        at = start + stage * block_k
+        _load_weights(weight_desc, ring, full, stage, first, at, True, size, gated, block_m, block_n, block_k)
     if early:
         gdc_wait()
     for stage in gl.static_range(stages):
         async_load(x_desc, [first_row, start + stage * block_k], full.index(stage), x_ring.index(stage))
-    total = gl.zeros([block_m, block_n], gl.float32, layout=products)
-    total_up = total
+    total = gl.zeros([block_m, wide], gl.float32, layout=products)
     for chunk in range(chunks):
         slot = chunk % stages
         mbarrier.wait(full.index(slot), (chunk // stages) & 1)
-        rows_here = x_ring.index(slot)
-        total = warpgroup_mma(rows_here, ring.index(slot).permute((1, 0)), total, is_async=True)
-        if gated:
-            total_up = warpgroup_mma(rows_here, up_ring.index(slot).permute((1, 0)), total_up, is_async=True)
-            total, total_up = warpgroup_mma_wait(num_outstanding=0, deps=(total, total_up))
-        else:
-            total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-        # What has been multiplied makes room.
-        more = chunk + stages < chunks
-        at = start + (chunk + stages) * block_k
-        mbarrier.expect(full.index(slot), stage_bytes, pred=more)
-        async_load(weight_desc, [first, at], full.index(slot), ring.index(slot), pred=more)
-        if gated:
-            async_load(weight_desc, [size + first, at], full.index(slot), up_ring.index(slot), pred=more)
-        async_load(x_desc, [first_row, at], full.index(slot), x_ring.index(slot), pred=more)
+        total = warpgroup_mma(x_ring.index(slot), ring.index(slot).permute((1, 0)), total, is_async=True)
+        # The product before this one is done: its place is free.
+        total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
+        load = chunk - 1 + stages
+        more = (chunk > 0) & (load < chunks)
+        free = load % stages
+        at = start + load * block_k
+        _load_weights(weight_desc, ring, full, free, first, at, more, size, gated, block_m, block_n, block_k)
+        async_load(x_desc, [first_row, at], full.index(free), x_ring.index(free), pred=more)
+    total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
     vector: constexpr = 16 // (out.dtype.element_ty.primitive_bitwidth // 8)
     lanes_n: constexpr = min(32, block_n // vector)
     stores: constexpr = gl.BlockedLayout([1, vector], [32 // lanes_n, lanes_n], [warps, 1], [1, 0])
     m = first_row + gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))[:, None]
     n = gl.arange(0, block_n, layout=gl.SliceLayout(0, stores))[None, :]
-    result = gl.convert_layout(total, stores)
     if bias is not None:
-        result = result + gl.load(bias + first + n).to(gl.float32)
+        at = gl.arange(0, wide, layout=gl.SliceLayout(0, products))
+        total = total + gl.load(bias + first + at + gl.where(at < block_n, 0, size - block_n)).to(gl.float32)[None, :]
     if gated:
-        up = gl.convert_layout(total_up, stores)
-        if bias is not None:
-            up = up + gl.load(bias + size + first + n).to(gl.float32)
-        result = result / (1.0 + gl.exp(-result)) * up
+        gate, up = gl.split(gl.permute(gl.reshape(total, [block_m, 2, block_n]), [0, 2, 1]))
+        total = gate / (1.0 + gl.exp(-gate)) * up
+    result = gl.convert_layout(total.to(out.dtype.element_ty), stores)
     place = out + (split * rows + m).to(gl.int64) * size + first + n
-    gl.store(place, result.to(out.dtype.element_ty), mask=m < rows)
+    gl.store(place, result, mask=m < rows)
+
+
+@gluon_jit()
+def _load_weights(  # type: ignore[no-untyped-def]
+    weight_desc,
+    ring,
+    full,
+    stage,
+    first,
+    at,
+    more,
+    size: constexpr,
+    gated: constexpr,
+    block_m: constexpr,
+    block_n: constexpr,
+    block_k: constexpr,
+):
+    """Ask for the weights of a stage, and tell its barrier what comes, the rows with them."""
+    bar = full.index(stage)
+    weights = ring.index(stage)
+    mbarrier.expect(bar, 2 * block_k * (block_m + (2 * block_n if gated else block_n)), pred=more)
+    if gated:
+        async_load(weight_desc, [first, at], bar, weights.slice(0, block_n), pred=more)
+        async_load(weight_desc, [size + first, at], bar, weights.slice(block_n, block_n), pred=more)
+    else:
+        async_load(weight_desc, [first, at], bar, weights, pred=more)

@@ -130,9 +130,9 @@ def _mix64(x: torch.Tensor) -> torch.Tensor:
 
 # Vocabulary entries that a Triton program takes at a time, how many times that is under way at once (one of them being
 # computed with), and programs that fill a large GPU.
-_BLOCK = 1024
-_STAGES = 5
-_FULL_GRID = 512
+_BLOCK = 256
+_STAGES = 4
+_FULL_GRID = 2048
 
 
 def sample_triton(
@@ -171,6 +171,7 @@ def sample_triton(
         min_temperature=MIN_TEMPERATURE,
         block=_BLOCK,
         stages=_STAGES,
+        num_warps=1,
         **launch_options(logits.device),
     )
     _pick_part_kernel[(seqs,)](
@@ -223,6 +224,8 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, block)
     best = tl.full([block], float("-inf"), tl.float32)
     best_at = start + lane
+    top = float("-inf")
+    bar = top
     for tile in tl.range(start, end, block, num_stages=stages):
         index = tile + lane
         value = tl.load(
@@ -231,14 +234,22 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
             other=float("-inf"),
         )
         score = value.to(tl.float32) * factor
+        hopeful = True
         if random:
-            score -= tl.log(-tl.log(_uniform(key, index)))
-        if threshold is not None:
-            score = tl.where(value.to(tl.float32) >= tl.load(threshold + row), score, float("-inf"))
-        better = score > best  # False for NaN
-        best = tl.where(better, score, best)
-        best_at = tl.where(better, index, best_at)
-    top = tl.max(best, 0)
+            # -log(uniform) is at least 1 - uniform: where that is too much, the logarithms can be spared.
+            uniform = _uniform(key, index)
+            hopeless = 1.0 - uniform > tl.exp(score - bar)
+            hopeful = tl.min(hopeless.to(tl.int32), 0) == 0
+        if hopeful:
+            if random:
+                score -= tl.log(-tl.log(_uniform(key, index)))
+            if threshold is not None:
+                score = tl.where(value.to(tl.float32) >= tl.load(threshold + row), score, float("-inf"))
+            better = score > best  # False for NaN
+            best = tl.where(better, score, best)
+            best_at = tl.where(better, index, best_at)
+            top = tl.max(best, 0)
+            bar = top - (1e-3 + 1e-6 * tl.abs(top))  # lower, for scores are rounded
     place = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(best_score + place, top)
     tl.store(best_index + place, tl.min(tl.where(best == top, best_at, 0x7FFFFFFF), 0))

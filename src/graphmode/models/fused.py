@@ -30,6 +30,7 @@ from graphmode.kernels import (
     silu_mul,
 )
 from graphmode.kernels.few_rows import runs_few_rows
+from graphmode.kernels.long_rows_hopper import gated_long, heads_long, runs_gated_long, runs_heads_long
 from graphmode.kernels.many_rows_hopper import many_rows, many_rows_parts, runs_parts, runs_products
 from graphmode.kernels.residual import add_parts, add_parts_and_norm
 from graphmode.models.attention import (
@@ -140,32 +141,37 @@ class FusedLayer:
         return runs_few_rows(x, *(weight for weight in weights if weight is not None))
 
     def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> torch.Tensor:
-        norm = self.input_norm
+        norm, cache = self.input_norm, batch.caches[self.index]
+        q_norm, k_norm = (None, None) if self.head_norms is None else (norm.weight for norm in self.head_norms)
+        eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
+        rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping)
+        decode = batch.max_query_len == 1 and not batch.piecewise
         if few:
             qkv = norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps)
         else:
             h = rms_norm(x, norm.weight, norm.eps)
+            if not decode and runs_heads_long(h, self.qkv, self.rotation, cache.keys, cache.values):
+                return self._attend(heads_long(h, self.qkv, self.qkv_bias, *rotated), batch)
             product = many_rows if runs_products(x, self.qkv) else nn.functional.linear
             qkv = product(h, self.qkv, self.qkv_bias)
-        return self._attend(qkv, positions, batch).flatten(1)
+        if not decode:
+            return self._attend(rotate_and_cache(qkv, *rotated), batch)
+        lengths = (batch.block_tables, batch.cu_query_lens, batch.kv_lens)
+        parts = batch.parts(cache.keys.shape[2], self.window)
+        heads = rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window, parts=parts)
+        return heads.flatten(1)
 
-    def _attend(self, qkv: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        cache = batch.caches[self.index]
-        q_norm, k_norm = (None, None) if self.head_norms is None else (norm.weight for norm in self.head_norms)
-        eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
-        rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping)
-        if batch.max_query_len == 1 and not batch.piecewise:
-            lengths = (batch.block_tables, batch.cu_query_lens, batch.kv_lens)
-            parts = batch.parts(cache.keys.shape[2], self.window)
-            return rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window, parts=parts)
+    def _attend(self, queries: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         run = attend_outside_graph if batch.piecewise else attend
-        return run(rotate_and_cache(qkv, *rotated), cache, batch, self.scale, self.window, None, None)
+        return run(queries, batch.caches[self.index], batch, self.scale, self.window, None, None).flatten(1)
 
 
 def _gated(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` of ``h @ weight.T``."""
     if runs_products(h, weight):
         return many_rows(h, weight, gated=True)
+    if runs_gated_long(h, weight):
+        return gated_long(h, weight)
     return silu_mul(nn.functional.linear(h, weight))
 
 
