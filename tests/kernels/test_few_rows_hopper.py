@@ -104,6 +104,30 @@ def test_rows_do_not_depend_on_each_other(rows: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("rows", [3, 9, 16])
+def test_padding_is_not_read(rows: int) -> None:
+    weight, norm, down = (random(*shape, dtype=torch.bfloat16) for shape in ((512, 1024), (1024,), (1024, 3072)))
+    x, h = random(rows, 1024, dtype=norm.dtype), random(rows, 3072, dtype=norm.dtype)
+    real = torch.arange(rows, device="cuda") % 3 > 0
+    lens = real.int() * 100
+
+    def run(x: torch.Tensor, h: torch.Tensor, lens: torch.Tensor | None) -> list[torch.Tensor]:
+        added = x.clone()
+        few_rows.linear_add(added, h, down, lens)
+        normed = [few_rows.norm_linear(x, norm, weight, None, 1e-6, gated=gated, lens=lens) for gated in (False, True)]
+        return [added, few_rows.linear(h, down, lens), *normed]
+
+    expected = run(x, h, None)
+    h[~real] = float("nan")
+    added, *others = run(x, h, lens)
+    assert torch.equal(added[~real], x[~real])
+    for one, other in zip(expected, [added, *others], strict=True):
+        assert torch.equal(one[real], other[real])
+    assert all((other[~real] == 0).all() for other in others)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_nothing_beyond_the_rows_is_written(rows: int) -> None:
     room = torch.full((16, 1024), 7.0, device="cuda", dtype=torch.bfloat16)
@@ -148,7 +172,7 @@ def test_tilings_cover_the_weights(eighths: int, width_128: int, rows: int, kind
 def test_supported_weights_take_these_kernels(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
     calls = []
     monkeypatch.setattr(few_rows, "supports", lambda weight, *, gated=False: supported)
-    monkeypatch.setattr(few_rows, "norm_linear_hopper", lambda *args, gated: calls.append(gated))
+    monkeypatch.setattr(few_rows, "norm_linear_hopper", lambda *args, gated, lens: calls.append(gated))
     monkeypatch.setattr(few_rows, "linear_add_hopper", lambda *args: calls.append("add"))
     monkeypatch.setattr(few_rows, "linear_hopper", lambda *args: calls.append("plain"))
     x, weight = torch.ones(2, 16), torch.ones(16, 16)
@@ -175,7 +199,7 @@ for size, width, gated, add, normed, rows, dtype in (
     constants = {"width": width, "gated": gated, "add": add, "block_m": 8 if rows <= 8 else 16,
                  "block_n": tile.block_n, "block_k": tile.block_k, "ahead": tile.ahead, "early": True}
     constants |= {name: None for name, given in pointers.items() if not given}
-    signature = {name: "*" + dtype for name in pointers} | {"eps": "fp32", "rows": "i32", "size": "i32"}
+    signature = {name: "*" + dtype for name in pointers} | {"eps": "fp32", "lens": "*i32", "rows": "i32", "size": "i32"}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind[0] == "*"}
     source = GluonASTSource(hopper._few_rows_kernel, signature, constants, aligned)

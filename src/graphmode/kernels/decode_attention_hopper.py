@@ -148,6 +148,17 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     if count == 0:
         return
     token = seq.to(gl.int64)
+    group_rows: constexpr = 4 if group <= 4 else 16
+    member = gl.arange(0, group_rows, layout=gl.SliceLayout(1, heads))
+    mine = (member < group)[:, None]
+    dim = gl.arange(0, head_dim, layout=gl.SliceLayout(0, heads))
+    if (count == 1) & (start == end):
+        if early:
+            gdc_wait()
+        nothing = gl.zeros([group_rows, head_dim], out.dtype.element_ty, layout=heads)
+        padding = out + (token * (kv_heads * group) + kv_head * group + member)[:, None] * head_dim + dim[None, :]
+        gl.store(padding, nothing, mask=mine)
+        return
     # The newest key is not in the cache yet.
     has_new = newest > 0
     end -= newest
@@ -169,8 +180,6 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     next_pages = _load_pages(table, start + stages * tile, end, block_size, warps, warp_keys, copies)
 
     half: constexpr = head_dim // 2
-    group_rows: constexpr = 4 if group <= 4 else 16
-    dim = gl.arange(0, head_dim, layout=gl.SliceLayout(0, heads))
     partner = (dim + half) % head_dim
     position = gl.load(positions + token)
     cosine = gl.load(cos + position * half + dim % half)
@@ -187,8 +196,6 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
 
     row = qkv + token * ((group + 2) * step)
-    member = gl.arange(0, group_rows, layout=gl.SliceLayout(1, heads))
-    mine = (member < group)[:, None]
     query = row + (kv_head * group + member)[:, None] * head_dim
     a = gl.load(query + dim[None, :], mask=mine, other=0.0).to(gl.float32)
     b = gl.load(query + partner[None, :], mask=mine, other=0.0).to(gl.float32)

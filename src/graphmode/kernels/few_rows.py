@@ -43,6 +43,7 @@ def norm_linear(
     eps: float,
     *,
     gated: bool = False,
+    lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``rms_norm(x) @ weight.T + bias``, or of that, as gate and up, ``silu(gate) * up``.
 
@@ -53,6 +54,7 @@ def norm_linear(
         bias: ``[out]`` in ``x``'s dtype; None for none.
         eps: of the norm.
         gated: whether the result goes through SwiGLU.
+        lens: int32 ``[rows]``: a row of 0 is padding, and may be taken for zeros, unread. None: there is no padding.
 
     Returns:
         ``[rows, out]``; with ``gated`` ``[rows, out / 2]``.
@@ -60,42 +62,46 @@ def norm_linear(
     Raises:
         ValueError: a shape, dtype, layout or device does not fit.
     """
-    _require_rows("x", x, weight)
+    _require_rows("x", x, weight, lens)
     require_tensor("norm", norm, shape=x.shape[1:], dtypes=(x.dtype,), like=x)
     if bias is not None:
         require_tensor("bias", bias, shape=weight.shape[:1], dtypes=(x.dtype,), like=x)
     require(not gated or weight.shape[0] % 2 == 0, "weight", f"of {weight.shape[0]} rows", "gate and up, of one size")
     if supports(weight, gated=gated):
-        run = norm_linear_hopper
-    else:
-        run = norm_linear_triton if runs_triton(x) else norm_linear_reference
+        return norm_linear_hopper(x, norm, weight, bias, eps, gated=gated, lens=lens)
+    run = norm_linear_triton if runs_triton(x) else norm_linear_reference
     return run(x, norm, weight, bias, eps, gated=gated)
 
 
-def linear_add(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
+def linear_add(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None) -> None:
     """Add ``h @ weight.T`` to ``x``, in place.
 
     Args:
         x: ``[rows, out]``, at most 16 rows, float32, bfloat16 or float16, contiguous.
         h: ``[rows, in]`` in ``x``'s dtype, contiguous.
         weight: ``[out, in]`` in ``x``'s dtype, contiguous.
+        lens: as of :func:`norm_linear`, of rows of ``h``.
 
     Raises:
         ValueError: a shape, dtype, layout or device does not fit.
     """
-    _require_rows("h", h, weight)
+    _require_rows("h", h, weight, lens)
     require_tensor("x", x, shape=(h.shape[0], weight.shape[0]), dtypes=(h.dtype,), like=h)
     require(x.is_contiguous(), "x", f"of strides {x.stride()}", "a contiguous tensor")
-    run = linear_add_hopper if supports(weight) else linear_add_triton if runs_triton(x) else linear_add_reference
-    run(x, h, weight)
+    if supports(weight):
+        linear_add_hopper(x, h, weight, lens)
+    else:
+        run = linear_add_triton if runs_triton(x) else linear_add_reference
+        run(x, h, weight)
 
 
-def linear(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``h @ weight.T``. Where there is no kernel for it, a matrix product.
 
     Args:
         h: ``[rows, in]``, at most 16 rows, float32, bfloat16 or float16, contiguous.
         weight: ``[out, in]`` in ``h``'s dtype, contiguous.
+        lens: as of :func:`norm_linear`.
 
     Returns:
         ``[rows, out]``.
@@ -103,15 +109,17 @@ def linear(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: a shape, dtype, layout or device does not fit.
     """
-    _require_rows("h", h, weight)
-    return linear_hopper(h, weight) if supports(weight) else torch.nn.functional.linear(h, weight)
+    _require_rows("h", h, weight, lens)
+    return linear_hopper(h, weight, lens) if supports(weight) else torch.nn.functional.linear(h, weight)
 
 
-def _require_rows(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+def _require_rows(name: str, x: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None) -> None:
     require_tensor(name, x, shape=(None, None), dtypes=FLOATS, like=x)
     require(x.shape[0] <= MAX_ROWS, name, f"of {x.shape[0]} rows", f"at most {MAX_ROWS}")
     require_tensor("weight", weight, shape=(None, x.shape[1]), dtypes=(x.dtype,), like=x)
-    for each, tensor in ((name, x), ("weight", weight)):
+    if lens is not None:
+        require_tensor("lens", lens, shape=x.shape[:1], dtypes=(torch.int32,), like=x)
+    for each, tensor in ((name, x), ("weight", weight), ("lens", x if lens is None else lens)):
         require(tensor.is_contiguous(), each, f"of strides {tensor.stride()}", "a contiguous tensor")
 
 

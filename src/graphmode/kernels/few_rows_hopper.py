@@ -93,23 +93,24 @@ def norm_linear_hopper(
     eps: float,
     *,
     gated: bool = False,
+    lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do as :func:`graphmode.kernels.few_rows.norm_linear`, on what :func:`supports` accepts."""
     size = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
-    _launch(x, norm, weight, bias, out, eps, gated=gated, add=False)
+    _launch(x, norm, weight, bias, out, eps, lens, gated=gated, add=False)
     return out
 
 
-def linear_add_hopper(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
+def linear_add_hopper(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None) -> None:
     """Do as :func:`graphmode.kernels.few_rows.linear_add`, on what :func:`supports` accepts."""
-    _launch(h, None, weight, None, x, 0.0, gated=False, add=True)
+    _launch(h, None, weight, None, x, 0.0, lens, gated=False, add=True)
 
 
-def linear_hopper(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_hopper(h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None) -> torch.Tensor:
     """Do as :func:`graphmode.kernels.few_rows.linear`, on what :func:`supports` accepts."""
     out = torch.empty((h.shape[0], weight.shape[0]), dtype=h.dtype, device=h.device)
-    _launch(h, None, weight, None, out, 0.0, gated=False, add=False)
+    _launch(h, None, weight, None, out, 0.0, lens, gated=False, add=False)
     return out
 
 
@@ -120,6 +121,7 @@ def _launch(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     eps: float,
+    lens: torch.Tensor | None,
     *,
     gated: bool,
     add: bool,
@@ -135,6 +137,7 @@ def _launch(
         bias,
         out,
         eps,
+        lens,
         rows,
         size,
         width=width,
@@ -157,6 +160,7 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
     bias,
     out,
     eps,
+    lens,
     rows,
     size,
     width: constexpr,
@@ -193,18 +197,21 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
         bias_value = gl.load(bias + first + n).to(gl.float32)
         if gated:
             up_bias_value = gl.load(bias + size + first + n).to(gl.float32)
+    real = _row_numbers(block_m, products) < rows
+    if lens is not None:
+        real = real & (gl.load(lens + _row_numbers(block_m, products), mask=real, other=0) > 0)
     if early:
         gdc_wait()
     parts = ()
     for chunk in gl.static_range(min(ahead, chunks)):
-        parts += (_load(x, chunk, rows, width, block_m, block_k, products, ""),)
+        parts += (_load(x, chunk, real, width, block_m, block_k, products, ""),)
     if add:
         before = gl.load(target, mask=inside, other=0.0).to(gl.float32)
     total = gl.zeros([warps, block_m, block_n], gl.float32, layout=products) + _zero_after_loads()
     total_up = total
     for chunk in gl.static_range(chunks):
         if chunk + ahead < chunks:
-            parts += (_load(x, chunk + ahead, rows, width, block_m, block_k, products, ""),)
+            parts += (_load(x, chunk + ahead, real, width, block_m, block_k, products, ""),)
             tiles += (_load_weights(place, up_place, norm, chunk + ahead, width, gated, block_n, block_k, products),)
         part = parts[chunk]
         tile, up_tile, scale = tiles[chunk]
@@ -255,36 +262,43 @@ def _load_weights(  # type: ignore[no-untyped-def]
     products: constexpr,
 ):
     """Load a chunk of gate, up and norm; what there is none of is the first again."""
-    tile = _load(place, chunk, block_n, width, block_n, block_k, products, "evict_first")
+    rows = _row_numbers(block_n, products) < block_n
+    tile = _load(place, chunk, rows, width, block_n, block_k, products, "evict_first")
     up_tile = tile
     scale = tile
     if gated:
-        up_tile = _load(up_place, chunk, block_n, width, block_n, block_k, products, "evict_first")
+        up_tile = _load(up_place, chunk, rows, width, block_n, block_k, products, "evict_first")
     if norm is not None:
-        scale = _load(norm, chunk, 1, width, 1, block_k, products, "")
+        scale = _load(norm, chunk, _row_numbers(1, products) < 1, width, 1, block_k, products, "")
     return tile, up_tile, scale
+
+
+@gluon_jit()
+def _row_numbers(block: constexpr, products: constexpr):  # type: ignore[no-untyped-def]
+    layout: constexpr = gl.DotOperandLayout(1, products, 8)
+    return gl.arange(0, block, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
 
 
 @gluon_jit()
 def _load(  # type: ignore[no-untyped-def]
     place,
     chunk: constexpr,
-    count,
+    real,
     width: constexpr,
     block: constexpr,
     block_k: constexpr,
     products: constexpr,
     eviction: constexpr,
 ):
-    """Load ``[warps, block_k / warps, block]``: of ``count`` rows from ``place`` on, to each warp its own elements."""
+    """Load ``[warps, block_k / warps, block]``: of ``real`` rows from ``place`` on, to each warp its own elements."""
     layout: constexpr = gl.DotOperandLayout(1, products, 8)
     warps: constexpr = gl.num_warps()
     warp_k: constexpr = block_k // warps
     warp = gl.arange(0, warps, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     k = gl.arange(0, warp_k, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    row = gl.arange(0, block, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     k = chunk * block_k + warp * warp_k + k
-    return gl.load(place + row * width + k, mask=(row < count) & (k < width), other=0.0, eviction_policy=eviction)
+    place = place + _row_numbers(block, products) * width + k
+    return gl.load(place, mask=real & (k < width), other=0.0, eviction_policy=eviction)
 
 
 @gluon_jit()

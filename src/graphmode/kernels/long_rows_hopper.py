@@ -261,18 +261,14 @@ def _finish_heads(  # type: ignore[no-untyped-def]
     row = first_row + gl.arange(0, block_m, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None]
     if q_norm is not None:
         factor = gl.rsqrt(gl.expand_dims(gl.sum(a * a, 2) + gl.sum(b * b, 2), 2) / (2 * half) + eps)
-        a = a * factor * _load_norm(q_norm, k_norm, of_queries, dim)
-        b = b * factor * _load_norm(q_norm, k_norm, of_queries, half + dim)
+        norm = gl.where(of_queries, q_norm, k_norm)
+        a = a * factor * gl.load(norm + dim).to(gl.float32)
+        b = b * factor * gl.load(norm + half + dim).to(gl.float32)
     place = gl.expand_dims(gl.load(positions + row, mask=row < rows, other=0), 2) * half + dim
     cosine = gl.load(cos + place)
     sine = gl.load(sin + place)
     turned = gl.join(a * cosine - b * sine, b * cosine + a * sine)
     return gl.reshape(gl.permute(turned, [0, 1, 3, 2]), [block_m, 4 * half])
-
-
-@gluon_jit()
-def _load_norm(q_norm, k_norm, of_queries, dim):  # type: ignore[no-untyped-def]
-    return gl.where(of_queries, gl.load(q_norm + dim), gl.load(k_norm + dim)).to(gl.float32)
 
 
 @gluon_jit()

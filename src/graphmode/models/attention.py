@@ -102,6 +102,11 @@ class AttentionBatch:
     kept: torch.Tensor | None = None
     _parts: dict[tuple[int, int | None, int | None], Parts] = field(default_factory=dict, init=False)
 
+    @property
+    def row_lens(self) -> torch.Tensor | None:
+        """``kv_lens`` where each row of the step is a sequence of its own, to tell padding; None elsewhere."""
+        return self.kv_lens if self.max_query_len == 1 and self.kept is None else None
+
     def parts(self, kv_heads: int, window: int | None, top_k: int | None = None) -> Parts | None:
         """Return how decode is shared out among programs, computed once a step; None where each call computes it.
 

@@ -110,14 +110,14 @@ class FusedLayer:
         Of the last layer only the tokens that the batch has ``kept``, if it says so: ``[1, kept, hidden]``.
         """
         x = hidden_states[0]
-        few = self._few(x)
+        few, lens = self._few(x), attention_batch.row_lens
         heads = self._attention(x, position_ids[0], attention_batch, few)
         if attention_batch.kept is not None and self.index == len(attention_batch.caches) - 1:
             x, heads = (each.index_select(0, attention_batch.kept) for each in (x, heads))
             hidden_states, few = x.unsqueeze(0), self._few(x)
         norm = self.mlp_norm
         if self.experts is not None:
-            _project(x, heads, self.output, self.output_norm, few)
+            _project(x, heads, self.output, self.output_norm, lens, few)
             h = self.experts(rms_norm(x, norm.weight, norm.eps).unsqueeze(0))[0]
             _add(x, h, self.down_norm)
             return hidden_states
@@ -128,12 +128,12 @@ class FusedLayer:
             h = add_parts_and_norm(x, many_rows_parts(heads, self.output), norm.weight, norm.eps)
             add_parts(x, many_rows_parts(_gated(h, self.gate_up), self.down))
             return hidden_states
-        _project(x, heads, self.output, self.output_norm, few)
+        _project(x, heads, self.output, self.output_norm, lens, few)
         if few:
-            h = norm_linear(x, norm.weight, self.gate_up, None, norm.eps, gated=True)
+            h = norm_linear(x, norm.weight, self.gate_up, None, norm.eps, gated=True, lens=lens)
         else:
             h = _gated(rms_norm(x, norm.weight, norm.eps), self.gate_up)
-        _project(x, h, self.down, self.down_norm, few)
+        _project(x, h, self.down, self.down_norm, lens, few)
         return hidden_states
 
     def _few(self, x: torch.Tensor) -> bool:
@@ -147,7 +147,7 @@ class FusedLayer:
         rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping)
         decode = batch.max_query_len == 1 and not batch.piecewise
         if few:
-            qkv = norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps)
+            qkv = norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps, lens=batch.row_lens)
         else:
             h = rms_norm(x, norm.weight, norm.eps)
             if not decode and runs_heads_long(h, self.qkv, self.rotation, cache.keys, cache.values):
@@ -175,12 +175,14 @@ def _gated(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return silu_mul(nn.functional.linear(h, weight))
 
 
-def _project(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, norm: Norm | None, few: bool) -> None:
+def _project(
+    x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, norm: Norm | None, lens: torch.Tensor | None, few: bool
+) -> None:
     """Add ``h @ weight.T``, or its norm, to ``x``, in place."""
     if norm is not None:
-        _add(x, linear(h, weight) if few else nn.functional.linear(h, weight), norm)
+        _add(x, linear(h, weight, lens) if few else nn.functional.linear(h, weight), norm)
     elif few:
-        linear_add(x, h, weight)
+        linear_add(x, h, weight, lens)
     else:
         x.addmm_(h, weight.T)
 
