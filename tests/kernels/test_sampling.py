@@ -111,6 +111,21 @@ def test_same_tokens_in_both(kernel_device: str, vocab: int, dtype: torch.dtype)
     assert torch.equal(tokens, sample_reference(logits, **parameters))
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("temperature", [1e-4, 0.6, 1.0, 100.0])
+def test_noise_that_is_left_out_could_not_matter(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch, temperature: float, spread: float
+) -> None:
+    """A part of many tiles leaves out noise by the best of those before: rising logits, falling and mixed."""
+    monkeypatch.setattr("graphmode.kernels.sampling._FULL_GRID", 1)
+    logits = torch.randn(12, 5003).mul_(spread)
+    logits[:4] = logits[:4].sort(dim=1).values
+    logits[4:8] = logits[4:8].sort(dim=1, descending=True).values
+    given = rows(temperature, 12)
+    drawn = sample_triton(logits.to(kernel_device), **{name: value.to(kernel_device) for name, value in given.items()})
+    assert torch.equal(drawn.cpu(), sample_reference(logits, **given))
+
+
 @pytest.mark.parametrize("grid", [1, 3, 64])
 def test_any_number_of_parts(kernel_device: str, monkeypatch: pytest.MonkeyPatch, grid: int) -> None:
     monkeypatch.setattr("graphmode.kernels.sampling._FULL_GRID", grid)

@@ -224,8 +224,7 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, block)
     best = tl.full([block], float("-inf"), tl.float32)
     best_at = start + lane
-    top = float("-inf")
-    bar = top
+    bar = float("-inf")
     for tile in tl.range(start, end, block, num_stages=stages):
         index = tile + lane
         value = tl.load(
@@ -248,8 +247,10 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
             better = score > best  # False for NaN
             best = tl.where(better, score, best)
             best_at = tl.where(better, index, best_at)
-            top = tl.max(best, 0)
-            bar = top - (1e-3 + 1e-6 * tl.abs(top))  # lower, for scores are rounded
+            if random:
+                top = tl.max(best, 0)
+                bar = top - (1e-3 + 1e-6 * tl.abs(top))  # lower, for scores are rounded
+    top = tl.max(best, 0)
     place = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(best_score + place, top)
     tl.store(best_index + place, tl.min(tl.where(best == top, best_at, 0x7FFFFFFF), 0))
