@@ -11,6 +11,7 @@ first loads of the next one are under way while it finishes the one before.
 from __future__ import annotations
 
 import functools
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -33,17 +34,19 @@ from graphmode.kernels.rotary import Rotation
 
 # Of the time that the multiprocessors take for their tiles, each for the most that one has, they must be busy so much
 # to beat cuBLAS and the kernel after it (H100, Qwen3-0.6B, 1.7B and 8B).
-_LEAST_BUSY = 0.8
+_LEAST_BUSY = 0.7
 _BLOCK_M = 128
 _BLOCK_N = 128  # outputs side by side; a tile has two such blocks
+_NARROW = 64  # of tiles that fill the device where there are too few of the others left; time of one of those:
+_NARROW_TIME = 0.61
 _BLOCK_K = 64
-_STAGES = 4
+_MEMORY = 196608  # bytes of shared memory for a ring
 _HEAD_DIM = 128
 
 
 def runs_gated_long(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether :func:`gated_long` takes rows ``[rows, width]`` and weights ``[2 * size, width]``."""
-    return _takes(x, weight)
+    return _fits(weight) and _share(x, weight)[1] >= _LEAST_BUSY
 
 
 def runs_heads_long(
@@ -52,19 +55,35 @@ def runs_heads_long(
     """Return whether :func:`heads_long` takes rows ``[rows, width]``, merged projections, and what follows them."""
     kv_heads, head_dim = k_cache.shape[2:]
     whole = not rotation.interleaved and 2 * rotation.cos.shape[1] == head_dim == _HEAD_DIM
-    return whole and k_cache.shape == v_cache.shape and kv_heads % 2 == 0 and _takes(x, weight)
-
-
-def _takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if weight.shape[0] % (2 * _BLOCK_N) or weight.shape[1] % _BLOCK_K or not supports(weight):
+    if not (whole and k_cache.shape == v_cache.shape and kv_heads % 2 == 0 and _fits(weight)):
         return False
-    return busy(x.shape[0], weight.shape[0], _multiprocessors(x.device)) >= _LEAST_BUSY
+    columns = weight.shape[0] // (2 * _BLOCK_N)
+    return busy(x.shape[0], columns, columns, _multiprocessors(x.device)) >= _LEAST_BUSY
 
 
-def busy(rows: int, size: int, multiprocessors: int) -> float:
-    """Return which share of the time the multiprocessors have tiles, of ``rows`` and weights ``[size, width]``."""
-    tiles = -(-rows // _BLOCK_M) * (size // (2 * _BLOCK_N))
-    return tiles / (-(-tiles // multiprocessors) * multiprocessors)
+def _fits(weight: torch.Tensor) -> bool:
+    return weight.shape[0] % (2 * _BLOCK_N) == 0 and weight.shape[1] % _BLOCK_K == 0 and supports(weight)
+
+
+def _share(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, float]:
+    return share_columns(x.shape[0], weight.shape[0] // (2 * _BLOCK_N), _multiprocessors(x.device))
+
+
+def share_columns(rows: int, columns: int, multiprocessors: int) -> tuple[int, float]:
+    """Return how many columns of tiles should be wide, each of the others being two narrow ones, and :func:`busy`."""
+    row_blocks = -(-rows // _BLOCK_M)
+    whole_waves = columns * row_blocks // multiprocessors * multiprocessors // row_blocks
+    return max(
+        ((wide, busy(rows, columns, wide, multiprocessors)) for wide in (columns, whole_waves)), key=itemgetter(1)
+    )
+
+
+def busy(rows: int, columns: int, wide: int, multiprocessors: int) -> float:
+    """Return which share of the time multiprocessors have tiles, of so many ``columns`` of which some are ``wide``."""
+    row_blocks = -(-rows // _BLOCK_M)
+    wide_waves = -(-row_blocks * wide // multiprocessors)
+    narrow_waves = -(-2 * row_blocks * (columns - wide) // multiprocessors)
+    return row_blocks * columns / multiprocessors / (wide_waves + _NARROW_TIME * narrow_waves)
 
 
 def gated_long(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -76,7 +95,11 @@ def gated_long(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     size = weight.shape[0] // 2
     out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
-    _launch(_gated_kernel, x, weight, size // _BLOCK_N, (out,), size=size)
+    columns, (wide, _) = size // _BLOCK_N, _share(x, weight)
+    narrow = (columns - wide) * (_BLOCK_N // _NARROW)
+    for begin, count, block_n in ((0, wide, _BLOCK_N), (wide * _BLOCK_N, narrow, _NARROW)):
+        if count:
+            _launch(_gated_kernel, x, weight, block_n, count, (out,), begin=begin, size=size)
     return out
 
 
@@ -117,12 +140,18 @@ def heads_long(
     tensors = (
         bias, q_norm, k_norm, rotation.cos, rotation.sin, positions, k_cache, v_cache, slot_mapping, queries, eps
     )  # fmt: skip
-    _launch(_heads_kernel, x, weight, heads // 2, tensors, q_heads=heads - 2 * kv_heads, kv_heads=kv_heads)
+    _launch(_heads_kernel, x, weight, _HEAD_DIM, heads // 2, tensors, q_heads=heads - 2 * kv_heads, kv_heads=kv_heads)
     return queries
 
 
 def _launch(
-    kernel: Any, x: torch.Tensor, weight: torch.Tensor, columns: int, arguments: tuple[Any, ...], **constants: int
+    kernel: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    block_n: int,
+    columns: int,
+    arguments: tuple[Any, ...],
+    **constants: int,
 ) -> None:
     """Launch a program for each multiprocessor, for tiles of 128 rows and ``columns`` to go through."""
     layout = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -130,15 +159,16 @@ def _launch(
     tiles = -(-x.shape[0] // _BLOCK_M) * columns
     kernel[(min(tiles, _multiprocessors(x.device)),)](
         describe(x, [_BLOCK_M, _BLOCK_K], layout),
-        describe(weight, [_BLOCK_N, _BLOCK_K], layout),
+        describe(weight, [block_n, _BLOCK_K], layout),
         *arguments,
         x.shape[0],
         tiles,
+        columns=columns,
         chunks=x.shape[1] // _BLOCK_K,
         block_m=_BLOCK_M,
-        block_n=_BLOCK_N,
+        block_n=block_n,
         block_k=_BLOCK_K,
-        stages=_STAGES,
+        stages=_MEMORY // (2 * _BLOCK_K * (_BLOCK_M + 2 * block_n)),
         num_warps=8,
         **constants,
         **launch_options(x.device),
@@ -157,6 +187,8 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
     out,
     rows,
     tiles,
+    columns: constexpr,
+    begin: constexpr,
     size: constexpr,
     chunks: constexpr,
     block_m: constexpr,
@@ -165,23 +197,23 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
     stages: constexpr,
     early: constexpr,
 ):
-    columns: constexpr = size // block_n
+    """Of outputs from ``begin`` on."""
     lanes: constexpr = block_n // 8
     stores: constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [gl.num_warps(), 1], [1, 0])
     m = gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))[:, None]
     n = gl.arange(0, block_n, layout=gl.SliceLayout(0, stores))[None, :]
     x_ring, ring, full, mine = _start(
-        x_desc, weight_desc, tiles, columns, block_n, size, chunks, block_m, block_n, block_k, stages, early
+        x_desc, weight_desc, tiles, columns, begin, block_n, size, chunks, block_m, block_n, block_k, stages, early
     )
     for turn in range(mine):
         total, row_block, column = _multiply(
-            x_desc, weight_desc, x_ring, ring, full, turn, mine, tiles, columns, block_n, size,
+            x_desc, weight_desc, x_ring, ring, full, turn, mine, tiles, columns, begin, block_n, size,
             chunks, block_m, block_n, block_k, stages,
         )  # fmt: skip
         gate, up = gl.split(gl.permute(gl.reshape(total, [block_m, 2, block_n]), [0, 2, 1]))
         result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty), stores)
         row = row_block * block_m + m
-        gl.store(out + row.to(gl.int64) * size + column * block_n + n, result, mask=row < rows)
+        gl.store(out + row.to(gl.int64) * size + begin + column * block_n + n, result, mask=row < rows)
 
 
 @gluon_jit(do_not_specialize=["rows", "tiles"])
@@ -201,6 +233,7 @@ def _heads_kernel(  # type: ignore[no-untyped-def]
     eps,
     rows,
     tiles,
+    columns: constexpr,
     q_heads: constexpr,
     kv_heads: constexpr,
     chunks: constexpr,
@@ -211,7 +244,6 @@ def _heads_kernel(  # type: ignore[no-untyped-def]
     early: constexpr,
 ):
     """A tile is two heads: of queries, of keys or of values."""
-    columns: constexpr = q_heads // 2 + kv_heads
     half: constexpr = block_n // 2
     kind: constexpr = queries.dtype.element_ty
     step: constexpr = kv_heads * block_n
@@ -219,11 +251,11 @@ def _heads_kernel(  # type: ignore[no-untyped-def]
     m = gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))
     n = gl.arange(0, 2 * block_n, layout=gl.SliceLayout(0, stores))[None, :]
     x_ring, ring, full, mine = _start(
-        x_desc, weight_desc, tiles, columns, 2 * block_n, block_n, chunks, block_m, block_n, block_k, stages, early
+        x_desc, weight_desc, tiles, columns, 0, 2 * block_n, block_n, chunks, block_m, block_n, block_k, stages, early
     )
     for turn in range(mine):
         total, row_block, column = _multiply(
-            x_desc, weight_desc, x_ring, ring, full, turn, mine, tiles, columns, 2 * block_n, block_n,
+            x_desc, weight_desc, x_ring, ring, full, turn, mine, tiles, columns, 0, 2 * block_n, block_n,
             chunks, block_m, block_n, block_k, stages,
         )  # fmt: skip
         head = column * 2
@@ -277,6 +309,7 @@ def _start(  # type: ignore[no-untyped-def]
     weight_desc,
     tiles,
     columns: constexpr,
+    begin: constexpr,
     stride: constexpr,
     second: constexpr,
     chunks: constexpr,
@@ -292,15 +325,18 @@ def _start(  # type: ignore[no-untyped-def]
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(stages):
         mbarrier.init(full.index(stage), count=1)
+    mine = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     if early:
         gdc_launch_dependents()
-        gdc_wait()
-    mine = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     for load in gl.static_range(stages - 1):
-        _load(
-            x_desc, weight_desc, x_ring, ring, full, load, mine, tiles, columns, stride, second,
+        _load_weights(
+            weight_desc, ring, full, load, mine, tiles, columns, begin, stride, second,
             chunks, block_m, block_n, block_k, stages,
         )  # fmt: skip
+    if early:
+        gdc_wait()
+    for load in gl.static_range(stages - 1):
+        _load_rows(x_desc, x_ring, full, load, mine, tiles, columns, chunks, block_m, block_k, stages)
     return x_ring, ring, full, mine
 
 
@@ -315,6 +351,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     mine,
     tiles,
     columns: constexpr,
+    begin: constexpr,
     stride: constexpr,
     second: constexpr,
     chunks: constexpr,
@@ -335,10 +372,12 @@ def _multiply(  # type: ignore[no-untyped-def]
         total = warpgroup_mma(x_ring.index(slot), ring.index(slot).permute((1, 0)), total, is_async=True)
         # The product before this one is done: its place is free.
         total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
-        _load(
-            x_desc, weight_desc, x_ring, ring, full, at + stages - 1, mine, tiles, columns, stride, second,
+        load = at + stages - 1
+        _load_weights(
+            weight_desc, ring, full, load, mine, tiles, columns, begin, stride, second,
             chunks, block_m, block_n, block_k, stages,
         )  # fmt: skip
+        _load_rows(x_desc, x_ring, full, load, mine, tiles, columns, chunks, block_m, block_k, stages)
     row_block, column = _place(turn, tiles, columns)
     return warpgroup_mma_wait(num_outstanding=0, deps=(total,)), row_block, column
 
@@ -358,16 +397,15 @@ def _place(turn, tiles, columns: constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon_jit()
-def _load(  # type: ignore[no-untyped-def]
-    x_desc,
+def _load_weights(  # type: ignore[no-untyped-def]
     weight_desc,
-    x_ring,
     ring,
     full,
     load,
     mine,
     tiles,
     columns: constexpr,
+    begin: constexpr,
     stride: constexpr,
     second: constexpr,
     chunks: constexpr,
@@ -376,18 +414,38 @@ def _load(  # type: ignore[no-untyped-def]
     block_k: constexpr,
     stages: constexpr,
 ):
-    """Ask for what the program multiplies as its number ``load``, if there is so much.
+    """Ask for the weights that the program multiplies as its number ``load``, if there is so much.
 
-    A tile's weights are a block at ``stride`` times its column, and a block ``second`` rows further.
+    A tile's are a block at ``stride`` times its column, after ``begin``, and a block ``second`` rows further.
     """
     more = load < mine * chunks
-    row_block, column = _place(load // chunks, tiles, columns)
+    column = _place(load // chunks, tiles, columns)[1]
     k = load % chunks * block_k
     slot = load % stages
     bar = full.index(slot)
     weights = ring.index(slot)
     mbarrier.expect(bar, 2 * block_k * (block_m + 2 * block_n), pred=more)
-    async_load(x_desc, [row_block * block_m, k], bar, x_ring.index(slot), pred=more)
-    n = column * stride
+    n = begin + column * stride
     async_load(weight_desc, [n, k], bar, weights.slice(0, block_n), pred=more)
     async_load(weight_desc, [n + second, k], bar, weights.slice(block_n, block_n), pred=more)
+
+
+@gluon_jit()
+def _load_rows(  # type: ignore[no-untyped-def]
+    x_desc,
+    x_ring,
+    full,
+    load,
+    mine,
+    tiles,
+    columns: constexpr,
+    chunks: constexpr,
+    block_m: constexpr,
+    block_k: constexpr,
+    stages: constexpr,
+):
+    """Ask for the rows that belong to them."""
+    row_block = _place(load // chunks, tiles, columns)[0]
+    slot = load % stages
+    place = [row_block * block_m, load % chunks * block_k]
+    async_load(x_desc, place, full.index(slot), x_ring.index(slot), pred=load < mine * chunks)
