@@ -90,17 +90,17 @@ def test_takes_what_keeps_the_device_busy() -> None:
     count = torch.cuda.get_device_properties(0).multi_processor_count
     for tiles in (1, 4, 8, 64):
         x = torch.empty(128 * tiles, 1024, device="cuda", dtype=torch.bfloat16)
-        assert long.runs_gated_long(x, gate_up) == (long.busy(len(x), 6144, count) >= 0.8)
+        assert long.runs_gated_long(x, gate_up) == (long.wave_efficiency(len(x), 6144, count) >= 0.8)
         taken = long.runs_heads_long(x, qkv, Rotation(angles, angles), cache, cache)
-        assert taken == (long.busy(len(x), 4096, count) >= 0.8)
+        assert taken == (long.wave_efficiency(len(x), 4096, count) >= 0.8)
 
 
 @given(st.integers(1, 20000), st.integers(1, 100), st.integers(1, 200))
-def test_busy_is_a_share(rows: int, columns: int, multiprocessors: int) -> None:
-    busy = long.busy(rows, 256 * columns, multiprocessors)
-    assert 0 < busy <= 1
-    assert busy > 0.5 or rows <= 128 * multiprocessors
-    assert long.busy(128 * multiprocessors, 256 * columns, multiprocessors) == 1
+def test_wave_efficiency_is_a_share(rows: int, columns: int, multiprocessors: int) -> None:
+    efficiency = long.wave_efficiency(rows, 256 * columns, multiprocessors)
+    assert 0 < efficiency <= 1
+    assert efficiency > 0.5 or rows <= 128 * multiprocessors
+    assert long.wave_efficiency(128 * multiprocessors, 256 * columns, multiprocessors) == 1
 
 
 COMPILE = r"""

@@ -31,9 +31,8 @@ from graphmode.kernels._triton import (
 from graphmode.kernels.few_rows_hopper import supports
 from graphmode.kernels.rotary import Rotation
 
-# Of the time that the multiprocessors take for their tiles, each for the most that one has, they must be busy so much
-# to beat cuBLAS and the kernel after it (H100, Qwen3-0.6B, 1.7B and 8B).
-_LEAST_BUSY = 0.8
+# The wave efficiency from which these kernels beat cuBLAS and the kernel after it (H100, Qwen3-0.6B, 1.7B and 8B).
+_LEAST_EFFICIENCY = 0.8
 _BLOCK_M = 128
 _BLOCK_N = 128  # outputs side by side; a tile has two such blocks
 _BLOCK_K = 64
@@ -58,11 +57,11 @@ def runs_heads_long(
 def _takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if weight.shape[0] % (2 * _BLOCK_N) or weight.shape[1] % _BLOCK_K or not supports(weight):
         return False
-    return busy(x.shape[0], weight.shape[0], _multiprocessors(x.device)) >= _LEAST_BUSY
+    return wave_efficiency(x.shape[0], weight.shape[0], _multiprocessors(x.device)) >= _LEAST_EFFICIENCY
 
 
-def busy(rows: int, size: int, multiprocessors: int) -> float:
-    """Return which share of the time the multiprocessors have tiles, of ``rows`` and weights ``[size, width]``."""
+def wave_efficiency(rows: int, size: int, multiprocessors: int) -> float:
+    """Return the share of waves of tiles that ``rows`` and weights ``[size, width]`` fill."""
     tiles = -(-rows // _BLOCK_M) * (size // (2 * _BLOCK_N))
     return tiles / (-(-tiles // multiprocessors) * multiprocessors)
 
@@ -170,14 +169,11 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
     stores: constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [gl.num_warps(), 1], [1, 0])
     m = gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))[:, None]
     n = gl.arange(0, block_n, layout=gl.SliceLayout(0, stores))[None, :]
-    x_ring, ring, full, mine = _start(
+    rings, mine = _start(
         x_desc, weight_desc, tiles, columns, block_n, size, chunks, block_m, block_n, block_k, stages, early
     )
     for turn in range(mine):
-        total, row_block, column = _multiply(
-            x_desc, weight_desc, x_ring, ring, full, turn, mine, tiles, columns, block_n, size,
-            chunks, block_m, block_n, block_k, stages,
-        )  # fmt: skip
+        total, row_block, column = _multiply(rings, turn, mine, tiles, columns, block_n, size, chunks)
         gate, up = gl.split(gl.permute(gl.reshape(total, [block_m, 2, block_n]), [0, 2, 1]))
         result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty), stores)
         row = row_block * block_m + m
@@ -218,14 +214,11 @@ def _heads_kernel(  # type: ignore[no-untyped-def]
     stores: constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     m = gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))
     n = gl.arange(0, 2 * block_n, layout=gl.SliceLayout(0, stores))[None, :]
-    x_ring, ring, full, mine = _start(
+    rings, mine = _start(
         x_desc, weight_desc, tiles, columns, 2 * block_n, block_n, chunks, block_m, block_n, block_k, stages, early
     )
     for turn in range(mine):
-        total, row_block, column = _multiply(
-            x_desc, weight_desc, x_ring, ring, full, turn, mine, tiles, columns, 2 * block_n, block_n,
-            chunks, block_m, block_n, block_k, stages,
-        )  # fmt: skip
+        total, row_block, column = _multiply(rings, turn, mine, tiles, columns, 2 * block_n, block_n, chunks)
         head = column * 2
         first_row = row_block * block_m
         if bias is not None:
@@ -290,6 +283,7 @@ def _start(  # type: ignore[no-untyped-def]
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [stages, block_m, block_k], x_desc.layout)
     ring = gl.allocate_shared_memory(x_desc.dtype, [stages, 2 * block_n, block_k], weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    rings = x_desc, weight_desc, x_ring, ring, full
     for stage in gl.static_range(stages):
         mbarrier.init(full.index(stage), count=1)
     if early:
@@ -297,20 +291,13 @@ def _start(  # type: ignore[no-untyped-def]
         gdc_wait()
     mine = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     for load in gl.static_range(stages - 1):
-        _load(
-            x_desc, weight_desc, x_ring, ring, full, load, mine, tiles, columns, stride, second,
-            chunks, block_m, block_n, block_k, stages,
-        )  # fmt: skip
-    return x_ring, ring, full, mine
+        _load(rings, load, mine, tiles, columns, stride, second, chunks)
+    return rings, mine
 
 
 @gluon_jit()
 def _multiply(  # type: ignore[no-untyped-def]
-    x_desc,
-    weight_desc,
-    x_ring,
-    ring,
-    full,
+    rings,
     turn,
     mine,
     tiles,
@@ -318,16 +305,16 @@ def _multiply(  # type: ignore[no-untyped-def]
     stride: constexpr,
     second: constexpr,
     chunks: constexpr,
-    block_m: constexpr,
-    block_n: constexpr,
-    block_k: constexpr,
-    stages: constexpr,
 ):
     """Return the products of the program's tile number ``turn``, ``[block_m, 2 * block_n]``, and where it is."""
+    _, _, x_ring, ring, full = rings
+    stages: constexpr = ring.shape[0]
+    block_m: constexpr = x_ring.shape[1]
+    wide: constexpr = ring.shape[1]
     products: constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, 2 * block_n, 16]
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, wide, 16]
     )
-    total = gl.zeros([block_m, 2 * block_n], gl.float32, layout=products)
+    total = gl.zeros([block_m, wide], gl.float32, layout=products)
     for chunk in range(chunks):
         at = turn * chunks + chunk
         slot = at % stages
@@ -335,10 +322,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         total = warpgroup_mma(x_ring.index(slot), ring.index(slot).permute((1, 0)), total, is_async=True)
         # The product before this one is done: its place is free.
         total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
-        _load(
-            x_desc, weight_desc, x_ring, ring, full, at + stages - 1, mine, tiles, columns, stride, second,
-            chunks, block_m, block_n, block_k, stages,
-        )  # fmt: skip
+        _load(rings, at + stages - 1, mine, tiles, columns, stride, second, chunks)
     row_block, column = _place(turn, tiles, columns)
     return warpgroup_mma_wait(num_outstanding=0, deps=(total,)), row_block, column
 
@@ -359,27 +343,17 @@ def _place(turn, tiles, columns: constexpr):  # type: ignore[no-untyped-def]
 
 @gluon_jit()
 def _load(  # type: ignore[no-untyped-def]
-    x_desc,
-    weight_desc,
-    x_ring,
-    ring,
-    full,
-    load,
-    mine,
-    tiles,
-    columns: constexpr,
-    stride: constexpr,
-    second: constexpr,
-    chunks: constexpr,
-    block_m: constexpr,
-    block_n: constexpr,
-    block_k: constexpr,
-    stages: constexpr,
+    rings, load, mine, tiles, columns: constexpr, stride: constexpr, second: constexpr, chunks: constexpr
 ):
     """Ask for what the program multiplies as its number ``load``, if there is so much.
 
     A tile's weights are a block at ``stride`` times its column, and a block ``second`` rows further.
     """
+    x_desc, weight_desc, x_ring, ring, full = rings
+    stages: constexpr = ring.shape[0]
+    block_m: constexpr = x_ring.shape[1]
+    block_n: constexpr = ring.shape[1] // 2
+    block_k: constexpr = ring.shape[2]
     more = load < mine * chunks
     row_block, column = _place(load // chunks, tiles, columns)
     k = load % chunks * block_k
