@@ -92,15 +92,15 @@ def test_takes_what_keeps_the_device_busy() -> None:
         x = torch.empty(128 * blocks, 1024, device="cuda", dtype=torch.bfloat16)
         assert long.runs_gated_long(x, gate_up) == (long.share_columns(len(x), 24, count)[1] >= 0.7)
         taken = long.runs_heads_long(x, qkv, Rotation(angles, angles), cache, cache)
-        assert taken == (long.busy(len(x), 16, 16, count) >= 0.7)
+        assert taken == (long.wave_efficiency(len(x), 16, 16, count) >= 0.7)
 
 
 @given(st.integers(1, 20000), st.integers(1, 100), st.integers(1, 200))
 def test_columns_are_shared_out(rows: int, columns: int, multiprocessors: int) -> None:
-    wide, busy = long.share_columns(rows, columns, multiprocessors)
+    wide, efficiency = long.share_columns(rows, columns, multiprocessors)
     assert 0 <= wide <= columns
-    assert long.busy(rows, columns, columns, multiprocessors) <= busy <= 1
-    assert busy > 0.5 or rows <= 128 * multiprocessors
+    assert long.wave_efficiency(rows, columns, columns, multiprocessors) <= efficiency <= 1
+    assert efficiency > 0.5 or rows <= 128 * multiprocessors
     assert long.share_columns(128 * multiprocessors, columns, multiprocessors) == (columns, 1)
 
 

@@ -117,9 +117,11 @@ def _require_rows(name: str, x: torch.Tensor, weight: torch.Tensor, lens: torch.
     require_tensor(name, x, shape=(None, None), dtypes=FLOATS, like=x)
     require(x.shape[0] <= MAX_ROWS, name, f"of {x.shape[0]} rows", f"at most {MAX_ROWS}")
     require_tensor("weight", weight, shape=(None, x.shape[1]), dtypes=(x.dtype,), like=x)
+    given = [(name, x), ("weight", weight)]
     if lens is not None:
         require_tensor("lens", lens, shape=x.shape[:1], dtypes=(torch.int32,), like=x)
-    for each, tensor in ((name, x), ("weight", weight), ("lens", x if lens is None else lens)):
+        given.append(("lens", lens))
+    for each, tensor in given:
         require(tensor.is_contiguous(), each, f"of strides {tensor.stride()}", "a contiguous tensor")
 
 

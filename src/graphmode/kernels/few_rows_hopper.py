@@ -92,8 +92,8 @@ def norm_linear_hopper(
     bias: torch.Tensor | None,
     eps: float,
     *,
-    gated: bool = False,
-    lens: torch.Tensor | None = None,
+    gated: bool,
+    lens: torch.Tensor | None,
 ) -> torch.Tensor:
     """Do as :func:`graphmode.kernels.few_rows.norm_linear`, on what :func:`supports` accepts."""
     size = weight.shape[0] // 2 if gated else weight.shape[0]

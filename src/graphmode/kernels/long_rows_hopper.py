@@ -32,9 +32,8 @@ from graphmode.kernels._triton import (
 from graphmode.kernels.few_rows_hopper import supports
 from graphmode.kernels.rotary import Rotation
 
-# Of the time that the multiprocessors take for their tiles, each for the most that one has, they must be busy so much
-# to beat cuBLAS and the kernel after it (H100, Qwen3-0.6B, 1.7B and 8B).
-_LEAST_BUSY = 0.7
+# The wave efficiency from which these kernels beat cuBLAS and the kernel after it (H100, Qwen3-0.6B, 1.7B and 8B).
+_LEAST_EFFICIENCY = 0.7
 _BLOCK_M = 128
 _BLOCK_N = 128  # outputs side by side; a tile has two such blocks
 _NARROW = 64  # of tiles that fill the device where there are too few of the others left; time of one of those:
@@ -46,7 +45,7 @@ _HEAD_DIM = 128
 
 def runs_gated_long(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether :func:`gated_long` takes rows ``[rows, width]`` and weights ``[2 * size, width]``."""
-    return _fits(weight) and _share(x, weight)[1] >= _LEAST_BUSY
+    return _fits(weight) and _share(x, weight)[1] >= _LEAST_EFFICIENCY
 
 
 def runs_heads_long(
@@ -58,7 +57,7 @@ def runs_heads_long(
     if not (whole and k_cache.shape == v_cache.shape and kv_heads % 2 == 0 and _fits(weight)):
         return False
     columns = weight.shape[0] // (2 * _BLOCK_N)
-    return busy(x.shape[0], columns, columns, _multiprocessors(x.device)) >= _LEAST_BUSY
+    return wave_efficiency(x.shape[0], columns, columns, _multiprocessors(x.device)) >= _LEAST_EFFICIENCY
 
 
 def _fits(weight: torch.Tensor) -> bool:
@@ -70,16 +69,17 @@ def _share(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, float]:
 
 
 def share_columns(rows: int, columns: int, multiprocessors: int) -> tuple[int, float]:
-    """Return how many columns of tiles should be wide, each of the others being two narrow ones, and :func:`busy`."""
+    """Return how many columns of tiles should be wide, each other being two narrow ones; and the wave efficiency."""
     row_blocks = -(-rows // _BLOCK_M)
     whole_waves = columns * row_blocks // multiprocessors * multiprocessors // row_blocks
     return max(
-        ((wide, busy(rows, columns, wide, multiprocessors)) for wide in (columns, whole_waves)), key=itemgetter(1)
+        ((wide, wave_efficiency(rows, columns, wide, multiprocessors)) for wide in (columns, whole_waves)),
+        key=itemgetter(1),
     )
 
 
-def busy(rows: int, columns: int, wide: int, multiprocessors: int) -> float:
-    """Return which share of the time multiprocessors have tiles, of so many ``columns`` of which some are ``wide``."""
+def wave_efficiency(rows: int, columns: int, wide: int, multiprocessors: int) -> float:
+    """Return the share of waves of tiles that is filled, of so many ``columns`` of which some are ``wide``."""
     row_blocks = -(-rows // _BLOCK_M)
     wide_waves = -(-row_blocks * wide // multiprocessors)
     narrow_waves = -(-2 * row_blocks * (columns - wide) // multiprocessors)
@@ -202,14 +202,11 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
     stores: constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [gl.num_warps(), 1], [1, 0])
     m = gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))[:, None]
     n = gl.arange(0, block_n, layout=gl.SliceLayout(0, stores))[None, :]
-    x_ring, ring, full, mine = _start(
+    rings, mine = _start(
         x_desc, weight_desc, tiles, columns, begin, block_n, size, chunks, block_m, block_n, block_k, stages, early
     )
     for turn in range(mine):
-        total, row_block, column = _multiply(
-            x_desc, weight_desc, x_ring, ring, full, turn, mine, tiles, columns, begin, block_n, size,
-            chunks, block_m, block_n, block_k, stages,
-        )  # fmt: skip
+        total, row_block, column = _multiply(rings, turn, mine, tiles, columns, begin, block_n, size, chunks)
         gate, up = gl.split(gl.permute(gl.reshape(total, [block_m, 2, block_n]), [0, 2, 1]))
         result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty), stores)
         row = row_block * block_m + m
@@ -250,14 +247,11 @@ def _heads_kernel(  # type: ignore[no-untyped-def]
     stores: constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     m = gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))
     n = gl.arange(0, 2 * block_n, layout=gl.SliceLayout(0, stores))[None, :]
-    x_ring, ring, full, mine = _start(
+    rings, mine = _start(
         x_desc, weight_desc, tiles, columns, 0, 2 * block_n, block_n, chunks, block_m, block_n, block_k, stages, early
     )
     for turn in range(mine):
-        total, row_block, column = _multiply(
-            x_desc, weight_desc, x_ring, ring, full, turn, mine, tiles, columns, 0, 2 * block_n, block_n,
-            chunks, block_m, block_n, block_k, stages,
-        )  # fmt: skip
+        total, row_block, column = _multiply(rings, turn, mine, tiles, columns, 0, 2 * block_n, block_n, chunks)
         head = column * 2
         first_row = row_block * block_m
         if bias is not None:
@@ -323,30 +317,24 @@ def _start(  # type: ignore[no-untyped-def]
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [stages, block_m, block_k], x_desc.layout)
     ring = gl.allocate_shared_memory(x_desc.dtype, [stages, 2 * block_n, block_k], weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
+    rings = x_desc, weight_desc, x_ring, ring, full
     for stage in gl.static_range(stages):
         mbarrier.init(full.index(stage), count=1)
     mine = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     if early:
         gdc_launch_dependents()
     for load in gl.static_range(stages - 1):
-        _load_weights(
-            weight_desc, ring, full, load, mine, tiles, columns, begin, stride, second,
-            chunks, block_m, block_n, block_k, stages,
-        )  # fmt: skip
+        _load_weights(rings, load, mine, tiles, columns, begin, stride, second, chunks)
     if early:
         gdc_wait()
     for load in gl.static_range(stages - 1):
-        _load_rows(x_desc, x_ring, full, load, mine, tiles, columns, chunks, block_m, block_k, stages)
-    return x_ring, ring, full, mine
+        _load_rows(rings, load, mine, tiles, columns, chunks)
+    return rings, mine
 
 
 @gluon_jit()
 def _multiply(  # type: ignore[no-untyped-def]
-    x_desc,
-    weight_desc,
-    x_ring,
-    ring,
-    full,
+    rings,
     turn,
     mine,
     tiles,
@@ -355,16 +343,16 @@ def _multiply(  # type: ignore[no-untyped-def]
     stride: constexpr,
     second: constexpr,
     chunks: constexpr,
-    block_m: constexpr,
-    block_n: constexpr,
-    block_k: constexpr,
-    stages: constexpr,
 ):
     """Return the products of the program's tile number ``turn``, ``[block_m, 2 * block_n]``, and where it is."""
+    _, _, x_ring, ring, full = rings
+    stages: constexpr = ring.shape[0]
+    block_m: constexpr = x_ring.shape[1]
+    wide: constexpr = ring.shape[1]
     products: constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, 2 * block_n, 16]
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, wide, 16]
     )
-    total = gl.zeros([block_m, 2 * block_n], gl.float32, layout=products)
+    total = gl.zeros([block_m, wide], gl.float32, layout=products)
     for chunk in range(chunks):
         at = turn * chunks + chunk
         slot = at % stages
@@ -372,12 +360,8 @@ def _multiply(  # type: ignore[no-untyped-def]
         total = warpgroup_mma(x_ring.index(slot), ring.index(slot).permute((1, 0)), total, is_async=True)
         # The product before this one is done: its place is free.
         total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
-        load = at + stages - 1
-        _load_weights(
-            weight_desc, ring, full, load, mine, tiles, columns, begin, stride, second,
-            chunks, block_m, block_n, block_k, stages,
-        )  # fmt: skip
-        _load_rows(x_desc, x_ring, full, load, mine, tiles, columns, chunks, block_m, block_k, stages)
+        _load_weights(rings, at + stages - 1, mine, tiles, columns, begin, stride, second, chunks)
+        _load_rows(rings, at + stages - 1, mine, tiles, columns, chunks)
     row_block, column = _place(turn, tiles, columns)
     return warpgroup_mma_wait(num_outstanding=0, deps=(total,)), row_block, column
 
@@ -398,9 +382,7 @@ def _place(turn, tiles, columns: constexpr):  # type: ignore[no-untyped-def]
 
 @gluon_jit()
 def _load_weights(  # type: ignore[no-untyped-def]
-    weight_desc,
-    ring,
-    full,
+    rings,
     load,
     mine,
     tiles,
@@ -409,43 +391,31 @@ def _load_weights(  # type: ignore[no-untyped-def]
     stride: constexpr,
     second: constexpr,
     chunks: constexpr,
-    block_m: constexpr,
-    block_n: constexpr,
-    block_k: constexpr,
-    stages: constexpr,
 ):
     """Ask for the weights that the program multiplies as its number ``load``, if there is so much.
 
     A tile's are a block at ``stride`` times its column, after ``begin``, and a block ``second`` rows further.
     """
+    _, weight_desc, x_ring, ring, full = rings
+    block_n: constexpr = ring.shape[1] // 2
+    block_k: constexpr = ring.shape[2]
     more = load < mine * chunks
     column = _place(load // chunks, tiles, columns)[1]
     k = load % chunks * block_k
-    slot = load % stages
+    slot = load % ring.shape[0]
     bar = full.index(slot)
     weights = ring.index(slot)
-    mbarrier.expect(bar, 2 * block_k * (block_m + 2 * block_n), pred=more)
+    mbarrier.expect(bar, 2 * block_k * (x_ring.shape[1] + 2 * block_n), pred=more)
     n = begin + column * stride
     async_load(weight_desc, [n, k], bar, weights.slice(0, block_n), pred=more)
     async_load(weight_desc, [n + second, k], bar, weights.slice(block_n, block_n), pred=more)
 
 
 @gluon_jit()
-def _load_rows(  # type: ignore[no-untyped-def]
-    x_desc,
-    x_ring,
-    full,
-    load,
-    mine,
-    tiles,
-    columns: constexpr,
-    chunks: constexpr,
-    block_m: constexpr,
-    block_k: constexpr,
-    stages: constexpr,
-):
+def _load_rows(rings, load, mine, tiles, columns: constexpr, chunks: constexpr):  # type: ignore[no-untyped-def]
     """Ask for the rows that belong to them."""
+    x_desc, _, x_ring, _, full = rings
     row_block = _place(load // chunks, tiles, columns)[0]
-    slot = load % stages
-    place = [row_block * block_m, load % chunks * block_k]
+    slot = load % x_ring.shape[0]
+    place = [row_block * x_ring.shape[1], load % chunks * x_ring.shape[2]]
     async_load(x_desc, place, full.index(slot), x_ring.index(slot), pred=load < mine * chunks)

@@ -189,7 +189,7 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(full.index(stage), count=1)
     for stage in gl.static_range(stages):
         at = start + stage * block_k
-        _load_weights(weight_desc, ring, full, stage, first, at, True, size, gated, block_m, block_n, block_k)
+        _load_weights(weight_desc, x_ring, ring, full, stage, first, at, True, size, gated)
     if early:
         gdc_wait()
     for stage in gl.static_range(stages):
@@ -205,7 +205,7 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
         more = (chunk > 0) & (load < chunks)
         free = load % stages
         at = start + load * block_k
-        _load_weights(weight_desc, ring, full, free, first, at, more, size, gated, block_m, block_n, block_k)
+        _load_weights(weight_desc, x_ring, ring, full, free, first, at, more, size, gated)
         async_load(x_desc, [first_row, at], full.index(free), x_ring.index(free), pred=more)
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
     vector: constexpr = 16 // (out.dtype.element_ty.primitive_bitwidth // 8)
@@ -226,24 +226,15 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
 
 @gluon_jit()
 def _load_weights(  # type: ignore[no-untyped-def]
-    weight_desc,
-    ring,
-    full,
-    stage,
-    first,
-    at,
-    more,
-    size: constexpr,
-    gated: constexpr,
-    block_m: constexpr,
-    block_n: constexpr,
-    block_k: constexpr,
+    weight_desc, x_ring, ring, full, stage, first, at, more, size: constexpr, gated: constexpr
 ):
     """Ask for the weights of a stage, and tell its barrier what comes, the rows with them."""
+    wide: constexpr = ring.shape[1]
     bar = full.index(stage)
     weights = ring.index(stage)
-    mbarrier.expect(bar, 2 * block_k * (block_m + (2 * block_n if gated else block_n)), pred=more)
+    mbarrier.expect(bar, 2 * ring.shape[2] * (x_ring.shape[1] + wide), pred=more)
     if gated:
+        block_n: constexpr = wide // 2
         async_load(weight_desc, [first, at], bar, weights.slice(0, block_n), pred=more)
         async_load(weight_desc, [size + first, at], bar, weights.slice(block_n, block_n), pred=more)
     else:
