@@ -88,26 +88,19 @@ def test_takes_what_keeps_the_device_busy() -> None:
     gate_up, qkv = (torch.empty(size, 1024, device="cuda", dtype=torch.bfloat16) for size in (6144, 4096))
     cache, angles = torch.empty(4, 16, 8, 128, device="cuda"), torch.empty(9, 64, device="cuda")
     count = torch.cuda.get_device_properties(0).multi_processor_count
-    for blocks in (1, 4, 8, 64):
-        x = torch.empty(128 * blocks, 1024, device="cuda", dtype=torch.bfloat16)
-        assert long.runs_gated_long(x, gate_up) == (long.share_columns(len(x), 24, count)[1] >= 0.7)
+    for tiles in (1, 4, 8, 64):
+        x = torch.empty(128 * tiles, 1024, device="cuda", dtype=torch.bfloat16)
+        assert long.runs_gated_long(x, gate_up) == (long.wave_efficiency(len(x), 6144, count) >= 0.8)
         taken = long.runs_heads_long(x, qkv, Rotation(angles, angles), cache, cache)
-        assert taken == (long.wave_efficiency(len(x), 16, 16, count) >= 0.7)
+        assert taken == (long.wave_efficiency(len(x), 4096, count) >= 0.8)
 
 
 @given(st.integers(1, 20000), st.integers(1, 100), st.integers(1, 200))
-def test_columns_are_shared_out(rows: int, columns: int, multiprocessors: int) -> None:
-    wide, efficiency = long.share_columns(rows, columns, multiprocessors)
-    assert 0 <= wide <= columns
-    assert long.wave_efficiency(rows, columns, columns, multiprocessors) <= efficiency <= 1
+def test_wave_efficiency_is_a_share(rows: int, columns: int, multiprocessors: int) -> None:
+    efficiency = long.wave_efficiency(rows, 256 * columns, multiprocessors)
+    assert 0 < efficiency <= 1
     assert efficiency > 0.5 or rows <= 128 * multiprocessors
-    assert long.share_columns(128 * multiprocessors, columns, multiprocessors) == (columns, 1)
-
-
-def test_what_is_left_of_the_wide_tiles_goes_to_narrow_ones() -> None:
-    # Qwen3-8B's gate and up, 256 rows: 2 by 96 tiles, where there are 132 multiprocessors.
-    assert long.share_columns(256, 96, 132)[0] == 66
-    assert long.share_columns(8192, 96, 132)[0] == 96
+    assert long.wave_efficiency(128 * multiprocessors, 256 * columns, multiprocessors) == 1
 
 
 COMPILE = r"""
@@ -120,23 +113,18 @@ from graphmode.kernels import long_rows_hopper as long
 layout = gl.NVMMASharedLayout(128, 16, rank=2)
 tables = {"cos": "*fp32", "sin": "*fp32", "positions": "*i64", "slot_mapping": "*i64"}
 for kernel, kind, tensors, constants in (
-    (long._gated_kernel, "bf16", ("out",), {"size": 3072, "begin": 0, "columns": 24}),
-    (long._gated_kernel, "bf16", ("out",), {"size": 3072, "begin": 2048, "columns": 16, "block_n": 64}),
-    (long._heads_kernel, "bf16", ("q_norm", "k_norm"), {"columns": 16, "q_heads": 16, "kv_heads": 8, "bias": None}),
-    (long._heads_kernel, "fp16", ("bias",),
-     {"columns": 9, "q_heads": 14, "kv_heads": 2, "q_norm": None, "k_norm": None}),
+    (long._gated_kernel, "bf16", ("out",), {"size": 3072}),
+    (long._heads_kernel, "bf16", ("q_norm", "k_norm"), {"q_heads": 16, "kv_heads": 8, "bias": None}),
+    (long._heads_kernel, "fp16", ("bias",), {"q_heads": 14, "kv_heads": 2, "q_norm": None, "k_norm": None}),
 ):
-    constants = {"chunks": 16, "block_m": 128, "block_n": 128, "block_k": 64, "stages": 4, "early": True} | constants
-    described = {"x_desc": 128, "weight_desc": constants["block_n"]}
-    signature = {name: f"tensordesc<{kind}[{block}, 64],{layout!r}>" for name, block in described.items()} | tables
+    constants |= {"chunks": 16, "block_m": 128, "block_n": 128, "block_k": 64, "stages": 4, "early": True}
+    signature = dict.fromkeys(("x_desc", "weight_desc"), f"tensordesc<{kind}[128, 64],{layout!r}>") | tables
     signature |= {"rows": "i32", "tiles": "i32", "eps": "fp32"} | dict.fromkeys(("k_cache", "v_cache"), "*" + kind)
     signature |= dict.fromkeys((*tensors, "queries"), "*" + kind) | dict.fromkeys(constants, "constexpr")
     aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names)
                if signature[name].startswith("*")}
     source = GluonASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, aligned)
     code = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
-    # Weights are asked for before the wait.
-    assert code.index("cp.async.bulk.tensor") < code.index("griddepcontrol.wait") < code.index("wgmma"), code
     # One product may be under way while the next is begun; results leave in 16 bytes.
     assert code.count("wgmma.wait_group.sync.aligned 1") == 1, code
     assert "st.global.v4.b32" in code and "st.global.b16" not in code, code

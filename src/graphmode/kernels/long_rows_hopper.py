@@ -11,7 +11,6 @@ first loads of the next one are under way while it finishes the one before.
 from __future__ import annotations
 
 import functools
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -33,19 +32,17 @@ from graphmode.kernels.few_rows_hopper import supports
 from graphmode.kernels.rotary import Rotation
 
 # The wave efficiency from which these kernels beat cuBLAS and the kernel after it (H100, Qwen3-0.6B, 1.7B and 8B).
-_LEAST_EFFICIENCY = 0.7
+_LEAST_EFFICIENCY = 0.8
 _BLOCK_M = 128
 _BLOCK_N = 128  # outputs side by side; a tile has two such blocks
-_NARROW = 64  # of tiles that fill the device where there are too few of the others left; time of one of those:
-_NARROW_TIME = 0.61
 _BLOCK_K = 64
-_MEMORY = 196608  # bytes of shared memory for a ring
+_STAGES = 4
 _HEAD_DIM = 128
 
 
 def runs_gated_long(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether :func:`gated_long` takes rows ``[rows, width]`` and weights ``[2 * size, width]``."""
-    return _fits(weight) and _share(x, weight)[1] >= _LEAST_EFFICIENCY
+    return _takes(x, weight)
 
 
 def runs_heads_long(
@@ -54,36 +51,19 @@ def runs_heads_long(
     """Return whether :func:`heads_long` takes rows ``[rows, width]``, merged projections, and what follows them."""
     kv_heads, head_dim = k_cache.shape[2:]
     whole = not rotation.interleaved and 2 * rotation.cos.shape[1] == head_dim == _HEAD_DIM
-    if not (whole and k_cache.shape == v_cache.shape and kv_heads % 2 == 0 and _fits(weight)):
+    return whole and k_cache.shape == v_cache.shape and kv_heads % 2 == 0 and _takes(x, weight)
+
+
+def _takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if weight.shape[0] % (2 * _BLOCK_N) or weight.shape[1] % _BLOCK_K or not supports(weight):
         return False
-    columns = weight.shape[0] // (2 * _BLOCK_N)
-    return wave_efficiency(x.shape[0], columns, columns, _multiprocessors(x.device)) >= _LEAST_EFFICIENCY
+    return wave_efficiency(x.shape[0], weight.shape[0], _multiprocessors(x.device)) >= _LEAST_EFFICIENCY
 
 
-def _fits(weight: torch.Tensor) -> bool:
-    return weight.shape[0] % (2 * _BLOCK_N) == 0 and weight.shape[1] % _BLOCK_K == 0 and supports(weight)
-
-
-def _share(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, float]:
-    return share_columns(x.shape[0], weight.shape[0] // (2 * _BLOCK_N), _multiprocessors(x.device))
-
-
-def share_columns(rows: int, columns: int, multiprocessors: int) -> tuple[int, float]:
-    """Return how many columns of tiles should be wide, each other being two narrow ones; and the wave efficiency."""
-    row_blocks = -(-rows // _BLOCK_M)
-    whole_waves = columns * row_blocks // multiprocessors * multiprocessors // row_blocks
-    return max(
-        ((wide, wave_efficiency(rows, columns, wide, multiprocessors)) for wide in (columns, whole_waves)),
-        key=itemgetter(1),
-    )
-
-
-def wave_efficiency(rows: int, columns: int, wide: int, multiprocessors: int) -> float:
-    """Return the share of waves of tiles that is filled, of so many ``columns`` of which some are ``wide``."""
-    row_blocks = -(-rows // _BLOCK_M)
-    wide_waves = -(-row_blocks * wide // multiprocessors)
-    narrow_waves = -(-2 * row_blocks * (columns - wide) // multiprocessors)
-    return row_blocks * columns / multiprocessors / (wide_waves + _NARROW_TIME * narrow_waves)
+def wave_efficiency(rows: int, size: int, multiprocessors: int) -> float:
+    """Return the share of waves of tiles that ``rows`` and weights ``[size, width]`` fill."""
+    tiles = -(-rows // _BLOCK_M) * (size // (2 * _BLOCK_N))
+    return tiles / (-(-tiles // multiprocessors) * multiprocessors)
 
 
 def gated_long(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -95,11 +75,7 @@ def gated_long(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     size = weight.shape[0] // 2
     out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
-    columns, (wide, _) = size // _BLOCK_N, _share(x, weight)
-    narrow = (columns - wide) * (_BLOCK_N // _NARROW)
-    for begin, count, block_n in ((0, wide, _BLOCK_N), (wide * _BLOCK_N, narrow, _NARROW)):
-        if count:
-            _launch(_gated_kernel, x, weight, block_n, count, (out,), begin=begin, size=size)
+    _launch(_gated_kernel, x, weight, size // _BLOCK_N, (out,), size=size)
     return out
 
 
@@ -140,18 +116,12 @@ def heads_long(
     tensors = (
         bias, q_norm, k_norm, rotation.cos, rotation.sin, positions, k_cache, v_cache, slot_mapping, queries, eps
     )  # fmt: skip
-    _launch(_heads_kernel, x, weight, _HEAD_DIM, heads // 2, tensors, q_heads=heads - 2 * kv_heads, kv_heads=kv_heads)
+    _launch(_heads_kernel, x, weight, heads // 2, tensors, q_heads=heads - 2 * kv_heads, kv_heads=kv_heads)
     return queries
 
 
 def _launch(
-    kernel: Any,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    block_n: int,
-    columns: int,
-    arguments: tuple[Any, ...],
-    **constants: int,
+    kernel: Any, x: torch.Tensor, weight: torch.Tensor, columns: int, arguments: tuple[Any, ...], **constants: int
 ) -> None:
     """Launch a program for each multiprocessor, for tiles of 128 rows and ``columns`` to go through."""
     layout = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -159,16 +129,15 @@ def _launch(
     tiles = -(-x.shape[0] // _BLOCK_M) * columns
     kernel[(min(tiles, _multiprocessors(x.device)),)](
         describe(x, [_BLOCK_M, _BLOCK_K], layout),
-        describe(weight, [block_n, _BLOCK_K], layout),
+        describe(weight, [_BLOCK_N, _BLOCK_K], layout),
         *arguments,
         x.shape[0],
         tiles,
-        columns=columns,
         chunks=x.shape[1] // _BLOCK_K,
         block_m=_BLOCK_M,
-        block_n=block_n,
+        block_n=_BLOCK_N,
         block_k=_BLOCK_K,
-        stages=_MEMORY // (2 * _BLOCK_K * (_BLOCK_M + 2 * block_n)),
+        stages=_STAGES,
         num_warps=8,
         **constants,
         **launch_options(x.device),
@@ -187,8 +156,6 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
     out,
     rows,
     tiles,
-    columns: constexpr,
-    begin: constexpr,
     size: constexpr,
     chunks: constexpr,
     block_m: constexpr,
@@ -197,20 +164,20 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
     stages: constexpr,
     early: constexpr,
 ):
-    """Of outputs from ``begin`` on."""
+    columns: constexpr = size // block_n
     lanes: constexpr = block_n // 8
     stores: constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [gl.num_warps(), 1], [1, 0])
     m = gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))[:, None]
     n = gl.arange(0, block_n, layout=gl.SliceLayout(0, stores))[None, :]
     rings, mine = _start(
-        x_desc, weight_desc, tiles, columns, begin, block_n, size, chunks, block_m, block_n, block_k, stages, early
+        x_desc, weight_desc, tiles, columns, block_n, size, chunks, block_m, block_n, block_k, stages, early
     )
     for turn in range(mine):
-        total, row_block, column = _multiply(rings, turn, mine, tiles, columns, begin, block_n, size, chunks)
+        total, row_block, column = _multiply(rings, turn, mine, tiles, columns, block_n, size, chunks)
         gate, up = gl.split(gl.permute(gl.reshape(total, [block_m, 2, block_n]), [0, 2, 1]))
         result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty), stores)
         row = row_block * block_m + m
-        gl.store(out + row.to(gl.int64) * size + begin + column * block_n + n, result, mask=row < rows)
+        gl.store(out + row.to(gl.int64) * size + column * block_n + n, result, mask=row < rows)
 
 
 @gluon_jit(do_not_specialize=["rows", "tiles"])
@@ -230,7 +197,6 @@ def _heads_kernel(  # type: ignore[no-untyped-def]
     eps,
     rows,
     tiles,
-    columns: constexpr,
     q_heads: constexpr,
     kv_heads: constexpr,
     chunks: constexpr,
@@ -241,6 +207,7 @@ def _heads_kernel(  # type: ignore[no-untyped-def]
     early: constexpr,
 ):
     """A tile is two heads: of queries, of keys or of values."""
+    columns: constexpr = q_heads // 2 + kv_heads
     half: constexpr = block_n // 2
     kind: constexpr = queries.dtype.element_ty
     step: constexpr = kv_heads * block_n
@@ -248,10 +215,10 @@ def _heads_kernel(  # type: ignore[no-untyped-def]
     m = gl.arange(0, block_m, layout=gl.SliceLayout(1, stores))
     n = gl.arange(0, 2 * block_n, layout=gl.SliceLayout(0, stores))[None, :]
     rings, mine = _start(
-        x_desc, weight_desc, tiles, columns, 0, 2 * block_n, block_n, chunks, block_m, block_n, block_k, stages, early
+        x_desc, weight_desc, tiles, columns, 2 * block_n, block_n, chunks, block_m, block_n, block_k, stages, early
     )
     for turn in range(mine):
-        total, row_block, column = _multiply(rings, turn, mine, tiles, columns, 0, 2 * block_n, block_n, chunks)
+        total, row_block, column = _multiply(rings, turn, mine, tiles, columns, 2 * block_n, block_n, chunks)
         head = column * 2
         first_row = row_block * block_m
         if bias is not None:
@@ -303,7 +270,6 @@ def _start(  # type: ignore[no-untyped-def]
     weight_desc,
     tiles,
     columns: constexpr,
-    begin: constexpr,
     stride: constexpr,
     second: constexpr,
     chunks: constexpr,
@@ -320,15 +286,12 @@ def _start(  # type: ignore[no-untyped-def]
     rings = x_desc, weight_desc, x_ring, ring, full
     for stage in gl.static_range(stages):
         mbarrier.init(full.index(stage), count=1)
-    mine = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     if early:
         gdc_launch_dependents()
-    for load in gl.static_range(stages - 1):
-        _load_weights(rings, load, mine, tiles, columns, begin, stride, second, chunks)
-    if early:
         gdc_wait()
+    mine = (tiles - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     for load in gl.static_range(stages - 1):
-        _load_rows(rings, load, mine, tiles, columns, chunks)
+        _load(rings, load, mine, tiles, columns, stride, second, chunks)
     return rings, mine
 
 
@@ -339,7 +302,6 @@ def _multiply(  # type: ignore[no-untyped-def]
     mine,
     tiles,
     columns: constexpr,
-    begin: constexpr,
     stride: constexpr,
     second: constexpr,
     chunks: constexpr,
@@ -360,8 +322,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         total = warpgroup_mma(x_ring.index(slot), ring.index(slot).permute((1, 0)), total, is_async=True)
         # The product before this one is done: its place is free.
         total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
-        _load_weights(rings, at + stages - 1, mine, tiles, columns, begin, stride, second, chunks)
-        _load_rows(rings, at + stages - 1, mine, tiles, columns, chunks)
+        _load(rings, at + stages - 1, mine, tiles, columns, stride, second, chunks)
     row_block, column = _place(turn, tiles, columns)
     return warpgroup_mma_wait(num_outstanding=0, deps=(total,)), row_block, column
 
@@ -381,41 +342,26 @@ def _place(turn, tiles, columns: constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon_jit()
-def _load_weights(  # type: ignore[no-untyped-def]
-    rings,
-    load,
-    mine,
-    tiles,
-    columns: constexpr,
-    begin: constexpr,
-    stride: constexpr,
-    second: constexpr,
-    chunks: constexpr,
+def _load(  # type: ignore[no-untyped-def]
+    rings, load, mine, tiles, columns: constexpr, stride: constexpr, second: constexpr, chunks: constexpr
 ):
-    """Ask for the weights that the program multiplies as its number ``load``, if there is so much.
+    """Ask for what the program multiplies as its number ``load``, if there is so much.
 
-    A tile's are a block at ``stride`` times its column, after ``begin``, and a block ``second`` rows further.
+    A tile's weights are a block at ``stride`` times its column, and a block ``second`` rows further.
     """
-    _, weight_desc, x_ring, ring, full = rings
+    x_desc, weight_desc, x_ring, ring, full = rings
+    stages: constexpr = ring.shape[0]
+    block_m: constexpr = x_ring.shape[1]
     block_n: constexpr = ring.shape[1] // 2
     block_k: constexpr = ring.shape[2]
     more = load < mine * chunks
-    column = _place(load // chunks, tiles, columns)[1]
+    row_block, column = _place(load // chunks, tiles, columns)
     k = load % chunks * block_k
-    slot = load % ring.shape[0]
+    slot = load % stages
     bar = full.index(slot)
     weights = ring.index(slot)
-    mbarrier.expect(bar, 2 * block_k * (x_ring.shape[1] + 2 * block_n), pred=more)
-    n = begin + column * stride
+    mbarrier.expect(bar, 2 * block_k * (block_m + 2 * block_n), pred=more)
+    async_load(x_desc, [row_block * block_m, k], bar, x_ring.index(slot), pred=more)
+    n = column * stride
     async_load(weight_desc, [n, k], bar, weights.slice(0, block_n), pred=more)
     async_load(weight_desc, [n + second, k], bar, weights.slice(block_n, block_n), pred=more)
-
-
-@gluon_jit()
-def _load_rows(rings, load, mine, tiles, columns: constexpr, chunks: constexpr):  # type: ignore[no-untyped-def]
-    """Ask for the rows that belong to them."""
-    x_desc, _, x_ring, _, full = rings
-    row_block = _place(load // chunks, tiles, columns)[0]
-    slot = load % x_ring.shape[0]
-    place = [row_block * x_ring.shape[1], load % chunks * x_ring.shape[2]]
-    async_load(x_desc, place, full.index(slot), x_ring.index(slot), pred=load < mine * chunks)
