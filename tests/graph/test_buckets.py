@@ -20,7 +20,12 @@ def test_made_buckets_are_few_sorted_and_end_at_the_maximum(maximum: int) -> Non
 def test_padding_above_the_smallest_buckets_is_bounded(maximum: int, data: st.DataObject) -> None:
     size = data.draw(st.integers(9, maximum))
     bucket = next(bucket for bucket in make_buckets(maximum) if bucket >= size)
-    assert bucket - size < max(8, bucket / 4)
+    assert bucket - size < max(8, bucket / 5)
+
+
+@given(st.integers(0, 16), st.integers(0, 100_000))
+def test_powers_of_two_are_buckets(exponent: int, more: int) -> None:
+    assert 2**exponent in make_buckets(2**exponent + more)
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [-1, 4], [True], [1.5]])

@@ -12,6 +12,7 @@ from graphmode.kernels import decode_attention_hopper
 from graphmode.kernels._triton import compiles_hopper
 from graphmode.kernels.decode_attention import rotate_and_attend_triton
 from graphmode.kernels.decode_attention_hopper import supports
+from graphmode.kernels.parts import share_keys
 from tests.kernels.test_decode_attention import check, make_inputs
 
 
@@ -52,6 +53,22 @@ def test_many_sequences(sequences: int) -> None:
     check_hopper(make_inputs(lengths, head_dim=128, block_size=16, dtype=torch.bfloat16, device="cuda"))
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper", "nan_memory")
+def test_parts_are_put_together_again_and_again() -> None:
+    """Layer after layer, by the same counters: long contexts in several parts among many short ones."""
+    lengths = [4000, 3, 700] + [20] * 30 + [1999, 2000]
+    inputs = make_inputs(lengths, head_dim=128, block_size=16, dtype=torch.bfloat16, device="cuda")
+    parts = share_keys(inputs["kv_lens"], inputs["k_cache"].shape[2])
+    assert parts.several[:, 2].max() > 8
+    run = partial(rotate_and_attend_triton, **inputs, scale=0.3, hopper=True)
+    expected = run(parts=share_keys(inputs["kv_lens"], inputs["k_cache"].shape[2], spare=1))
+    first = run(parts=parts)
+    assert not parts.arrived.any()
+    assert all(torch.equal(first, run(parts=parts)) for _ in range(20))
+    assert torch.allclose(first.float(), expected.float(), atol=0.02, rtol=0.02)
+
+
 @pytest.mark.skipif(not compiles_hopper(), reason="needs a Triton that compiles the kernels for Hopper")
 @pytest.mark.parametrize("sequences", [1, 20])
 def test_its_kernel_is_launched_with_what_it_takes(monkeypatch: pytest.MonkeyPatch, sequences: int) -> None:
@@ -82,7 +99,7 @@ for seqs, group, head_dim, kind in (1, 2, 128, "bf16"), (64, 16, 64, "fp16"), (1
     signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "k_cache", "v_cache", "out"), "*" + kind)
     signature |= dict.fromkeys(("cos", "sin", "parts", "tops", "sums"), "*fp32")
     signature |= dict.fromkeys(("positions", "slot_mapping"), "*i64") | {"eps": "fp32", "scale_log2": "fp32"}
-    signature |= {"block_tables": "*i32", "programs": "*i32", "table_stride": "i32"}
+    signature |= {"block_tables": "*i32", "programs": "*i32", "arrived": "*i32", "table_stride": "i32"}
     aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names)
                if signature.get(name, "").startswith("*")}
     signature |= dict.fromkeys(constants, "constexpr")

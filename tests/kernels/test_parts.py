@@ -16,6 +16,7 @@ TILE = 64
 def share(lens: list[int], device: str, **options: int) -> tuple[list[list[int]], list[list[int]]]:
     """Return what each program has, and the sequences of several parts."""
     parts = share_keys(torch.tensor(lens, dtype=torch.int32, device=device), 8, **options)
+    assert parts.arrived.tolist() == [[0] * 8] * len(lens)
     return parts.programs.tolist(), parts.several.tolist()
 
 
@@ -36,12 +37,13 @@ def test_every_key_is_in_one_part_and_no_part_has_more_than_its_share(
     expected = []
     for seq, (length, count) in enumerate(zip(lens, keys, strict=True)):
         mine = [(start, end) for which, start, end, *_ in real if which == seq]
-        assert {parts for which, _, _, parts, _ in real if which == seq} == {len(mine)}
+        assert {parts for which, _, _, parts, *_ in real if which == seq} == {len(mine)}
         assert all(end - start < largest for start, end in mine)
         assert len(mine) == 1 or all(start < end for start, end in mine)
         at = length - count if "window" in limit else 0
         assert [start for start, _ in mine] + [at + count] == [at] + [end for _, end in mine]
         assert [entry[4] for entry in real if entry[0] == seq] == [0] * (len(mine) - 1) + [int(count > 0)]
+        assert [entry[5] for entry in real if entry[0] == seq] == list(range(len(mine)))
         if len(mine) > 1:
             expected.append([seq, next(i for i, entry in enumerate(real) if entry[0] == seq), len(mine)])
     assert sorted(entry for entry in several if entry[2]) == expected
@@ -55,7 +57,7 @@ def test_a_long_context_beside_short_ones_is_spread(kernel_device: str) -> None:
 
 def test_even_contexts_stay_whole(kernel_device: str) -> None:
     found, several = share([200] * 64, kernel_device)
-    assert found[:64] == [[seq, 0, 200, 1, 1] for seq in range(64)]
+    assert found[:64] == [[seq, 0, 200, 1, 1, 0] for seq in range(64)]
     assert not any(entry[3] for entry in found[64:])
     assert not any(parts for *_, parts in several)
 

@@ -10,7 +10,8 @@ from graphmode.graph.errors import InputError
 def make_buckets(maximum: int) -> tuple[int, ...]:
     """Return few, cheap buckets up to ``maximum``: 1, 2, 4, 8, then steps that grow with the size.
 
-    Each step is about a quarter of the size (so at most 25% of a replay above 8 is padding), and a multiple of 8.
+    Up to 64 each step is 8; after that there are four to each doubling, so that less than a fifth of a replay is
+    padding, and tiles of 64 or 128 rows, in which kernels go through a step, are full at powers of two.
     ``maximum`` is always a member, so the largest step that a scheduler may make is a hit.
 
     Raises:
@@ -20,7 +21,7 @@ def make_buckets(maximum: int) -> tuple[int, ...]:
         raise InputError(f"the largest bucket is {maximum}; it must be at least 1")
     sizes = [size for size in (1, 2, 4, 8) if size < maximum]
     size = 8
-    while (size := size + max(8, size // 4 // 8 * 8)) < maximum:
+    while (size := size + max(8, 1 << size.bit_length() - 3)) < maximum:
         sizes.append(size)
     return (*sizes, maximum)
 

@@ -127,8 +127,10 @@ def rotate_and_attend_triton(
         parts = share_keys(kv_lens, kv_heads, window=window)
     programs = len(parts.programs)
     acc, tops, sums = room_for_parts(parts, q_heads, head_dim)
+    counters: tuple[torch.Tensor, ...] = ()
     if hopper:
         kernel, grid, constants = decode_attention_hopper.choose(tokens, programs, kv_heads, head_dim)
+        counters = (parts.arrived,)
     else:
         kernel, grid = _rotate_and_attend_kernel, (programs, kv_heads)
         constants = _constants(group, head_dim, qkv.element_size())
@@ -150,6 +152,7 @@ def rotate_and_attend_triton(
         acc,
         tops,
         sums,
+        *counters,
         scale * math.log2(math.e),
         kv_heads=kv_heads,
         group=group,
@@ -157,7 +160,8 @@ def rotate_and_attend_triton(
         **constants,
         **launch_options(qkv.device),
     )
-    combine_parts(acc, tops, sums, None, out, parts)
+    if not constants.get("many", False):
+        combine_parts(acc, tops, sums, None, out, parts)
     return out
 
 

@@ -2,7 +2,8 @@
 
 The keys and values of the tokens before do not hang on the kernel ahead. So a program asks for its first tiles of them,
 to shared memory, before it waits for that kernel, and has them when the query arrives. Each warp has keys of its own
-and a softmax of its own; they meet at the end.
+and a softmax of its own; they meet at the end. Of many sequences few are of several parts: the last of a sequence's
+programs puts those together.
 """
 
 # mypy: disable-error-code="assignment, var-annotated, has-type"
@@ -75,15 +76,15 @@ def choose(seqs: int, programs: int, kv_heads: int, head_dim: int) -> tuple[Any,
     """Return the kernel for so many sequences, with ``programs`` for each head, its grid and its constants."""
     tile = tiling(seqs, head_dim)
     # Of many sequences the longest parts come first: so all heads of one before those of the next.
-    heads_first = seqs > _FEW
+    many = seqs > _FEW
     constants = {
         "head_dim": head_dim,
         "warp_keys": _WARP_KEYS,
         "stages": tile.stages,
-        "heads_first": heads_first,
+        "many": many,
         "num_warps": tile.warps,
     }
-    grid = (kv_heads, programs) if heads_first else (programs, kv_heads)
+    grid = (kv_heads, programs) if many else (programs, kv_heads)
     return _rotate_and_attend_kernel, grid, constants
 
 
@@ -106,6 +107,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     parts,
     tops,
     sums,
+    arrived,
     scale_log2,
     kv_heads: constexpr,
     group: constexpr,
@@ -113,12 +115,13 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     head_dim: constexpr,
     warp_keys: constexpr,
     stages: constexpr,
-    heads_first: constexpr,
+    many: constexpr,
     early: constexpr,
 ):
     """Attend with the query heads of one key/value head of one sequence to all of its keys, or to one part of them.
 
-    Then ``parts``, ``tops`` and ``sums`` take what :func:`~graphmode.kernels.parts.combine_parts` puts together.
+    Then ``parts``, ``tops`` and ``sums`` take what is put together: of ``many`` sequences here, of few by
+    :func:`~graphmode.kernels.parts.combine_parts`.
     """
     warps: constexpr = gl.num_warps()
     tile: constexpr = warps * warp_keys
@@ -134,12 +137,12 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     shared: constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
     heads: constexpr = gl.BlockedLayout([1, head_dim // 32], [1, 32], [warps, 1], [1, 0])
 
-    number = gl.program_id(1 if heads_first else 0)
-    kv_head = gl.program_id(0 if heads_first else 1)
+    number = gl.program_id(1 if many else 0)
+    kv_head = gl.program_id(0 if many else 1)
     if early:
         gdc_launch_dependents()
     # From L2, where the kernel ahead may just have put it.
-    place = programs + number * 5
+    place = programs + number * 6
     seq = gl.load(place, cache_modifier=".cg")
     start = gl.load(place + 1, cache_modifier=".cg")
     end = gl.load(place + 2, cache_modifier=".cg")
@@ -285,15 +288,52 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     inside = (member < group)[:, None]
     head = (kv_head * group + member)[:, None]
     dim = gl.arange(0, head_dim, layout=gl.SliceLayout(0, result))[None, :]
+    whole = out + (token * (kv_heads * group) + head) * head_dim + dim
     if count == 1:
         acc = acc / gl.where(total == 0.0, 1.0, total)
-        whole = out + (token * (kv_heads * group) + head) * head_dim + dim
         gl.store(whole, acc.to(out.dtype.element_ty), mask=inside)
     else:
         part = number.to(gl.int64) * (kv_heads * group) + head
         gl.store(tops + part, top_of_all, mask=inside)
         gl.store(sums + part, total, mask=inside)
         gl.store(parts + part * head_dim + dim, acc, mask=inside)
+        if many:
+            counter = arrived + token * kv_heads + kv_head
+            if _is_last(counter, count):
+                gl.store(counter, 0)
+                first_part = part - gl.load(place + 5, cache_modifier=".cg") * (kv_heads * group)
+                acc = _join(parts, tops, sums, first_part, count, kv_heads * group, inside, dim, head_dim)
+                gl.store(whole, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon_jit()
+def _is_last(counter, count):  # type: ignore[no-untyped-def]
+    """Return whether all other programs of a sequence's head have left their parts; count this one, which has."""
+    gl.inline_asm_elementwise(
+        "barrier.sync 0; fence.acq_rel.gpu; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+    return gl.atomic_add(counter, 1, sem="acq_rel") == count - 1
+
+
+@gluon_jit()
+def _join(  # type: ignore[no-untyped-def]
+    parts, tops, sums, first, count, step: constexpr, inside, dim, head_dim: constexpr
+):
+    """Return the attention of heads by their ``count`` parts; from L2, where other multiprocessors put them."""
+    top = gl.load(tops + first, mask=inside, other=-1e38, cache_modifier=".cg")
+    total = gl.load(sums + first, mask=inside, other=0.0, cache_modifier=".cg")
+    acc = gl.load(parts + first * head_dim + dim, mask=inside, other=0.0, cache_modifier=".cg")
+    for part in range(1, count):
+        at = first + part * step
+        other_top = gl.load(tops + at, mask=inside, other=-1e38, cache_modifier=".cg")
+        new_top = gl.maximum(top, other_top)
+        old = gl.exp2(top - new_top)
+        new = gl.exp2(other_top - new_top)
+        total = total * old + gl.load(sums + at, mask=inside, other=0.0, cache_modifier=".cg") * new
+        other = gl.load(parts + at * head_dim + dim, mask=inside, other=0.0, cache_modifier=".cg")
+        acc = acc * old + other * new
+        top = new_top
+    return acc / gl.where(total == 0.0, 1.0, total)
 
 
 @gluon_jit()

@@ -37,7 +37,7 @@ _MAX_ROWS_OF_PARTS = 64
 _FEW_OUTPUTS = 2048
 _PROGRAMS = 132  # a large GPU's multiprocessors
 _MEMORY = 163840  # bytes of shared memory for a ring: beside it, the next kernel's programs find room
-_MEMORY_OF_GATED = 196608
+_MEMORY_OF_TALL_GATED = 196608  # for which that is worth less than another stage
 _MAX_STAGES = 4
 _MAX_SPLITS = 4
 
@@ -82,7 +82,8 @@ def tiling(size: int, width: int, rows: int, *, gated: bool, splits: bool) -> Ti
         block_n = min(blocks, key=lambda block: -(-size // block * row_blocks // _PROGRAMS) * block)
         block_k = 64 if gated and (block_m, block_n) == (128, 64) else 128
     stage_bytes = 2 * block_k * (block_m + (2 * block_n if gated else block_n))
-    stages = min(_MAX_STAGES, (_MEMORY_OF_GATED if gated else _MEMORY) // stage_bytes, width // count // block_k)
+    memory = _MEMORY_OF_TALL_GATED if gated and block_m == 128 else _MEMORY
+    stages = min(_MAX_STAGES, memory // stage_bytes, width // count // block_k)
     return Tiling(block_m, block_n, block_k, count, stages)
 
 

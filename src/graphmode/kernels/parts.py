@@ -3,7 +3,7 @@
 A part has at most ``1 / spare`` of all keys, so that long contexts beside short ones are spread over the device, and
 the short ones stay whole. Of ``seqs`` sequences there are then at most ``seqs + spare`` parts, whatever the lengths:
 the number of programs, which a graph fixes. Parts of one sequence are put together by a second kernel (flash-decoding,
-https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html), or by the last of its programs to finish.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ class Parts(NamedTuple):
     """The parts of a decode batch.
 
     Attributes:
-        programs: int32 ``[seqs + spare, 5]``: of each program the sequence, the first of its keys, where they end, how
-            many parts the sequence has, 0 for a program with nothing to do, and 1 where its newest key is among them.
+        programs: int32 ``[seqs + spare, 6]``: of each program the sequence, the first of its keys, where they end, how
+            many parts the sequence has, 0 for a program with nothing to do, 1 where its newest key is among them, and
+            which part it is.
         several: int32 ``[min(seqs, spare), 3]``: the sequences of several parts: which one, its first program, how many
             parts; 0 where there is none.
+        arrived: int32 ``[seqs, kv_heads]``: zeros, for a sequence's programs to count in who has finished.
     """
 
     programs: torch.Tensor
     several: torch.Tensor
+    arrived: torch.Tensor
 
 
 def share_keys(
@@ -66,17 +69,20 @@ def share_keys(
     few = seqs <= filling
     if spare is None:
         spare = min(filling if few else 2 * filling, _MAX_SPARE)
-    programs = torch.empty((seqs + spare, 5), dtype=torch.int32, device=kv_lens.device)
+    programs = torch.empty((seqs + spare, 6), dtype=torch.int32, device=kv_lens.device)
     several = torch.empty((min(seqs, spare), 3), dtype=torch.int32, device=kv_lens.device)
+    arrived = torch.empty((seqs, kv_heads), dtype=torch.int32, device=kv_lens.device)
     block_seqs = next_power_of_2(seqs)
     block = min(max(4096 // block_seqs, 1), next_power_of_2(seqs + spare))
     _share_kernel[(-(-(seqs + spare) // block),)](
         kv_lens,
         programs,
         several,
+        arrived,
         seqs,
         min(limit for limit in (window, top_k, 2**31 - 1) if limit is not None),
         _TILE if few else _LEAST,
+        kv_heads=kv_heads,
         windowed=window is not None,
         longest_first=not few,
         spare=spare,
@@ -86,7 +92,7 @@ def share_keys(
         block=block,
         **launch_options(kv_lens.device),
     )
-    return Parts(programs, several)
+    return Parts(programs, several, arrived)
 
 
 def room_for_parts(parts: Parts, q_heads: int, value_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -135,7 +141,7 @@ def combine_parts(
 @jit()
 def load_part(programs, number):  # type: ignore[no-untyped-def]
     """Return what :class:`Parts` says of program ``number``; from L2, where the kernel ahead may just have put it."""
-    place = programs + number * 5
+    place = programs + number * 6
     seq = tl.load(place, cache_modifier=".cg")
     first = tl.load(place + 1, cache_modifier=".cg")
     end = tl.load(place + 2, cache_modifier=".cg")
@@ -147,9 +153,11 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     kv_lens,
     programs,
     several,
+    arrived,
     seqs,
     most,
     least,
+    kv_heads: constexpr,
     windowed: constexpr,
     longest_first: constexpr,
     spare: constexpr,
@@ -159,7 +167,7 @@ def _share_kernel(  # type: ignore[no-untyped-def]
     block: constexpr,
     early: constexpr,
 ):
-    """Fill ``block`` entries of ``programs``, and the first program those of ``several``."""
+    """Fill ``block`` entries of ``programs`` and ``arrived``, and the first program those of ``several``."""
     if early:
         gdc_wait()
     index = tl.arange(0, block_seqs)
@@ -192,12 +200,15 @@ def _share_kernel(  # type: ignore[no-untyped-def]
         first += skipped
         last += skipped
     inside = number < seqs + spare
-    place = programs + number * 5
+    place = programs + number * 6
     tl.store(place, seq, mask=inside)
     tl.store(place + 1, first, mask=inside)
     tl.store(place + 2, last, mask=inside)
     tl.store(place + 3, parts, mask=inside)
     tl.store(place + 4, ((part == parts - 1) & (seq_keys > 0)).to(tl.int32), mask=inside)
+    tl.store(place + 5, part, mask=inside)
+    for kv_head in tl.static_range(kv_heads):
+        tl.store(arrived + number * kv_heads + kv_head, 0, mask=number < seqs)
     if tl.program_id(0) == 0:
         nth = tl.arange(0, block_spare)
         chosen = (count > 1)[None, :] & (tl.cumsum((count > 1).to(tl.int32), 0)[None, :] == nth[:, None] + 1)
