@@ -89,7 +89,7 @@ def test_without_updates_the_npu_s_tokens_are_wrong(
 
 
 def test_layers_are_not_compiled_where_attention_is_the_device_s(tiny: Path) -> None:  # noqa: F811
-    with pytest.raises(InputError, match="'compile'.*'layers'"):
+    with pytest.raises(InputError, match=r"'compile'.*'layers'"):
         LLM(tiny, device=on_cpu(NpuBackend, fake_npu()), fuse="compile")
 
 

@@ -73,6 +73,21 @@ def test_compiled_layers_give_the_same_tokens_in_every_mode(tmp_path: Path) -> N
     assert counters["stats"]["unique_graphs"] - compiled_before == 4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gemma3", *CUT])
+def test_compiled_layers_are_captured_on_a_gpu(family: str, tmp_path: Path) -> None:
+    folder = save(family, tmp_path)
+    options = {**OPTIONS, "device": "cuda"}
+    expected = tokens(LLM(folder, fuse="none", graph_mode="none", **options))
+    for mode in ("full", "piecewise"):
+        llm = LLM(folder, fuse="compile", graph_mode=mode, graph_sizes=[1, 4, 24], **options)
+        assert llm.engine.compiled_layers == 2
+        compiled_before = counters["stats"]["unique_graphs"]
+        assert tokens(llm) == expected
+        assert llm.stats.hit_rate == 1
+        assert counters["stats"]["unique_graphs"] == compiled_before
+
+
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("family", CUT)
 def test_layers_are_cut_at_attention(family: str, tmp_path: Path) -> None:
