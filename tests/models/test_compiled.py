@@ -33,8 +33,8 @@ OPTIONS: dict[str, Any] = {
 needs_compiler = pytest.mark.skipif(which("g++") is None, reason="Inductor needs a C++ compiler (g++) on a CPU")
 
 
-# A value that crosses attention; biases; latents; layers with programs of their own.
-CUT = ("cohere", "starcoder2", "minicpm3", "gemma4, layers of two sizes")
+# A value that crosses attention; biases; latents; layers with and without rotation.
+CUT = ("cohere", "starcoder2", "minicpm3", "smollm3")
 
 
 def save(family: str, folder: Path) -> Path:
