@@ -72,7 +72,7 @@ def test_freeing_twice_is_an_error() -> None:
 def test_the_least_recently_used_goes_first_and_a_sequence_loses_its_end_before_its_beginning() -> None:
     pool = BlockPool(4, 1)
     old, new = pool.allocate(2), pool.allocate(2)
-    keys = block_keys([1, 2], 1), block_keys([3, 4], 1)
+    keys = list(block_keys([1, 2], 1)), list(block_keys([3, 4], 1))
     for blocks, named in zip((old, new), keys, strict=True):
         for block, key in zip(blocks, named, strict=True):
             pool.publish(block, key)
@@ -93,9 +93,9 @@ def test_blocks_for_is_the_least_that_holds_the_tokens(tokens: int, size: int) -
 
 @given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), max_size=12), st.integers(1, 4))
 def test_keys_are_equal_exactly_where_all_tokens_so_far_are(a: list[int], b: list[int], size: int) -> None:
-    keys_a, keys_b = block_keys(a, size), block_keys(b, size)
+    keys_a, keys_b = list(block_keys(a, size)), list(block_keys(b, size))
     assert len(keys_a) == len(a) // size
-    assert block_keys(a, size, keys_a[:1]) == keys_a
+    assert list(block_keys(a, size, keys_a[:1])) == keys_a
     for index, (key_a, key_b) in enumerate(zip(keys_a, keys_b, strict=False)):
         end = (index + 1) * size
         assert (key_a == key_b) == (a[:end] == b[:end])
@@ -121,7 +121,7 @@ def test_blocks_with_tokens_that_stand_for_something_else_have_other_keys(
 
     tokens = [7] * 48
     both = [contents(first), contents(second)]
-    keys = [block_keys(tokens, block_size, contents=each) for each in both]
+    keys = [list(block_keys(tokens, block_size, contents=each)) for each in both]
     for index, pair in enumerate(zip(*keys, strict=True)):
         seen = [
             [[digest for low, high, digest in each if low < start + block_size and start < high] for start in starts]
@@ -129,5 +129,5 @@ def test_blocks_with_tokens_that_stand_for_something_else_have_other_keys(
             for starts in [range(0, (index + 1) * block_size, block_size)]
         ]
         assert (pair[0] == pair[1]) == (seen[0] == seen[1])
-    assert block_keys(tokens, block_size, keys[0][:known], both[0]) == keys[0]
-    assert block_keys(tokens, block_size, contents=[]) == block_keys(tokens, block_size)
+    assert list(block_keys(tokens, block_size, keys[0][:known], both[0])) == keys[0]
+    assert list(block_keys(tokens, block_size, contents=[])) == list(block_keys(tokens, block_size))

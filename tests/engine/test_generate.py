@@ -144,6 +144,9 @@ def test_limits_end_a_sequence_with_its_reason(tiny: Path) -> None:
         ({"prompt_token_ids": []}, "no tokens"),
         ({"prompt_token_ids": [199]}, "199.*0 to 198"),
         ({"prompt_token_ids": [-1]}, "-1"),
+        ({"prompt_token_ids": [1.5]}, "list of integers"),
+        ({"prompt_token_ids": [2**70]}, "list of integers"),
+        ({"prompt_token_ids": None}, "list of integers"),
         ({"prompt_token_ids": list(range(128))}, "128 tokens.*127"),
         ({"prompt_token_ids": "abc"}, "list of integers"),
         ({"text": "abc"}, "prompt_token_ids"),
@@ -156,6 +159,57 @@ def test_a_bad_prompt_is_refused_before_any_work(tiny: Path, prompt: object, wor
         llm.generate([{"prompt_token_ids": [1]}, prompt])
     assert llm.stats.steps == 0
     assert not llm.engine.scheduler.has_work
+
+
+def test_steps_start_before_the_last_request_is_queued_and_give_what_all_queued_at_once_give(tiny: Path) -> None:
+    options = {"device": "cpu", "max_num_seqs": 4, "max_num_batched_tokens": 16}
+    prompts = [{"prompt_token_ids": list(range(n, n + 6 + n % 5))} for n in range(20)]
+    params = [SamplingParams(seed=n if n % 3 else None, max_tokens=1 + n % 7, n=1 + n % 2) for n in range(20)]
+    engine = LLM(tiny, **options).engine
+    queued = [engine.add(prompt["prompt_token_ids"], each) for prompt, each in zip(prompts, params, strict=True)]
+    while engine.scheduler.has_work:
+        engine.step()
+    llm = LLM(tiny, **options)
+    make, steps_before = llm.engine.make, []
+
+    def made(*args: object) -> object:
+        steps_before.append(llm.stats.steps)
+        return make(*args)  # type: ignore[arg-type]
+
+    llm.engine.make = made  # type: ignore[assignment,method-assign]
+    outputs = llm.generate(prompts, params)
+    assert [output.request_id for output in outputs] == list(range(20))
+    assert [[each.token_ids for each in output.outputs] for output in outputs] == [
+        [sequence.output_token_ids for sequence in sequences] for sequences in queued
+    ]
+    assert steps_before[0] == 0
+    assert steps_before == sorted(steps_before)
+    assert len(set(steps_before)) > 5
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_a_generate_that_is_interrupted_leaves_nothing_behind(tiny: Path, steps: int) -> None:
+    """Neither what runs or waits nor what was not handed over yet: the next call gets what a new engine gives."""
+    options = {"device": "cpu", "max_num_seqs": 4, "max_num_batched_tokens": 16}
+    prompts = [{"prompt_token_ids": list(range(n, n + 6))} for n in range(20)]
+    params = SamplingParams(temperature=0, max_tokens=5)
+    llm = LLM(tiny, **options)
+    step, left = llm.engine.step, iter(range(steps))
+
+    def interrupted() -> object:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return step()
+
+    llm.engine.step = interrupted  # type: ignore[assignment,method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompts, params)
+    llm.engine.step = step  # type: ignore[method-assign]
+    assert not llm.engine.scheduler.has_work
+    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+    again = llm.generate(prompts[::-1], params)
+    expected = LLM(tiny, **options).generate(prompts[::-1], params)
+    assert [output.outputs[0].token_ids for output in again] == [output.outputs[0].token_ids for output in expected]
 
 
 def test_a_cache_too_small_for_a_request_says_so_and_a_small_one_serves_in_turns(tiny: Path) -> None:
@@ -245,6 +299,23 @@ def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
     with pytest.raises(InputError, match="stop"):
         SamplingParams(stop="a text, not a list")
+
+
+def test_a_burst_ends_at_the_token_that_one_step_at_a_time_ends_at(bundled: Path) -> None:
+    """Texts of many tokens are decoded and searched together; tokens, text and reason are those of single ones."""
+    single, burst = (LLM(bundled, device="cpu", max_num_seqs=8, decode_steps=steps) for steps in (1, 7))
+    text = single.generate("KING.\n", SamplingParams(temperature=0, max_tokens=40))[0].outputs[0].text
+    params = [
+        SamplingParams(temperature=0, max_tokens=40, stop=[text[at : at + size], "never said"], min_tokens=least)
+        for at, size in ((3, 1), (11, 4), (30, 17), (len(text) - 2, 2))
+        for least in (0, 13, 40)
+    ]
+    expected, outputs = (llm.generate(["KING.\n"] * len(params), params) for llm in (single, burst))
+    assert [output.outputs for output in outputs] == [output.outputs for output in expected]
+    assert {output.outputs[0].finish_reason for output in outputs} == {"stop", "length"}
+    for output, each in zip(outputs, params, strict=True):
+        (*streamed,) = burst.stream("KING.\n", each)
+        assert streamed[-1].outputs == output.outputs
 
 
 def test_stop_tokens_end_the_answer_and_stay_in_it(tiny: Path) -> None:

@@ -4,8 +4,10 @@ The device remembers which tokens every cache slot stands for, so a wrong block,
 away too early or a token taken from the wrong row is seen. No limit is broken, nobody starves, nothing is lost.
 """
 
+from collections.abc import Iterator
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -86,6 +88,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.device = Device()
         self.sequences: list[Sequence] = []
         self.aborted: set[int] = set()
+        self.sources: list[Iterator[Sequence]] = []
+        self.withdrawn: set[int] = set()
         self.under_way: tuple[Batch, list[list[int]]] | None = None
 
     @rule(
@@ -103,6 +107,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             self.scheduler.add(sequence)
             self.sequences.append(sequence)
+
+    @rule(lengths=st.lists(st.integers(1, 12), max_size=6), answer=st.integers(1, 9))
+    def feed(self, lengths: list[int], answer: int) -> None:
+        number = len(self.sources)
+
+        def made() -> Iterator[Sequence]:
+            for length in lengths:
+                assert not self.scheduler.waiting, "one is asked for while another waits"
+                assert number not in self.withdrawn
+                prompt = [1] * min(length, self.limits.max_model_len - 1)
+                self.sequences.append(Sequence(len(self.sequences), prompt, SamplingParams(max_tokens=answer), 0))
+                yield self.sequences[-1]
+
+        self.sources.append(made())
+        self.scheduler.feed(self.sources[-1])
+
+    @precondition(lambda self: self.sources)
+    @rule(which=st.integers(0, 1000))
+    def withdraw(self, which: int) -> None:
+        number = which % len(self.sources)
+        self.scheduler.withdraw(self.sources[number])
+        self.withdrawn.add(number)
 
     @precondition(lambda self: self.sequences)
     @rule(which=st.integers(0, 1000))
@@ -162,7 +188,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Run dry: every request ends, in bounded steps, with the tokens that its limits allow, and all blocks back."""
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(200 * (1 + len(self.sequences))):
+        for _ in range(200 * (1 + len(self.sequences) + 6 * len(self.sources))):
             if not self.scheduler.has_work and self.under_way is None:
                 break
             self.step([2] * 25)
@@ -185,6 +211,54 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=150, stateful_step_count=50)
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=30), max_size=12),
+    answer=st.integers(1, 8),
+    seqs=st.integers(1, 5),
+    extra=st.integers(0, 30),
+    blocks=st.integers(10, 40),
+    caching=st.booleans(),
+    decode_steps=st.sampled_from([1, 3]),
+)
+def test_sequences_made_when_there_is_room_run_in_the_steps_of_those_that_wait_from_the_start(
+    prompts: list[list[int]], answer: int, seqs: int, extra: int, blocks: int, caching: bool, decode_steps: int
+) -> None:
+    def batches(fed: bool) -> list[list[tuple[int, int, int, int]]]:
+        limits = Limits(seqs, seqs + extra, 40, decode_steps)
+        scheduler = Scheduler(limits, BlockPool(blocks, SIZE), prefix_caching=caching)
+        made = (Sequence(n, prompt, SamplingParams(max_tokens=answer), 0) for n, prompt in enumerate(prompts))
+        if fed:
+            scheduler.feed(made)
+        else:
+            for sequence in made:
+                scheduler.add(sequence)
+        return [
+            [(row.sequence.request_id, row.start, row.num_tokens, row.steps) for row in batch.rows]
+            for batch in run_to_end(scheduler, Device())
+        ]
+
+    assert batches(fed=True) == batches(fed=False)
+
+
+def test_no_sequence_is_made_before_a_step_has_room_for_it() -> None:
+    scheduler = Scheduler(Limits(8, 16, 100), BlockPool(64, SIZE))
+    made = []
+
+    def sequences() -> Iterator[Sequence]:
+        for number in range(6):
+            made.append(number)
+            yield Sequence(number, [number] * 8, SamplingParams(max_tokens=1), 0)
+
+    scheduler.feed(sequences())
+    assert scheduler.has_work
+    counts = []
+    while (batch := scheduler.schedule()) is not None:
+        counts.append((len(batch.rows), len(made)))
+        scheduler.update(batch, [[1] * len(batch.rows)], frozenset())
+    assert counts == [(2, 2), (2, 4), (2, 6)]
+    assert not scheduler.has_work
 
 
 def run_to_end(scheduler: Scheduler, device: Device) -> list[Batch]:

@@ -10,10 +10,10 @@ from graphmode.kernels.attention import (
     _choose_blocks,
     _find_blocks,
     _num_keys,
-    choose_splits,
     paged_attention_reference,
     paged_attention_triton,
 )
+from graphmode.kernels.parts import Parts, share_keys
 from tests.kernels.paged import PagedBatch, attend_one_by_one, make_batch
 
 # A sink above all scores overflows in Triton's interpreter, and is meant to.
@@ -123,12 +123,18 @@ def test_selected_keys(paged_attention, kernel_device: str, lens, extras) -> Non
     check(paged_attention, batch)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8])
-def test_split_selection(kernel_device: str, splits: int) -> None:
+def shared_out(batch: PagedBatch, spare: int) -> Parts:
+    window, selection = batch.options["window"], batch.options["selection"]
+    top_k = None if selection is None else selection.shape[1]
+    return share_keys(batch.kv_lens, batch.k_cache.shape[2], window=window, top_k=top_k, spare=spare)
+
+
+@pytest.mark.parametrize("spare", [1, 2, 8])
+def test_selection_in_parts(kernel_device: str, spare: int) -> None:
     batch = make_batch([1, 1, 1], [1, 300, 150], top_k=200, head_dim=48, value_dim=32, device=kernel_device)
-    check(paged_attention_triton, batch, splits=splits)
+    check(paged_attention_triton, batch, parts=shared_out(batch, spare))
     batch = make_batch([1, 7], [150, 260], tokens=10, seqs=3, top_k=200, device=kernel_device)
-    check(paged_attention_triton, batch, splits=splits)
+    check(paged_attention_triton, batch)
 
 
 def test_selecting_every_key_is_attention_to_all(paged_attention, kernel_device: str) -> None:
@@ -190,13 +196,13 @@ def test_windows_soft_caps_and_sinks(paged_attention, kernel_device: str, lens, 
 
 
 @pytest.mark.parametrize("extras", [{}, {"window": 200}, EXTRAS["all"]], ids=["plain", "window", "all"])
-@pytest.mark.parametrize("splits", [1, 2, 3, 8, 32])
+@pytest.mark.parametrize("spare", [1, 3, 8, 32])
 @pytest.mark.usefixtures("nan_memory")
-def test_split_decode(kernel_device: str, splits: int, extras) -> None:
-    """Also where a sequence has fewer tiles of keys than there are parts, and for padding sequences."""
+def test_decode_in_parts(kernel_device: str, spare: int, extras) -> None:
+    """Also where sequences have fewer tiles of keys than there may be parts, and for padding sequences."""
     shape = {"tokens": 6, "seqs": 6, "q_heads": 6, "device": kernel_device}
     batch = make_batch([1, 1, 1, 1], [700, 1, 129, 512], **shape, **extras)
-    check(paged_attention_triton, batch, splits=splits)
+    check(paged_attention_triton, batch, parts=shared_out(batch, spare))
 
 
 @pytest.mark.parametrize("window", [1, 100, 130, 400])
@@ -222,10 +228,8 @@ def test_scores_far_beyond_the_soft_cap(paged_attention, kernel_device: str) -> 
 
 
 @pytest.mark.usefixtures("nan_memory")
-def test_splits_by_default(kernel_device: str) -> None:
-    batch = make_batch([1], [1030], max_len=1100, head_dim=64, device=kernel_device)
-    assert choose_splits(1, 2, 1104) == 4
-    check(paged_attention_triton, batch)
+def test_parts_by_default(kernel_device: str) -> None:
+    check(paged_attention_triton, make_batch([1, 1], [1030, 3], max_len=1100, head_dim=64, device=kernel_device))
 
 
 def test_long_contexts_and_many_rows_cross_tiles_and_chunks(paged_attention, kernel_device: str) -> None:
@@ -354,14 +358,6 @@ def test_keys_of_a_query_block_are_those_its_window_can_see() -> None:
     assert _num_keys(block_q=1, window=8, max_len=512) == 8
     assert _num_keys(block_q=4, window=8, max_len=512) == 11
     assert _num_keys(block_q=4, window=510, max_len=512) == 512
-
-
-def test_splits_are_chosen_by_shapes() -> None:
-    assert choose_splits(rows=1, heads=8, max_keys=131072) == 32
-    assert choose_splits(rows=1, heads=8, max_keys=2048) == 8
-    assert choose_splits(rows=12, heads=8, max_keys=131072) == 2
-    assert choose_splits(rows=64, heads=8, max_keys=131072) == 1
-    assert choose_splits(rows=1, heads=1, max_keys=16) == 1
 
 
 @pytest.mark.parametrize("max_query_len", [1, 4])

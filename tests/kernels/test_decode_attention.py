@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from graphmode.kernels import rotate_and_attend
 from graphmode.kernels.attention import paged_attention_reference
 from graphmode.kernels.decode_attention import rotate_and_attend_triton
+from graphmode.kernels.parts import share_keys
 from graphmode.kernels.rotary import Rotation, rotate_and_cache_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -68,7 +69,7 @@ def make_inputs(
     }
 
 
-def check(inputs: dict, *, window: int | None = None, splits: int | None = None) -> None:
+def check(inputs: dict, *, window: int | None = None, spare: int | None = None) -> None:
     scale = 0.3
     expected_caches = [inputs["k_cache"].clone(), inputs["v_cache"].clone()]
     arguments = [inputs[name] for name in ("qkv", "q_norm", "k_norm", "eps", "rotation", "positions")]
@@ -84,7 +85,8 @@ def check(inputs: dict, *, window: int | None = None, splits: int | None = None)
         max_query_len=1,
         window=window,
     )
-    output = rotate_and_attend_triton(**inputs, scale=scale, window=window, splits=splits)
+    parts = share_keys(inputs["kv_lens"], inputs["k_cache"].shape[2], window=window, spare=spare)
+    output = rotate_and_attend_triton(**inputs, scale=scale, window=window, parts=parts)
     tolerance = TOLERANCE[output.dtype]
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     assert not output[inputs["kv_lens"] == 0].any()
@@ -93,10 +95,10 @@ def check(inputs: dict, *, window: int | None = None, splits: int | None = None)
 
 
 @pytest.mark.usefixtures("nan_memory")
-@pytest.mark.parametrize("splits", [1, 2, 8, None])
+@pytest.mark.parametrize("spare", [1, 2, 8, None])
 @pytest.mark.parametrize("window", [None, 1, 5, 70])
-def test_splits_and_windows(kernel_device: str, splits: int | None, window: int | None) -> None:
-    check(make_inputs([1, 2, 17, 300, 64, 65], device=kernel_device), splits=splits, window=window)
+def test_parts_and_windows(kernel_device: str, spare: int | None, window: int | None) -> None:
+    check(make_inputs([1, 2, 17, 300, 64, 65], device=kernel_device), spare=spare, window=window)
 
 
 @pytest.mark.usefixtures("nan_memory")
@@ -117,15 +119,15 @@ def test_half_precision(kernel_device: str, dtype: torch.dtype) -> None:
     kv_lens=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     padding=st.integers(0, 2),
     window=st.sampled_from([None, 3]),
-    splits=st.sampled_from([1, 3]),
+    spare=st.sampled_from([1, 3]),
     block_size=st.sampled_from([1, 3, 16]),
 )
-def test_any_lengths(kv_lens: list[int], padding: int, window: int | None, splits: int, block_size: int) -> None:
+def test_any_lengths(kv_lens: list[int], padding: int, window: int | None, spare: int, block_size: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check(
         make_inputs(kv_lens, padding=padding, block_size=block_size, head_dim=16, device=device),
         window=window,
-        splits=splits,
+        spare=spare,
     )
 
 

@@ -71,6 +71,17 @@ def test_linear_add(width: int, size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper", "nan_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "size"), ADD)
+def test_linear(width: int, size: int, dtype: torch.dtype) -> None:
+    weight = random(size, width, dtype=dtype, scale=width**-0.5)
+    for rows in ROWS:
+        h = random(rows, width, dtype=dtype)
+        close(few_rows.linear(h, weight), h.double() @ weight.double().T)
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize("rows", ROWS)
 def test_rows_do_not_depend_on_each_other(rows: int) -> None:
@@ -147,11 +158,13 @@ def test_supported_weights_take_these_kernels(monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(few_rows, "supports", lambda weight, *, gated=False: supported)
     monkeypatch.setattr(few_rows, "norm_linear_hopper", lambda *args, gated: calls.append(gated))
     monkeypatch.setattr(few_rows, "linear_add_hopper", lambda *args: calls.append("add"))
+    monkeypatch.setattr(few_rows, "linear_hopper", lambda *args: calls.append("plain"))
     x, weight = torch.ones(2, 16), torch.ones(16, 16)
     few_rows.norm_linear(x, x[0], weight, None, 1e-6)
     few_rows.norm_linear(x, x[0], weight, None, 1e-6, gated=True)
     few_rows.linear_add(x, x.clone(), weight)
-    assert calls == ([False, True, "add"] if supported else [])
+    few_rows.linear(x, weight)
+    assert calls == ([False, True, "add", "plain"] if supported else [])
 
 
 COMPILE = r"""
@@ -161,10 +174,12 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from graphmode.kernels import few_rows_hopper as hopper
 
-for size, width, gated, add, rows, dtype in ((3072, 1024, True, False, 16, "bf16"), (48, 896, False, False, 8, "fp16"),
-                                             (4096, 12288, False, True, 16, "bf16")):
-    tile = hopper.tiling(size, width, rows, normed=not add, gated=gated)
-    pointers = {"x": 1, "norm": not add, "weight": 1, "bias": not add, "out": 1}
+for size, width, gated, add, normed, rows, dtype in (
+    (3072, 1024, True, False, True, 16, "bf16"), (48, 896, False, False, True, 8, "fp16"),
+    (4096, 12288, False, True, False, 16, "bf16"), (1024, 3072, False, False, False, 8, "bf16"),
+):
+    tile = hopper.tiling(size, width, rows, normed=normed, gated=gated)
+    pointers = {"x": 1, "norm": normed, "weight": 1, "bias": normed, "out": 1}
     constants = {"width": width, "gated": gated, "add": add, "block_m": 8 if rows <= 8 else 16,
                  "block_n": tile.block_n, "block_k": tile.block_k, "ahead": tile.ahead, "early": True}
     constants |= {name: None for name, given in pointers.items() if not given}

@@ -28,7 +28,7 @@ def make_rows(temperature: float | list[float], count: int, device: str = "cpu")
     return {
         "temperature": torch.tensor(temperature, device=device).expand(count).contiguous(),
         "seeds": torch.arange(count, device=device) * 7919 - 3,
-        "positions": torch.arange(count, device=device) % 100,
+        "positions": torch.arange(count, device=device) % 100 + 1,
     }
 
 

@@ -40,6 +40,14 @@ def test_rms_norm(implementation: str, random, rows: int, hidden: int, nan_memor
     close(getattr(norm, f"rms_norm_{implementation}")(x, weight, 1e-3), exact_norm(x, weight, 1e-3))
 
 
+@pytest.mark.parametrize(("rows", "hidden"), [(1, 16), (3, 1000), (5, 128)])
+def test_add_rms_norm(implementation: str, random, rows: int, hidden: int) -> None:
+    x, h, weight = random(rows, hidden), random(rows, hidden) * 3, random(hidden)
+    expected = x.double() + exact_norm(h, weight, 1e-3)
+    getattr(norm, f"add_rms_norm_{implementation}")(x, h, weight, 1e-3)
+    close(x, expected)
+
+
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 1500)])
 def test_silu_mul(implementation: str, random, rows: int, size: int, nan_memory: None) -> None:
     gate_up = random(rows, 2 * size) * 3

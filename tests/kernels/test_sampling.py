@@ -17,7 +17,7 @@ def rows(temperature: float | list[float], count: int, device: str = "cpu") -> d
     return {
         "temperature": torch.tensor(temperature, device=device).expand(count).contiguous(),
         "seeds": torch.arange(count, device=device) * 7919 - 3,
-        "positions": torch.arange(count, device=device) % 100,
+        "positions": torch.arange(count, device=device) % 100 + 1,
     }
 
 
@@ -134,6 +134,14 @@ def test_a_row_does_not_depend_on_its_batch(sample, kernel_device: str) -> None:
     assert torch.equal(sample(logits[order], **shuffled), tokens[order])
 
 
+def test_a_row_at_no_position_gets_token_0(sample, kernel_device: str) -> None:
+    logits = torch.zeros(5, 3000, device=kernel_device)
+    logits[:, 2500] = 9.0
+    parameters = rows([0.0, 0.0, 0.5, 0.5, 0.0], 5, kernel_device)
+    parameters["positions"][1:4] = torch.tensor([0, -1, -(2**63)], device=kernel_device)
+    assert sample(logits, **parameters).tolist() == [2500, 0, 0, 0, 2500]
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy: 0 * inf
 def test_padding_rows_do_no_harm(sample, kernel_device: str) -> None:
     logits = torch.randn(12, 1100, device=kernel_device)
@@ -144,7 +152,7 @@ def test_padding_rows_do_no_harm(sample, kernel_device: str) -> None:
     logits[8, 1:] = -INF
     parameters["temperature"][7:] = torch.tensor([NAN, INF, -INF, -1.0, 1e-45], device=kernel_device)
     parameters["seeds"][9:] = -(2**63)
-    parameters["positions"][9:] = -(2**63)
+    parameters["positions"][11] = -(2**63)
     tokens = sample(logits, **parameters)
     assert torch.equal(tokens[:4], expected)
     assert tokens.min() >= 0
@@ -182,8 +190,8 @@ def test_never_draws_what_is_ruled_out(sample, kernel_device: str, temperature: 
 @pytest.mark.parametrize(("name", "step"), [("seeds", 1), ("seeds", 1 << 32), ("positions", 1), ("positions", 1 << 32)])
 def test_seed_and_position_change_the_token(sample, kernel_device: str, name: str, step: int) -> None:
     logits = torch.zeros(16, 10_000, device=kernel_device)
-    parameters = {"seeds": torch.zeros(16, dtype=torch.int64), "positions": torch.zeros(16, dtype=torch.int64)}
-    parameters[name] = torch.arange(16) * step
+    parameters = {"seeds": torch.zeros(16, dtype=torch.int64), "positions": torch.ones(16, dtype=torch.int64)}
+    parameters[name] = torch.arange(16) * step + 1
     on_device = {key: value.to(kernel_device) for key, value in parameters.items()}
     tokens = sample(logits, torch.ones(16, device=kernel_device), **on_device)
     assert tokens.unique().numel() >= 15

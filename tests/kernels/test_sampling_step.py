@@ -67,7 +67,7 @@ class Request:
     chosen: list[float] = field(default_factory=list)
 
     def row(self, slot: int) -> dict[str, object]:
-        n, position = self.number, len(self.tokens)
+        n, position = self.number, 1 + len(self.tokens)  # after a prompt of one token
         generator = torch.Generator().manual_seed(1000 * n + position)
         return {
             "logits": (torch.randn(VOCAB, generator=generator) * 2).tolist(),
@@ -86,7 +86,7 @@ class Request:
             "stop_ids": [n % VOCAB, 3],
             "stop_from": n % 5,
             "wanted": n % (TOP_N + 1),
-            "new_slots": slot if position == 0 else -1,
+            "new_slots": slot if position == 1 else -1,
             **self.changes,
         }
 
@@ -126,7 +126,7 @@ def test_requests_get_the_same_alone_and_replayed_in_any_batch(device: str) -> N
 
 def test_a_minimum_of_tokens_holds(device: str) -> None:
     """A stop token that a bias makes all but certain comes at the first position that allows it."""
-    request = Request(7, {"bias": [1000.0, 0.0], "stop_from": 4, "repetition_penalty": 1.0})
+    request = Request(7, {"bias": [1000.0, 0.0], "stop_from": 5, "repetition_penalty": 1.0})
     serve(Sampler(device), None, [{0: request}] * 5, device)
     assert request.tokens[4] == 7
     assert not {3, 7} & set(request.tokens[:4])

@@ -72,6 +72,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {**HYBRID, "use_sliding_window": True, "no_rope_layers": [1, 0]}),
     "exaone4": ("exaone4", {**HYBRID, "sliding_window_pattern": 2}),
     "glm": ("glm", {"head_dim": 8}),
+    "glm4": ("glm4", {"head_dim": 8, "attention_bias": True}),
     "gemma4, layers of two sizes": ("gemma4_text", {**HYBRID, "head_dim": 8, "global_head_dim": 16}),
     "gemma4, layers that share keys and values": (
         "gemma4_text",

@@ -258,6 +258,22 @@ def test_the_docs_show_the_committed_results() -> None:
     subprocess.run([sys.executable, str(BENCHMARKS / "render.py"), "--check"], check=True)
 
 
+def test_padding_is_measured(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    script, options = str(BENCHMARKS / "padding.py"), ["--device=cpu", "--steps=2", "--repeats=1", "--sizes=3"]
+    result = subprocess.run([sys.executable, script, *options, f"--json={file}"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = read_rows(file)
+    assert [(row.mode, row.batch, row.details["graph_rows"]) for row in rows] == [("bucket", 3, 4), ("exact", 3, 3)]
+    assert all(figure.median > 0 for row in rows for figure in row.figures)
+
+
+def test_sizes_without_padding_are_refused() -> None:
+    result = subprocess.run([sys.executable, str(BENCHMARKS / "padding.py"), "--sizes=9,16"], capture_output=True)
+    assert result.returncode == 2
+    assert b"sizes [16] are not padded" in result.stderr
+
+
 # What is refused, before any work
 
 

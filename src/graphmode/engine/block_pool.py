@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
 def block_keys(
@@ -13,10 +13,11 @@ def block_keys(
     block_size: int,
     known: Sequence[bytes] = (),
     contents: Sequence[tuple[int, int, bytes]] = (),
-) -> list[bytes]:
-    """Return the key of each full block of a sequence: a digest of its tokens and of all before them.
+) -> Iterator[bytes]:
+    """Give the key of each full block of a sequence: a digest of its tokens and of all before them.
 
-    Tokens that stand for an image are the same for all images, so its digest joins the keys of their blocks.
+    Each is computed when it is asked for: a search ends with the first block that is not found. Tokens that stand for
+    an image are the same for all images, so its digest joins the keys of their blocks.
 
     Args:
         token_ids: the sequence.
@@ -24,10 +25,11 @@ def block_keys(
         known: keys of its first blocks, computed before.
         contents: ``(start, end, digest)`` in order: tokens ``start`` to ``end - 1`` stand for what has this digest.
     """
-    keys = list(known)
+    yield from known
+    key = known[-1] if known else b""
     at = 0
-    for start in range(len(keys) * block_size, len(token_ids) - block_size + 1, block_size):
-        digest = hashlib.blake2b(keys[-1] if keys else b"", digest_size=16)
+    for start in range(len(known) * block_size, len(token_ids) - block_size + 1, block_size):
+        digest = hashlib.blake2b(key, digest_size=16)
         digest.update(array("q", token_ids[start : start + block_size]).tobytes())
         while at < len(contents) and contents[at][0] < start + block_size:
             _, end, content = contents[at]
@@ -36,8 +38,7 @@ def block_keys(
             if end > start + block_size:
                 break
             at += 1
-        keys.append(digest.digest())
-    return keys
+        yield (key := digest.digest())
 
 
 class BlockPool:
@@ -83,7 +84,7 @@ class BlockPool:
                 del self._block_of[key]
         return blocks
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
+    def find(self, keys: Iterable[bytes]) -> list[int]:
         """Return the blocks that hold the longest known prefix of ``keys``."""
         blocks = []
         for key in keys:
@@ -91,6 +92,10 @@ class BlockPool:
                 break
             blocks.append(block)
         return blocks
+
+    def keys_of(self, blocks: Sequence[int]) -> list[bytes]:
+        """Return the keys of ``blocks``, all of them findable."""
+        return [self._key_of[block] for block in blocks]
 
     def share(self, blocks: Sequence[int]) -> None:
         """Become a user of ``blocks``, found a moment ago."""

@@ -34,7 +34,7 @@ class EngineOptions:
         max_padding_ratio: steps with a larger share of padding run eagerly.
         max_model_len: tokens of a sequence; default: what the model was made for.
         max_num_seqs: sequences in a step; default 256, on a CPU 32.
-        max_num_batched_tokens: tokens in a step; default 2048, on a CPU 256.
+        max_num_batched_tokens: tokens in a step; default 8192, on a CPU 256.
         kv_cache_memory: bytes of the KV cache; default: what all rows can use, if the device has it.
         enable_prefix_caching: prompts use the KV blocks of earlier sequences that begin alike.
         fuse: ``"layers"``: recognised layers compute with fewer kernels over the same weights; ``"compile"``: Inductor
@@ -120,7 +120,7 @@ def resolve_limits(options: EngineOptions, max_positions: int, device: torch.dev
     """
     on_cpu = device.type == "cpu"
     max_num_seqs = options.max_num_seqs or (32 if on_cpu else 256)
-    max_num_batched_tokens = options.max_num_batched_tokens or max(256 if on_cpu else 2048, max_num_seqs)
+    max_num_batched_tokens = options.max_num_batched_tokens or max(256 if on_cpu else 8192, max_num_seqs)
     if max_num_batched_tokens < max_num_seqs:
         raise InputError(
             f"max_num_batched_tokens is {max_num_batched_tokens}, less than max_num_seqs={max_num_seqs}; a step "

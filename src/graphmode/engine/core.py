@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from array import array
 from collections.abc import Collection
+from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from graphmode.engine.block_pool import BlockPool
 from graphmode.engine.config import (
@@ -155,7 +159,7 @@ class Engine:
         self.runner.capture(progress=self.progress)
 
     def add(
-        self, prompt_token_ids: list[int], params: SamplingParams, vision: VisionPrompt | None = None
+        self, prompt_token_ids: SequenceOf[int], params: SamplingParams, vision: VisionPrompt | None = None
     ) -> list[Sequence]:
         """Queue a request, with the images of its prompt, and return its sequences, ``params.n`` of them.
 
@@ -163,20 +167,30 @@ class Engine:
             InputError: the prompt holds a token that the model does not have, or does not fit the limits.
         """
         self.check(prompt_token_ids, params)
-        request_id, self._next_id = self._next_id, self._next_id + 1
-        seed = _derived_seed(self.options.seed, request_id) if params.seed is None else params.seed
-        seeds = [seed, *(_derived_seed(seed, index) for index in range(1, params.n))]
-        # The prompt is the same for all completions: one scores it.
-        unscored = replace(params, prompt_logprobs=None)
-        sequences = [
-            Sequence(request_id, list(prompt_token_ids), unscored if index else params, each, vision)
-            for index, each in enumerate(seeds)
-        ]
+        sequences = self.make(prompt_token_ids, params, vision)
         for sequence in sequences:
             self.scheduler.add(sequence)
         return sequences
 
-    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+    def make(
+        self, prompt_token_ids: SequenceOf[int], params: SamplingParams, vision: VisionPrompt | None = None
+    ) -> list[Sequence]:
+        """Return the sequences of a request that is checked, for :meth:`Scheduler.feed`. Requests count in this order.
+
+        Arguments as of :meth:`add`.
+        """
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        seed = _derived_seed(self.options.seed, request_id) if params.seed is None else params.seed
+        seeds = [seed, *(_derived_seed(seed, index) for index in range(1, params.n))]
+        token_ids = list(prompt_token_ids)
+        # The prompt is the same for all completions: one scores it.
+        others = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
+        return [
+            Sequence(request_id, token_ids, others if index else params, each, vision)
+            for index, each in enumerate(seeds)
+        ]
+
+    def check(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> None:
         """Check a request without queueing it.
 
         Raises:
@@ -184,10 +198,7 @@ class Engine:
         """
         self.scheduler.check(len(prompt_token_ids), params.max_tokens)
         self.runner.sampler.check(params)
-        vocab_size = self.loaded.shape.vocab_size
-        if not (min(prompt_token_ids) >= 0 and max(prompt_token_ids) < vocab_size):
-            token = next(token for token in prompt_token_ids if not 0 <= token < vocab_size)
-            raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
+        _check_tokens(prompt_token_ids, self.loaded.shape.vocab_size)
 
     def step(self) -> list[Sequence]:
         """Launch the next batch, then take in the one before; return the sequences that got tokens from it.
@@ -237,6 +248,17 @@ class Engine:
         if self.runner.vision:
             self.runner.vision.graphs.stats.reset_steps()
         self._clock = _Clock()
+
+
+def _check_tokens(token_ids: SequenceOf[int], vocab_size: int) -> None:
+    try:
+        # Without a sign, what is below 0 is too large.
+        if np.maximum.reduce(np.frombuffer(array("q", token_ids), np.uint64)) < vocab_size:
+            return
+    except OverflowError:
+        pass
+    token = next(token for token in token_ids if not 0 <= token < vocab_size)
+    raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
 
 
 def _derived_seed(seed: int, index: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +81,20 @@ class LLM:
                 raise InputError(
                     f"{len(prompts)} prompts, but {len(params)} sampling parameters; give one, or one each"
                 )
-        requests = [(self._checked(prompt, each), each) for prompt, each in zip(prompts, params, strict=True)]
-        answers = [
-            [_Answer(sequence, self._tokenizer) for sequence in self.engine.add(token_ids, each, vision)]
-            for (token_ids, vision), each in requests
-        ]
-        self._run([answer for completions in answers for answer in completions])
-        return [_output(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
+        requests = [_Request(*each, *self._checked(*each)) for each in zip(prompts, params, strict=True)]
+        count = sum(each.n for each in params)
+        outputs: dict[_Request, RequestOutput] = {}
+        with _progress(count, self._progress) as advance:
+            for changed in self._steps((answer for request in requests for answer in self._answers(request)), count):
+                for answer in changed:
+                    while answer.unread:
+                        self._read(answer)
+                    if answer.finish_reason is not None:
+                        advance()
+                        answer.request.unfinished -= 1
+                        if answer.request.unfinished == 0:
+                            outputs[answer.request] = answer.request.output
+        return [outputs[request] for request in requests]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Generate for one prompt, yielding its output after every token.
@@ -97,36 +106,56 @@ class LLM:
             InputError: the prompt does not fit.
         """
         params = sampling_params or SamplingParams()
-        token_ids, vision = self._checked(prompt, params)
-        sequences = self.engine.add(token_ids, params, vision)
-        answers = [_Answer(each, self._tokenizer, streamed=True) for each in sequences]
-        for changed in self._steps(answers):
-            if changed:
-                yield _output(prompt, answers)
+        request = _Request(prompt, params, *self._checked(prompt, params), streamed=True)
+        answers = self._answers(request)
+        for changed in self._steps(iter(answers), len(answers)):
+            while unread := [answer for answer in changed if answer.unread]:
+                for answer in unread:
+                    self._read(answer)
+                yield request.output
 
-    def _run(self, answers: Sequence[_Answer]) -> None:
-        """Step until everything is finished."""
-        with _Progress(len(answers), self._progress) as progress:
-            for changed in self._steps(answers):
-                progress.advance(sum(answer.finish_reason is not None for answer in changed))
+    def _answers(self, request: _Request) -> list[_Answer]:
+        """Return the answers to come, with sequences that are not queued."""
+        sequences = self.engine.make(request.token_ids, request.params, request.vision)
+        request.answers = [_Answer(request, sequence, self._tokenizer) for sequence in sequences]
+        return request.answers
 
-    def _steps(self, answers: Sequence[_Answer]) -> Iterator[list[_Answer]]:
-        """Step until all answers are finished, yielding those that took in a token. Left early, it aborts the rest."""
-        of = {answer.sequence: answer for answer in answers}
-        try:
-            while any(answer.sequence.finish_reason is None for answer in answers):
-                changed = [of[sequence] for sequence in self.engine.step() if sequence in of]
-                while changed:
-                    for answer in changed:
-                        if answer.read():
-                            self.engine.scheduler.stop(answer.sequence, answer.num_read)
-                    yield changed
-                    changed = [answer for answer in changed if answer.unread]
-        finally:
+    def _steps(self, answers: Iterator[_Answer], count: int) -> Iterator[list[_Answer]]:
+        """Step until ``count`` answers are finished, yielding those with new tokens, which are to be read.
+
+        Each answer is made when a step has room for it, so while the device works on the step before. Left early, it
+        asks for no more and aborts those that are not finished.
+        """
+        scheduler = self.engine.scheduler
+        unfinished: dict[TokenSequence, _Answer] = {}
+
+        def sequences() -> Iterator[TokenSequence]:
             for answer in answers:
-                self.engine.scheduler.abort(answer.sequence)
+                unfinished[answer.sequence] = answer
+                yield answer.sequence
 
-    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[list[int], VisionPrompt | None]:
+        source = sequences()
+        scheduler.feed(source)
+        try:
+            while count:
+                changed = [unfinished[sequence] for sequence in self.engine.step() if sequence in unfinished]
+                if changed:
+                    yield changed
+                for answer in changed:
+                    if answer.finish_reason is not None:
+                        del unfinished[answer.sequence]
+                        count -= 1
+        finally:
+            scheduler.withdraw(source)
+            for sequence in unfinished:
+                scheduler.abort(sequence)
+
+    def _read(self, answer: _Answer) -> None:
+        """Let an answer take in what is new, and end its sequence where the text has come to a stop text."""
+        if answer.read():
+            self.engine.scheduler.stop(answer.sequence, answer.num_read)
+
+    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[Sequence[int], VisionPrompt | None]:
         """Return the tokens and images of a prompt that can run.
 
         Raises:
@@ -139,17 +168,54 @@ class LLM:
         return token_ids, vision
 
 
+@dataclass(eq=False)
+class _Request:
+    """A prompt that can run, and the answers to it.
+
+    Attributes:
+        prompt: as it was given.
+        params: how to sample.
+        token_ids: the prompt's tokens.
+        vision: its images.
+        streamed: whether each token's text is wanted as it comes.
+        answers: once they are begun.
+    """
+
+    prompt: Prompt
+    params: SamplingParams
+    token_ids: Sequence[int]
+    vision: VisionPrompt | None
+    streamed: bool = False
+    answers: list[_Answer] = field(default_factory=list)
+    unfinished: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unfinished = self.params.n
+
+    @property
+    def output(self) -> RequestOutput:
+        """What there is so far."""
+        first = self.answers[0].sequence
+        return RequestOutput(
+            request_id=first.request_id,
+            prompt=self.prompt if isinstance(self.prompt, str) else self.prompt.get("prompt"),
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=[answer.output(index) for index, answer in enumerate(self.answers)],
+            finished=all(answer.finish_reason is not None for answer in self.answers),
+            prompt_logprobs=self.answers[0].prompt_logprobs,
+        )
+
+
 class _Answer:
     """A sequence and its text so far."""
 
-    def __init__(
-        self, sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase | None, *, streamed: bool = False
-    ) -> None:
+    def __init__(self, request: _Request, sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.request = request
         self.sequence = sequence
         self.text = ""
         self._read = len(sequence.prompt_token_ids)
-        # Decoding costs the host time at every token: where nothing looks at the text before its end, it is done there.
-        self._as_it_comes = streamed or bool(sequence.params.stop)
+        # Decoding costs the host time: where nothing looks at the text before its end, it is done there.
+        self._as_it_comes = request.streamed or bool(sequence.params.stop)
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._searched = 0  # a stop text may begin here: what the minimum of tokens made is not searched
@@ -172,16 +238,34 @@ class _Answer:
         return None if self.unread else self.sequence.finish_reason
 
     def read(self) -> bool:
-        """Take in the next token; return whether the text has come to a stop text, where it is cut."""
-        self._read += 1
+        """Take in the next token where each is streamed, else what there is, up to the minimum of tokens first.
+
+        Returns:
+            Whether the text has come to a stop text, where it is cut.
+        """
+        end = self._read + 1 if self.request.streamed else len(self.sequence.token_ids)
+        least = len(self.sequence.prompt_token_ids) + self.sequence.params.min_tokens
+        if self._read < least:
+            end = min(end, least)
+        before = self._read, self.text, copy(self._decoder)
+        if not self._read_to(end):
+            return False
+        # The token that completes the stop text is the last one; which it is, a second look tells.
+        self._read, self.text, self._decoder = before
+        return any(self._read_to(at) for at in range(self._read + 1, end + 1))
+
+    def _read_to(self, end: int) -> bool:
+        """Take in the tokens before ``end`` together; return whether the text has come to a stop text."""
+        tokens = self.sequence.token_ids[self._read : end]
+        self._read = end
         if self._tokenizer is None:
             return False
-        made = self._read - len(self.sequence.prompt_token_ids)
+        made = end - len(self.sequence.prompt_token_ids)
         if self.finish_reason is not None:
-            tokens = self.sequence.output_token_ids
-            new = str(self._tokenizer.decode(tokens, skip_special_tokens=True))[len(self.text) :]
+            whole = self._tokenizer.decode(self.sequence.output_token_ids, skip_special_tokens=True)
+            new = str(whole)[len(self.text) :]
         elif self._as_it_comes:
-            new = self._decoder.step(self._tokenizer.backend_tokenizer, self.sequence.token_ids[self._read - 1]) or ""
+            new = self._decoder.step(self._tokenizer.backend_tokenizer, tokens) or ""
         else:
             return False
         before, self.text = len(self.text), self.text + new
@@ -195,12 +279,11 @@ class _Answer:
             self.text = self.text[: min(found)]
         return bool(found)
 
-    @property
-    def output(self) -> CompletionOutput:
-        """The completion so far, without its index."""
+    def output(self, index: int) -> CompletionOutput:
+        """Return the completion so far, number ``index`` of its request."""
         sequence = self.sequence
         token_ids = sequence.token_ids[len(sequence.prompt_token_ids) : self._read]
-        output = CompletionOutput(0, self._shown(), token_ids, self.finish_reason)
+        output = CompletionOutput(index, self._shown(), token_ids, self.finish_reason)
         if sequence.params.logprobs is not None:
             known = sequence.logprobs[: len(token_ids)]
             self._logprobs += [self._named(each) for each in known[len(self._logprobs) :]]
@@ -234,37 +317,18 @@ class _Answer:
         return self.text
 
 
-def _output(prompt: Prompt, answers: Sequence[_Answer]) -> RequestOutput:
-    first = answers[0].sequence
-    return RequestOutput(
-        request_id=first.request_id,
-        prompt=prompt if isinstance(prompt, str) else prompt.get("prompt"),
-        prompt_token_ids=first.prompt_token_ids,
-        outputs=[replace(answer.output, index=index) for index, answer in enumerate(answers)],
-        finished=all(answer.finish_reason is not None for answer in answers),
-        prompt_logprobs=answers[0].prompt_logprobs,
-    )
+@contextmanager
+def _progress(total: int, enabled: bool) -> Iterator[Callable[[], None]]:
+    """Show a progress bar on standard error, or nothing, and give what moves it on by one."""
+    if not enabled:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
 
-
-class _Progress:
-    """A progress bar over requests on standard error, or nothing."""
-
-    def __init__(self, total: int, enabled: bool) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True), transient=True, disable=not enabled)
-        self._task = self._bar.add_task("generating", total=total)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def advance(self, count: int) -> None:
-        self._bar.advance(self._task, count)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("generating", total=total)
+        yield lambda: bar.advance(task)
 
 
 def _options(options: Mapping[str, Any]) -> EngineOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -66,12 +67,13 @@ class PromptReader:
         self._loaded = loaded
         self._source = source
 
-    def read(self, prompt: Prompt) -> tuple[list[int], VisionPrompt | None]:
+    def read(self, prompt: Prompt) -> tuple[Sequence[int], VisionPrompt | None]:
         """Return a prompt's tokens, placeholders repeated, and its images.
 
         Raises:
             InputError: it is none, or its images do not fit it or the model.
         """
+        token_ids: Sequence[int]
         if isinstance(prompt, str):
             token_ids, items = self._tokens(prompt), list[VisionItem]()
         elif isinstance(prompt, Mapping):
@@ -80,28 +82,32 @@ class PromptReader:
             raise InputError(f"prompt is {type(prompt).__name__}; give a text or {{'prompt_token_ids': [...]}}")
         return token_ids, make_vision_prompt(self._loaded, token_ids, items)
 
-    def _read(self, prompt: Mapping[str, Any]) -> tuple[list[int], list[VisionItem]]:
+    def _read(self, prompt: Mapping[str, Any]) -> tuple[Sequence[int], list[VisionItem]]:
         known = PromptParts.__annotations__
-        if unknown := sorted(prompt.keys() - known.keys()):
+        if not prompt.keys() <= known.keys():
+            unknown = sorted(prompt.keys() - known.keys())
             raise InputError(f"a prompt holds {unknown}; it may hold {', '.join(known)}")
         if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
             raise InputError(
                 f"a prompt holds {sorted(prompt)}; give a text as 'prompt' or tokens as 'prompt_token_ids'"
             )
-        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        if token_ids is not None and not (
-            isinstance(token_ids, list) and all(issubclass(kind, int) for kind in set(map(type, token_ids)))
-        ):
-            raise InputError(f"prompt {token_ids!r} is no list of integers under 'prompt_token_ids'")
-        if token_ids is None and not isinstance(text, str):
+        token_ids: Sequence[int]
+        text = prompt.get("prompt")
+        if "prompt_token_ids" in prompt:
+            token_ids = _integers(prompt["prompt_token_ids"])
+        elif isinstance(text, str):
+            token_ids = self._tokens(text)
+        else:
             raise InputError(f"prompt is {type(text).__name__} under 'prompt'; give a text")
+        if len(prompt) == 1:
+            return token_ids, []
         media = {kind: _as_list(media) for kind, media in (prompt.get("multi_modal_data") or {}).items()}
         if unknown := sorted(media.keys() - _PREPARED.keys()):
             raise InputError(f"multi_modal_data holds {unknown}; it may hold image and video")
         media = {kind: entries for kind, entries in media.items() if entries}
         if not media:
             items = [item for kind in _PREPARED for item in self._prepared(kind, prompt)]
-            return self._tokens(text) if token_ids is None else list(token_ids), items
+            return token_ids, items
         if given := sorted(prompt.keys() & {name for names in _PREPARED.values() for name in names}):
             raise InputError(f"a prompt holds multi_modal_data and {given}; give images raw or prepared, not both")
         if self._loaded.vision is None:
@@ -111,7 +117,7 @@ class PromptReader:
             return self._process_videos(text, media, options)
         prepared = _call(self._image_processor, images=media["image"], return_tensors="pt", **options)
         items = self._prepared("image", prepared)
-        return self._repeat_placeholders(self._tokens(text) if token_ids is None else list(token_ids), items), items
+        return self._repeat_placeholders(token_ids, items), items
 
     def _process_videos(
         self, text: str | None, media: Mapping[str, list[Any]], options: Mapping[str, Any]
@@ -166,7 +172,7 @@ class PromptReader:
             for part, grid, second in zip(pixels.split(patches), grids.tolist(), each, strict=True)
         ]
 
-    def _repeat_placeholders(self, token_ids: list[int], items: Sequence[VisionItem]) -> list[int]:
+    def _repeat_placeholders(self, token_ids: Sequence[int], items: Sequence[VisionItem]) -> Sequence[int]:
         """Repeat the placeholder of each image for each of its tokens; leave a prompt that has them all."""
         tower = self._loaded.vision
         assert tower is not None
@@ -197,6 +203,16 @@ class PromptReader:
             "torchvision", "videos", "pip install torchvision, in the version made for the torch that is installed"
         )
         return _load(AutoProcessor, self._source)
+
+
+def _integers(token_ids: Any) -> array[int]:
+    """Return a copy of a prompt that is given as tokens."""
+    try:
+        if isinstance(token_ids, list):
+            return array("q", token_ids)
+    except (TypeError, OverflowError):
+        pass
+    raise InputError(f"prompt {token_ids!r} is no list of integers of 64 bits under 'prompt_token_ids'")
 
 
 def _as_list(media: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from graphmode.engine.outputs import TokenLogprobs
@@ -19,7 +20,8 @@ from graphmode.engine.sequence import Sequence as TokenSequence
 from graphmode.graph import Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.errors import InputError
-from graphmode.graph.inputs import InputBuffers
+from graphmode.graph.inputs import STAGING_SLOTS, InputBuffers
+from graphmode.graph.staging import StagingRing
 from graphmode.kernels import (
     Adjustments,
     Filters,
@@ -70,7 +72,7 @@ class _Integers(NamedTuple, Generic[Column]):
         history_slot: the slot where penalties are on; else -1.
         list_slot: the slot where there is a bias or a minimum of tokens; else 0, whose lists are empty.
         stop_from: the first position at which it may draw its stop tokens.
-        logprobs: how many of the most likely tokens it wants.
+        logprobs: how many of the most likely tokens it wants beside the drawn one; -1 for none at all.
         prompt_logprobs: the same for the tokens of its prompt.
     """
 
@@ -84,7 +86,7 @@ class _Integers(NamedTuple, Generic[Column]):
 
 
 _NOBODY_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
-_NOBODY_INTEGERS = (0, 0, -1, 0, 0, 0, 0)
+_NOBODY_INTEGERS = (0, 0, -1, 0, 0, -1, -1)
 
 
 class _Lists(NamedTuple):
@@ -122,17 +124,17 @@ class Sampler:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         slots, device = limits.max_num_seqs + 1, backend.device
-        self._floats = torch.tensor(_NOBODY_FLOATS, device=device).unsqueeze(1).repeat(1, slots)
-        self._integers = torch.tensor(_NOBODY_INTEGERS, device=device).unsqueeze(1).repeat(1, slots)
-        self._admitted = InputBuffers(
-            [
-                Input("slots", torch.int64, ("sequences",)),
-                Input("floats", torch.float32, (len(_NOBODY_FLOATS), "sequences")),
-                Input("integers", torch.int64, (len(_NOBODY_INTEGERS), "sequences")),
-            ],
-            {"sequences": limits.max_num_seqs},
-            backend,
-        )
+        # The host keeps all slots too: where a step admits sequences, they go to the device as they are, in one copy.
+        nbytes = slots * (8 * len(_NOBODY_INTEGERS) + 4 * len(_NOBODY_FLOATS))
+        self._on_host = torch.empty(nbytes, dtype=torch.uint8)
+        self._on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._staging = StagingRing(nbytes, STAGING_SLOTS, backend.host_buffer, backend.event)
+        floats, integers = _columns_in(self._on_host, slots)
+        floats.copy_(torch.tensor(_NOBODY_FLOATS).unsqueeze(1))
+        integers.copy_(torch.tensor(_NOBODY_INTEGERS).unsqueeze(1))
+        self._on_device.copy_(self._on_host)
+        self._host_floats, self._host_integers = floats.numpy(), integers.numpy()
+        self._floats, self._integers = _columns_in(self._on_device, slots)
         self._lists: _Lists | None = None
         self._top_n = min(MAX_LOGPROBS, vocab_size)
         # The tokens of the sequences with penalties, as graphmode.kernels.history has them.
@@ -169,34 +171,18 @@ class Sampler:
         sequences = batch.admitted
         if not sequences:
             return
-        columns = [self._columns(sequence) for sequence in sequences]
-        bound = self._admitted.bind({"sequences": len(sequences)})
-        values = {
-            "slots": torch.tensor([sequence.slot for sequence in sequences]),
-            "floats": torch.tensor([floats for floats, _ in columns], dtype=torch.float32).T,
-            "integers": torch.tensor([integers for _, integers in columns]).T,
-        }
-        with torch.inference_mode():
-            self._admitted.load(bound, values)
-            self._floats.index_copy_(1, bound.views["slots"], bound.views["floats"])
-            self._integers.index_copy_(1, bound.views["slots"], bound.views["integers"])
-            for sequence, (_, integers) in zip(sequences, columns, strict=True):
-                if self._lists is not None and max(integers.history_slot, integers.list_slot) > 0:
+        slots = [sequence.slot for sequence in sequences]
+        self._host_floats[:, slots] = np.array([_floats(sequence) for sequence in sequences], dtype=np.float32).T
+        self._host_integers[:, slots] = np.array([_integers(sequence) for sequence in sequences]).T
+        staged = self._staging.acquire()
+        staged.memory.copy_(self._on_host)
+        self._on_device.copy_(staged.memory, non_blocking=True)
+        self._staging.release(staged)
+        for sequence in sequences:
+            params = sequence.params
+            if self._lists is not None and (params.penalises or params.logit_bias or params.min_tokens):
+                with torch.inference_mode():
                     self._admit_lists(self._lists, sequence)
-
-    def _columns(self, sequence: TokenSequence) -> tuple[_Floats[float], _Integers[int]]:
-        params, slot = sequence.params, sequence.slot
-        floats = _Floats[float](*(getattr(params, name) for name in _Floats._fields))
-        integers = _Integers[int](
-            seed=sequence.seed,
-            top_k=params.top_k,
-            history_slot=slot if params.penalises else -1,
-            list_slot=slot if params.logit_bias or params.min_tokens else 0,
-            stop_from=len(sequence.prompt_token_ids) + params.min_tokens,
-            logprobs=params.logprobs or 0,
-            prompt_logprobs=params.prompt_logprobs or 0,
-        )
-        return floats, integers
 
     def _allocate(self) -> None:
         """Make room for histories and lists, once."""
@@ -310,6 +296,37 @@ class Sampler:
             at = self._limits.max_num_seqs
             self.reports[at : at + len(packed)].copy_(packed)
         return tokens
+
+
+def _columns_in(memory: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the views of uint8 ``[bytes]`` that hold ``_Floats`` and ``_Integers``, ``[columns, slots]`` each."""
+    end = 8 * len(_NOBODY_INTEGERS) * slots
+    return memory[end:].view(torch.float32).view(-1, slots), memory[:end].view(torch.int64).view(-1, slots)
+
+
+def _floats(sequence: TokenSequence) -> _Floats[float]:
+    params = sequence.params
+    return _Floats(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+    )
+
+
+def _integers(sequence: TokenSequence) -> _Integers[int]:
+    params, slot = sequence.params, sequence.slot
+    return _Integers(
+        seed=sequence.seed,
+        top_k=params.top_k,
+        history_slot=slot if params.penalises else -1,
+        list_slot=slot if params.logit_bias or params.min_tokens else 0,
+        stop_from=len(sequence.prompt_token_ids) + params.min_tokens,
+        logprobs=-1 if params.logprobs is None else params.logprobs,
+        prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+    )
 
 
 def _packed(logs: LogProbabilities) -> torch.Tensor:

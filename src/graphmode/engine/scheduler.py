@@ -6,12 +6,12 @@ makes is known to exist but not by value. The scheduler needs lengths; values ar
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, replace
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from graphmode.engine.block_pool import BlockPool, block_keys
-from graphmode.engine.outputs import FinishReason
 from graphmode.engine.sequence import Sequence
 from graphmode.graph.errors import InputError
 
@@ -35,7 +35,7 @@ class Limits:
     decode_steps: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Row:
     """A sequence's part of a step.
 
@@ -99,16 +99,17 @@ class Scheduler:
     def __init__(self, limits: Limits, pool: BlockPool, *, prefix_caching: bool = True) -> None:
         self.limits = limits
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: dict[Sequence, None] = {}
+        self._sources: deque[Iterator[Sequence]] = deque()
         self.preemptions = 0
         self._prefix_caching = prefix_caching
         self._free_slots = list(range(limits.max_num_seqs, 0, -1))
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is not finished."""
-        return bool(self.waiting or self.running)
+        """Whether any sequence is not finished, or may still come."""
+        return bool(self.waiting or self.running or self._sources)
 
     def check(self, prompt_tokens: int, max_tokens: int) -> None:
         """Check that a sequence could run.
@@ -138,7 +139,22 @@ class Scheduler:
             InputError: it could never run.
         """
         self.check(len(sequence.prompt_token_ids), sequence.params.max_tokens)
-        self.waiting.append(sequence)
+        self.waiting[sequence] = None
+
+    def feed(self, sequences: Iterator[Sequence]) -> None:
+        """Queue sequences that are made one by one, each when a step has room for it and nothing else waits.
+
+        So the first step starts before the last sequence is made, and holds what it would if all had been added.
+
+        Args:
+            sequences: makes them, checked. What it raises, :meth:`schedule` raises.
+        """
+        self._sources.append(sequences)
+
+    def withdraw(self, sequences: Iterator[Sequence]) -> None:
+        """Ask for no more of what :meth:`feed` took. Those that came already stay."""
+        if sequences in self._sources:
+            self._sources.remove(sequences)
 
     def schedule(self) -> Batch | None:
         """Choose the next step, admitting waiting sequences; None where there is nothing to compute now."""
@@ -164,18 +180,20 @@ class Scheduler:
                 budget -= tokens
                 scores -= len(row.scored)
         # Whoever gave up its blocks in this step waits for the next one.
-        while self.waiting and budget > 0 and self.preemptions == preemptions:
-            if not (tokens := self._admit(self.waiting[0], budget, scores)):
+        while budget > 0 and self.preemptions == preemptions and (first := self._next_waiting()) is not None:
+            if not (tokens := self._admit(first, budget, scores)):
                 break
-            sequence = self.waiting.popleft()
-            self.running[sequence] = None
-            admitted.append(sequence)
-            rows[sequence] = row = _row(sequence, tokens)
+            del self.waiting[first]
+            self.running[first] = None
+            admitted.append(first)
+            rows[first] = row = _row(first, tokens)
             budget -= tokens
             scores -= len(row.scored)
         if not rows:
             return None
-        chosen = self._repeated(list(rows.values())) if self.preemptions == preemptions else list(rows.values())
+        chosen = tuple(rows.values())
+        if self.preemptions == preemptions:
+            self._repeat(chosen)
         for index, row in enumerate(chosen):
             row.sequence.num_computed += row.num_tokens + row.steps - 1
             if row.samples:
@@ -183,7 +201,7 @@ class Scheduler:
                 row.sequence.last_row = index
         num_tokens = sum(row.num_tokens for row in chosen)
         family: Family = "decode" if num_tokens == len(rows) else "mixed"
-        return Batch(family, tuple(chosen), num_tokens, tuple(admitted))
+        return Batch(family, chosen, num_tokens, tuple(admitted))
 
     def update(self, batch: Batch, tokens: list[list[int]], eos_token_ids: frozenset[int]) -> dict[Sequence, int]:
         """Take in what a batch made and return how many tokens each sequence got that got any.
@@ -195,18 +213,14 @@ class Scheduler:
             eos_token_ids: tokens that end a text.
         """
         changed: dict[Sequence, int] = {}
-        for index, row in enumerate(batch.rows):
+        for row, made in zip(batch.rows, zip(*tokens, strict=True), strict=False):
             sequence = row.sequence
             if row.samples:
                 sequence.in_flight -= row.steps
             if not self._holds(sequence):
                 continue
-            for made in tokens[: row.steps] if row.samples else ():
-                sequence.token_ids.append(made[index])
-                changed[sequence] = changed.get(sequence, 0) + 1
-                if reason := self._reason_to_end(sequence, eos_token_ids):
-                    sequence.finish_reason = reason
-                    break
+            if row.samples:
+                changed[sequence] = self._append(sequence, made[: row.steps], eos_token_ids)
             self._publish(sequence)
             if sequence.finish_reason:
                 self._drop(sequence)
@@ -231,7 +245,7 @@ class Scheduler:
         if sequence in self.running:
             del self.running[sequence]
         else:
-            self.waiting.remove(sequence)
+            del self.waiting[sequence]
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
@@ -245,40 +259,48 @@ class Scheduler:
     def _max_len(self, sequence: Sequence) -> int:
         return min(len(sequence.prompt_token_ids) + sequence.params.max_tokens, self.limits.max_model_len)
 
-    def _reason_to_end(self, sequence: Sequence, eos_token_ids: frozenset[int]) -> FinishReason | None:
-        token, params = sequence.token_ids[-1], sequence.params
-        if token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos):
-            return "stop"
-        return "length" if len(sequence.token_ids) >= self._max_len(sequence) else None
+    def _append(self, sequence: Sequence, made: tuple[int, ...], eos_token_ids: frozenset[int]) -> int:
+        """Append what a sequence made up to its end, saying why it ends there; return how many tokens these are."""
+        params = sequence.params
+        stops = frozenset(params.stop_token_ids) if params.ignore_eos else eos_token_ids.union(params.stop_token_ids)
+        if not stops.isdisjoint(made):
+            made = made[: 1 + next(at for at, token in enumerate(made) if token in stops)]
+            sequence.finish_reason = "stop"
+        sequence.token_ids += made
+        if sequence.finish_reason is None and len(sequence.token_ids) >= self._max_len(sequence):
+            sequence.finish_reason = "length"
+        return len(made)
 
     def _publish(self, sequence: Sequence) -> None:
         """Make the full blocks that the sequence has computed findable."""
         if not self._prefix_caching or sequence.blocks == []:
             return
-        known = sequence.token_ids[: sequence.num_computed]
-        first = len(sequence.block_keys)
-        if len(known) // self.pool.block_size > first:
-            sequence.block_keys = block_keys(known, self.pool.block_size, sequence.block_keys, sequence.contents)
+        first, size = len(sequence.block_keys), self.pool.block_size
+        known = min(len(sequence.token_ids), sequence.num_computed)
+        if known // size > first:
+            keys = block_keys(sequence.token_ids[:known], size, sequence.block_keys, sequence.contents)
+            sequence.block_keys = list(keys)
             for block, key in zip(sequence.blocks[first:], sequence.block_keys[first:], strict=False):
                 self.pool.publish(block, key)
 
-    def _repeated(self, rows: list[Row]) -> list[Row]:
+    def _repeat(self, rows: Collection[Row]) -> None:
         """Let decode rows go on for several steps, as far as there are blocks; others are left as they are."""
         steps = self.limits.decode_steps
         if steps == 1 or any(row.num_tokens > 1 or not row.samples or _reports(row) for row in rows):
-            return rows
+            return
         while steps > 1:
-            longer = [
-                replace(row, steps=min(steps, self._max_len(row.sequence) - 1 - row.sequence.num_computed))
-                for row in rows
+            longer = [min(steps, self._max_len(row.sequence) - 1 - row.start) for row in rows]
+            needed = [
+                self.pool.blocks_for(row.start + count) - len(row.sequence.blocks)
+                for row, count in zip(rows, longer, strict=True)
             ]
-            needed = [self.pool.blocks_for(row.start + row.steps) - len(row.sequence.blocks) for row in longer]
             if sum(needed) <= self.pool.num_free:
-                for row, count in zip(longer, needed, strict=True):
-                    row.sequence.blocks += self.pool.allocate(count)
-                return longer
+                for row, count, blocks in zip(rows, longer, needed, strict=True):
+                    row.steps = count
+                    if blocks:
+                        row.sequence.blocks += self.pool.allocate(blocks)
+                return
             steps //= 2
-        return rows
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Give ``sequence`` blocks for ``tokens`` more, if there are as many."""
@@ -293,9 +315,19 @@ class Scheduler:
         """Take the blocks of the sequence that was admitted last, which waits to be computed again; return it."""
         victim, _ = self.running.popitem()
         self._release(victim)
-        self.waiting.appendleft(victim)
+        self.waiting[victim] = None
+        self.waiting.move_to_end(victim, last=False)
         self.preemptions += 1
         return victim
+
+    def _next_waiting(self) -> Sequence | None:
+        """Return the sequence that is to be admitted next, asking for one where none waits; None where none comes."""
+        while not self.waiting and self._sources:
+            if (sequence := next(self._sources[0], None)) is None:
+                self._sources.popleft()
+            else:
+                self.waiting[sequence] = None
+        return next(iter(self.waiting), None)
 
     def _admit(self, sequence: Sequence, budget: int, scores: int) -> int:
         """Give a waiting sequence the blocks of its first step and return its tokens; 0 where there is no room."""
@@ -303,10 +335,10 @@ class Scheduler:
             return 0
         # One token at least is computed, so that there is something to sample from.
         usable = self._prefix_caching and sequence.params.prompt_logprobs is None
-        keys = []
+        found = []
         if usable:
             keys = block_keys(sequence.token_ids[:-1], self.pool.block_size, contents=sequence.contents)
-        found = self.pool.find(keys)
+            found = self.pool.find(keys)
         self.pool.share(found)
         cached = len(found) * self.pool.block_size
         tokens = _up_to(sequence, cached, min(sequence.num_tokens - cached, budget), scores)
@@ -315,7 +347,7 @@ class Scheduler:
             self.pool.free(found)
             return 0
         sequence.blocks = found + self.pool.allocate(needed)
-        sequence.block_keys = keys[: len(found)]
+        sequence.block_keys = self.pool.keys_of(found)
         sequence.num_computed = sequence.num_cached = cached
         sequence.slot = self._free_slots.pop()
         return tokens

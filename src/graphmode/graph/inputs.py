@@ -136,7 +136,7 @@ class _Region:
         """Return the leading corner ``shape`` of this region of ``memory``, uint8 ``[bytes]``."""
         itemsize = self.spec.dtype.itemsize
         flat = memory[self.offset : self.offset + prod(self.shape) * itemsize].view(self.spec.dtype)
-        return flat.view(self.shape)[tuple(slice(size) for size in shape)]
+        return flat.view(self.shape)[_slices(shape)]
 
     def end(self, shape: tuple[int, ...]) -> int:
         """Return the byte after the last one that the leading corner ``shape`` touches."""
@@ -153,14 +153,36 @@ class BoundInputs:
     Attributes:
         sizes: the size of every axis.
         views: each input's prefix of its persistent buffer, on the device.
-        staged: the same prefixes in each slot of the staging ring, on the host.
         nbytes: length of the arena's prefix that holds all of them.
     """
 
     sizes: dict[str, int]
     views: dict[str, torch.Tensor]
-    staged: tuple[dict[str, torch.Tensor], ...]
     nbytes: int
+
+
+class _Staged:
+    """One input in one slot of the staging ring: a leading corner holds values, all else its padding.
+
+    Args:
+        region: which input.
+        memory: of the slot, uint8 ``[bytes]``.
+    """
+
+    def __init__(self, region: _Region, memory: torch.Tensor) -> None:
+        self._padding = region.spec.padding
+        self._buffer = region.view(memory, region.shape).fill_(self._padding)
+        self._corner: torch.Size | None = None
+
+    def write(self, value: torch.Tensor | None) -> None:
+        """Write a value, None for nothing but padding. Only what held values before is padded again."""
+        before, self._corner = self._corner, None if value is None else value.shape
+        if before is not None and (
+            value is None or any(old > new for old, new in zip(before, value.shape, strict=True))
+        ):
+            self._buffer[_slices(before)].fill_(self._padding)
+        if value is not None:
+            self._buffer[_slices(value.shape)].copy_(value)
 
 
 class InputBuffers:
@@ -182,20 +204,16 @@ class InputBuffers:
             offset += -(-prod(shapes[spec.name]) * spec.dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.arena = torch.zeros(offset, dtype=torch.uint8, device=backend.device)
         self.ring = StagingRing(offset, STAGING_SLOTS, backend.host_buffer, backend.event)
-        # For each slot the inputs that hold nothing but padding: mostly, a step lacks the same ones as that before it.
-        self._all_padding: list[set[str]] = [set() for _ in self.ring.slots]
+        self._staged = [
+            {region.spec.name: _Staged(region, slot.memory) for region in self._regions} for slot in self.ring.slots
+        ]
 
     def bind(self, sizes: dict[str, int]) -> BoundInputs:
         """Return the view of every buffer at the axis ``sizes``."""
         shapes = {region.spec.name: _shape(region.spec, sizes) for region in self._regions}
-
-        def views(memory: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {region.spec.name: region.view(memory, shapes[region.spec.name]) for region in self._regions}
-
         return BoundInputs(
             sizes=sizes,
-            views=views(self.arena),
-            staged=tuple(views(slot.memory) for slot in self.ring.slots),
+            views={region.spec.name: region.view(self.arena, shapes[region.spec.name]) for region in self._regions},
             nbytes=max(region.end(shapes[region.spec.name]) for region in self._regions),
         )
 
@@ -208,15 +226,9 @@ class InputBuffers:
         on_device = {name: value for name, value in values.items() if value.device.type != "cpu"}
         if len(on_device) < len(self._regions):
             slot = self.ring.acquire()
-            all_padding = self._all_padding[slot.index]
-            for region in self._regions:
-                name = region.spec.name
-                if name in values and name not in on_device:
-                    fill(bound.staged[slot.index][name], values[name], region.spec.padding)
-                    all_padding.discard(name)
-                elif name not in values and name not in all_padding:
-                    region.view(slot.memory, region.shape).fill_(region.spec.padding)
-                    all_padding.add(name)
+            for name, staged in self._staged[slot.index].items():
+                if name not in on_device:
+                    staged.write(values.get(name))
             self.arena[: bound.nbytes].copy_(slot.memory[: bound.nbytes], non_blocking=True)
             self.ring.release(slot)
         for region in self._regions:
@@ -234,12 +246,16 @@ def fill(target: torch.Tensor, value: torch.Tensor, padding: float | int | bool)
         target[value.shape[0] :].fill_(padding)
     else:
         target.fill_(padding)
-        target[tuple(slice(size) for size in value.shape)].copy_(value)
+        target[_slices(value.shape)].copy_(value)
 
 
 def all_padding(spec: Input, sizes: Mapping[str, int], device: torch.device) -> torch.Tensor:
     """Return an input that holds nothing but padding, at the axis ``sizes``."""
     return torch.full(_shape(spec, sizes), spec.padding, dtype=spec.dtype, device=device)
+
+
+def _slices(corner: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(size) for size in corner)
 
 
 def _shape(spec: Input, sizes: Mapping[str, int]) -> tuple[int, ...]:

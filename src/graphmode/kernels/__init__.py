@@ -2,13 +2,13 @@
 
 from graphmode.kernels.attention import paged_attention
 from graphmode.kernels.decode_attention import rotate_and_attend
-from graphmode.kernels.few_rows import linear_add, norm_linear
+from graphmode.kernels.few_rows import linear, linear_add, norm_linear
 from graphmode.kernels.filters import Filters
 from graphmode.kernels.history import count_tokens, start_history
 from graphmode.kernels.kv_cache import write_kv
 from graphmode.kernels.logits import Adjustments, adjust_logits
 from graphmode.kernels.logprobs import LogProbabilities, log_probabilities
-from graphmode.kernels.norm import rms_norm, silu_mul
+from graphmode.kernels.norm import add_rms_norm, rms_norm, silu_mul
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 from graphmode.kernels.sampling import sample
 from graphmode.kernels.segment_attention import segment_attention
@@ -19,8 +19,10 @@ __all__ = [
     "Filters",
     "LogProbabilities",
     "Rotation",
+    "add_rms_norm",
     "adjust_logits",
     "count_tokens",
+    "linear",
     "linear_add",
     "log_probabilities",
     "norm_linear",

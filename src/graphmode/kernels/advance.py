@@ -12,7 +12,6 @@ import torch
 from graphmode.kernels._arguments import require_tensor
 from graphmode.kernels._triton import (
     constexpr,
-    gdc_launch_dependents,
     gdc_wait,
     jit,
     launch_options,
@@ -211,9 +210,9 @@ def _hand_on_kernel(  # type: ignore[no-untyped-def]
 ):
     row = tl.arange(0, block)
     real = row < rows
+    # It lets no kernel start early: those after it read lengths and tables before they wait.
     if early:
         gdc_wait()
-        gdc_launch_dependents()
     token = tl.load(sampled + row, mask=real, other=0)
     length = tl.load(all_kv_lens + row, mask=real, other=0)
     at = tl.load(step + row * 0)

@@ -3,8 +3,8 @@
 Every shape, grid and loop count comes from shapes alone, so that a captured call serves every batch of its number of
 tokens; lengths and block tables are read on the device. Two decompositions:
 
-- **decode** (``max_query_len == 1``): row ``i`` is sequence ``i``. A program takes one sequence and one key/value head;
-  small batches also split the keys (flash-decoding), and a second kernel combines the parts.
+- **decode** (``max_query_len == 1``): row ``i`` is sequence ``i``. A program takes one key/value head and one sequence,
+  or part of its keys where it has many (:mod:`graphmode.kernels.parts`).
 - **mixed** (all else): the queries are cut into blocks of ``block_q`` rows of one sequence. Sequence ``s`` gets the
   blocks from ``cu_query_lens[s] // block_q + s`` on, which is room enough whatever the lengths, so
   ``tokens // block_q + seqs`` blocks always do and each finds its sequence by searching ``cu_query_lens``.
@@ -22,7 +22,9 @@ as in a cache of latents, they are read once.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,6 +40,7 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
+from graphmode.kernels.parts import Parts, combine_parts, join_sink, load_part, share_keys
 
 
 def paged_attention(
@@ -54,6 +57,7 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     selection: torch.Tensor | None = None,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
     """Attend from every new token to its sequence's tokens up to and with itself.
 
@@ -83,6 +87,8 @@ def paged_attention(
         selection: int32 ``[tokens, top_k]``, rows contiguous: the positions of the keys that each token sees, as
             :func:`~graphmode.kernels.select_keys` gives them: distinct, none after the token, the first
             ``min(p + 1, top_k)`` of a row used. Without ``window``.
+        parts: how decode is shared out among programs, as :func:`~graphmode.kernels.parts.share_keys` gives it of these
+            ``kv_lens``, with this window or ``top_k``; None has it computed. A reference does not read it.
 
     Returns:
         ``[tokens, q_heads, value_dim]`` in ``q``'s dtype, contiguous; zero for padding tokens.
@@ -112,8 +118,10 @@ def paged_attention(
         require_tensor("selection", selection, shape=(tokens, None), dtypes=(torch.int32,), like=q)
         require(selection.stride(1) == 1, "selection.stride(1)", selection.stride(1), "1")
         require(window is None, "window", window, "None with a selection")
-    attend = paged_attention_triton if runs_triton(q) else paged_attention_reference
-    return attend(
+    run: Callable[..., torch.Tensor] = paged_attention_reference
+    if runs_triton(q):
+        run = functools.partial(paged_attention_triton, parts=parts)
+    return run(
         q,
         k_cache,
         v_cache,
@@ -354,11 +362,6 @@ def _attend_blocks(
 
 # The kernels in Triton.
 
-# Programs that fill a large GPU: H100 and H200 have 132 multiprocessors, and two of these fit on each.
-_FULL_GRID = 256
-_MAX_SPLITS = 32
-# Keys that a part has at least when every sequence is as long as it can be: below, splitting does not pay.
-_MIN_SPLIT_KEYS = 256
 # Shared memory of one tile of keys or of values; three stages of both leave room for two programs.
 _TILE_BYTES = 16384
 # Bytes of the first part of a program's queries. With a latent cache of DeepSeek's sizes (512 + 64, bf16) a program has
@@ -381,15 +384,15 @@ def paged_attention_triton(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     selection: torch.Tensor | None = None,
-    splits: int | None = None,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`paged_attention` in Triton. Decode cuts the keys into ``splits`` parts; default by shapes."""
+    """Do as :func:`paged_attention` in Triton."""
     tokens, q_heads, key_dim = q.shape
     _, block_size, kv_heads, value_dim = v_cache.shape
     out = torch.empty((tokens, q_heads, value_dim), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    seqs, max_blocks = block_tables.shape
+    seqs = block_tables.shape[0]
     group = q_heads // kv_heads
     first_dim = min(key_dim, value_dim)
     block_d = max(16, next_power_of_2(first_dim))
@@ -419,14 +422,13 @@ def paged_attention_triton(
         "values_in_keys": values_in_keys,
         "window": window,
         "soft_cap": soft_cap,
-        "num_stages": 3 if max(block_d, block_v) <= 256 else 2,
     }
     inputs = (q, *q.stride(), k_cache, v_cache, block_tables, block_tables.stride(0), kv_lens, cu_query_lens, sinks)
     scale_log2 = scale * math.log2(math.e)
     if max_query_len > 1 and selection is None:
-        # A prompt beside many sequences of one token fills larger tiles than the mean says; small ones cost it more.
-        rows = max(next_power_of_2(max(tokens * group // seqs, 1)), 64 if tokens > 32 else 16)
-        block_m = max(min(rows, 128 if q.element_size() == 2 else 16, max_rows), next_power_of_2(block_heads), 16)
+        # On an H100 as fast as tiles of 128 rows for long prompts, faster for short ones (docs/performance.md).
+        rows = 64 if tokens > 32 and q.element_size() == 2 else 16
+        block_m = max(min(rows, max_rows), next_power_of_2(block_heads))
         block_q = block_m // block_heads
         _mixed_kernel[(tokens // block_q + seqs + 1, kv_heads * head_blocks)](
             *inputs,
@@ -439,24 +441,31 @@ def paged_attention_triton(
             block_m=block_m,
             block_seqs=next_power_of_2(seqs + 1),
             num_warps=_num_warps(block_m, block_d, block_v),
+            num_stages=2,
         )
         return out
-    if splits is None:
-        keys = _num_keys(1, window, max_blocks * block_size)
-        keys = keys if selection is None else min(keys, selection.shape[1])
-        splits = choose_splits(tokens, kv_heads * head_blocks, keys)
     block_m = max(next_power_of_2(block_heads), 16)
-    if splits == 1:
-        parts, tops, sums = out, kv_lens, kv_lens  # the last two are not used
+    ragged = max_query_len > 1
+    if ragged:
+        # The tokens of a mixed batch with a selection are many, and have as many keys each: a program each.
+        parts, programs = None, tokens
+        acc, tops, sums = out, kv_lens, kv_lens  # not used
     else:
-        parts = torch.empty((tokens, q_heads, splits, value_dim), dtype=torch.float32, device=q.device)
-        tops = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=q.device)
+        if parts is None:
+            parts = share_keys(
+                kv_lens, kv_heads, window=window, top_k=None if selection is None else selection.shape[1]
+            )
+        programs = len(parts.programs)
+        acc = torch.empty((programs, q_heads, value_dim), dtype=torch.float32, device=q.device)
+        tops = torch.empty((programs, q_heads), dtype=torch.float32, device=q.device)
         sums = torch.empty_like(tops)
-    _decode_kernel[(tokens, kv_heads * head_blocks, splits)](
+    _decode_kernel[(programs, kv_heads * head_blocks)](
         *inputs,
         selection,
         0 if selection is None else selection.stride(0),
-        parts,
+        None if parts is None else parts.programs,
+        out,
+        acc,
         tops,
         sums,
         scale_log2,
@@ -464,56 +473,19 @@ def paged_attention_triton(
         seqs,
         **constants,
         top_k=0 if selection is None else selection.shape[1],
-        ragged=max_query_len > 1,
         block_m=block_m,
         block_seqs=next_power_of_2(seqs + 1),
-        splits=splits,
         num_warps=_num_warps(block_m, block_d, block_v),
+        num_stages=3 if max(block_d, block_v) <= 256 else 2,
         **launch_options(q.device),
     )
-    if splits > 1:
-        combine_parts(parts, tops, sums, sinks, out)
+    if parts is not None:
+        combine_parts(acc, tops, sums, sinks, out, parts)
     return out
-
-
-def combine_parts(
-    parts: torch.Tensor, tops: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    """Put together in ``out`` what several programs made of the parts of each head's keys.
-
-    Args:
-        parts: float32 ``[tokens, q_heads, splits, value_dim]``: sums of weighted values.
-        tops: float32 ``[tokens, q_heads, splits]``: what scores were taken relative to.
-        sums: float32 ``[tokens, q_heads, splits]``: of weights; 0 for a part that is not there.
-        sinks: as of :func:`paged_attention`.
-        out: ``[tokens, q_heads, value_dim]``.
-    """
-    tokens, q_heads, splits, value_dim = parts.shape
-    _combine_kernel[(tokens, q_heads)](
-        parts,
-        tops,
-        sums,
-        sinks,
-        out,
-        value_dim=value_dim,
-        block_v=max(16, next_power_of_2(value_dim)),
-        splits=splits,
-        block_splits=next_power_of_2(splits),
-        **launch_options(out.device),
-    )
 
 
 def _num_warps(block_m: int, block_d: int, block_v: int) -> int:
     return 8 if block_m * max(block_d, block_v, 128) >= 128 * 128 else 4
-
-
-def choose_splits(rows: int, heads: int, max_keys: int) -> int:
-    """Return into how many parts the keys of a decode batch, of ``rows * heads`` programs, are split.
-
-    They are enough to fill the device, by shapes alone.
-    """
-    wanted = min(_FULL_GRID // (rows * heads), max_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS)
-    return 1 << (max(wanted, 1).bit_length() - 1)
 
 
 @jit(do_not_specialize=["tokens", "seqs"])
@@ -531,6 +503,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     sinks,
     selection,
     selection_stride,
+    programs,
+    out,
     parts,
     tops,
     sums,
@@ -555,42 +529,36 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     window: constexpr,
     soft_cap: constexpr,
     top_k: constexpr,
-    ragged: constexpr,
     block_m: constexpr,
     block_seqs: constexpr,
-    splits: constexpr,
     early: constexpr,
 ):
-    """Attend with query heads of one key/value head of one token to one part of its keys.
+    """Attend with query heads of one key/value head of one token to all of its keys, or to one part of them.
 
-    With one part, ``parts`` is the output. Else it takes the sums before division, with each row's largest score and
-    sum of weights; a part without keys says so by a sum of 0 and leaves ``parts`` as it is.
+    Then ``parts`` takes the sums before division, ``tops`` and ``sums`` each row's largest score and sum of weights.
     """
     if early:
-        gdc_wait()
         gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0)
     kv_head = tl.program_id(1) // head_blocks
     first_head = tl.program_id(1) % head_blocks * block_heads
-    split = tl.program_id(2)
-    if ragged:
-        seq, kv_len = find_token(token.to(tl.int32), tokens, cu_query_lens, kv_lens, seqs, block_seqs)
+    if programs is not None:
+        seq, start, end, count, _ = load_part(programs, number)
+        if count == 0:
+            return
+        token = seq.to(tl.int64)
     else:
-        seq = token
-        kv_len = tl.load(kv_lens + token)
-    keys = kv_len
+        token = number.to(tl.int64)
+        seq, end = find_token(number, tokens, cu_query_lens, kv_lens, seqs, block_seqs)
+        start = 0
+        end = tl.minimum(end, top_k)
+        count = 1
     selected = None
     if selection is not None:
-        keys = tl.minimum(kv_len, top_k)
         selected = selection + token * selection_stride
-    first_key = 0
-    if window is not None:
-        first_key = tl.maximum(keys - window, 0)
-    tiles = tl.cdiv(keys - first_key, block_n)
-    split_keys = tl.cdiv(tiles, splits) * block_n
-    start = first_key + split * split_keys
-    end = tl.minimum(start + split_keys, keys)
 
+    if early:
+        gdc_wait()
     member = tl.arange(0, block_m)
     mine = (member < block_heads) & (first_head + member < group)
     head = kv_head * group + first_head + member
@@ -599,7 +567,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     top = tl.full([block_m], -1e38, tl.float32)
     total = tl.zeros([block_m], tl.float32)
     acc = tl.zeros([block_m, block_v], tl.float32)
-    last_key = tl.zeros([block_m], tl.int32) + (keys - 1)
+    last_key = tl.zeros([block_m], tl.int32) + (end - 1)
     top, total, acc = _attend(
         q_first,
         q_rest,
@@ -631,51 +599,16 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     )
     dim = tl.arange(0, block_v)
     inside = mine[:, None] & (dim < value_dim)[None, :]
-    row = token * (kv_heads * group) + head
-    if splits == 1:
-        total = _join_sink(total, top, sinks, head, mine)
+    if count == 1:
+        row = token * (kv_heads * group) + head
+        total = join_sink(total, top, sinks, head, mine)
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(parts + row[:, None] * value_dim + dim[None, :], acc.to(parts.dtype.element_ty), mask=inside)
+        tl.store(out + row[:, None] * value_dim + dim[None, :], acc.to(out.dtype.element_ty), mask=inside)
     else:
-        part = row * splits + split
-        tl.store(tops + part, top, mask=mine)
-        tl.store(sums + part, total, mask=mine)
-        tl.store(parts + part[:, None] * value_dim + dim[None, :], acc, mask=inside & (total > 0.0)[:, None])
-
-
-@jit()
-def _combine_kernel(  # type: ignore[no-untyped-def]
-    parts,
-    tops,
-    sums,
-    sinks,
-    out,
-    value_dim: constexpr,
-    block_v: constexpr,
-    splits: constexpr,
-    block_splits: constexpr,
-    early: constexpr,
-):
-    """Combine the parts of one query head of one token."""
-    if early:
-        gdc_wait()
-        gdc_launch_dependents()
-    head = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head
-    split = tl.arange(0, block_splits)
-    dim = tl.arange(0, block_v)
-    part = row * splits + split
-    total = tl.load(sums + part, mask=split < splits, other=0.0)
-    used = total > 0.0
-    top = tl.load(tops + part, mask=used, other=-1e38)
-    top_of_all = tl.max(top, 0)
-    weight = tl.where(used, tl.exp2(top - top_of_all), 0.0)
-    acc = tl.load(
-        parts + part[:, None] * value_dim + dim[None, :], mask=used[:, None] & (dim < value_dim)[None, :], other=0.0
-    )
-    total_of_all = _join_sink(tl.sum(total * weight, 0), top_of_all, sinks, head, True)
-    acc = tl.sum(acc * weight[:, None], 0) / tl.where(total_of_all == 0.0, 1.0, total_of_all)
-    tl.store(out + row * value_dim + dim, acc.to(out.dtype.element_ty), mask=dim < value_dim)
+        row = number.to(tl.int64) * (kv_heads * group) + head
+        tl.store(tops + row, top, mask=mine)
+        tl.store(sums + row, total, mask=mine)
+        tl.store(parts + row[:, None] * value_dim + dim[None, :], acc, mask=inside)
 
 
 @jit(do_not_specialize=["tokens", "seqs"])
@@ -817,7 +750,7 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
         soft_cap,
         True,
     )
-    total = _join_sink(total, top, sinks, head, mine)
+    total = join_sink(total, top, sinks, head, mine)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     dim = tl.arange(0, block_v)
     out_row = token * (kv_heads * group) + head
@@ -941,15 +874,3 @@ def _attend(  # type: ignore[no-untyped-def]
         acc = tl.dot(weights.to(values.dtype), values, acc * correction[:, None], input_precision="ieee")
         top = new_top
     return top, total, acc
-
-
-@jit()
-def _join_sink(total, top, sinks, head, inside):  # type: ignore[no-untyped-def]
-    """Return the sums of weights relative to the scores ``top``, with the heads' sinks where there are any.
-
-    A sink far above every score overflows to infinity, and the division makes zero of the row, as it should be.
-    """
-    if sinks is not None:
-        sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
-        total = total + tl.exp2(sink - top)
-    return total

@@ -1,7 +1,7 @@
 """Decode attention from the projections on: norms of heads, rotation, cache writes and attention in one kernel.
 
-A program has the new key of its sequence and head at hand, so it attends to it without waiting for the cache; the
-first of a sequence's programs writes it there. The keys before it do not hang on the kernel ahead, and are asked for
+A program has the new key of its sequence and head at hand: the last of a sequence's programs attends to it without
+waiting for the cache, and writes it there. The keys before it do not hang on the kernel ahead, and are asked for
 before waiting for that. For few sequences: with many, what each program holds costs more than a kernel less saves.
 """
 
@@ -21,7 +21,8 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
-from graphmode.kernels.attention import choose_splits, combine_parts, paged_attention
+from graphmode.kernels.attention import paged_attention
+from graphmode.kernels.parts import Parts, combine_parts, load_part, share_keys
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
 
 _TILE_BYTES = 16384
@@ -46,6 +47,7 @@ def rotate_and_attend(
     *,
     scale: float,
     window: int | None = None,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
     """Do :func:`~graphmode.kernels.rotate_and_cache`, then :func:`~graphmode.kernels.paged_attention`, for decode.
 
@@ -73,6 +75,7 @@ def rotate_and_attend(
             kv_lens,
             scale=scale,
             window=window,
+            parts=parts,
         )
     queries = rotate_and_cache(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
     return paged_attention(
@@ -85,6 +88,7 @@ def rotate_and_attend(
         scale=scale,
         max_query_len=1,
         window=window,
+        parts=parts,
     )
 
 
@@ -103,27 +107,24 @@ def rotate_and_attend_triton(
     *,
     scale: float,
     window: int | None = None,
-    splits: int | None = None,
+    parts: Parts | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves and keys cut into ``splits``."""
+    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves."""
     tokens, (block_size, kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
     q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return out
     group = q_heads // kv_heads
-    max_keys = block_tables.shape[1] * block_size
-    if splits is None:
-        splits = choose_splits(tokens, kv_heads, max_keys if window is None else min(max_keys, window))
-    if splits == 1:
-        parts, tops, sums = out, kv_lens, kv_lens  # the last two are not used
-    else:
-        parts = torch.empty((tokens, q_heads, splits, head_dim), dtype=torch.float32, device=qkv.device)
-        tops = torch.empty((tokens, q_heads, splits), dtype=torch.float32, device=qkv.device)
-        sums = torch.empty_like(tops)
+    if parts is None:
+        parts = share_keys(kv_lens, kv_heads, window=window)
+    programs = len(parts.programs)
+    acc = torch.empty((programs, q_heads, head_dim), dtype=torch.float32, device=qkv.device)
+    tops = torch.empty((programs, q_heads), dtype=torch.float32, device=qkv.device)
+    sums = torch.empty_like(tops)
     block_half = max(16, next_power_of_2(head_dim // 2))
     block_m = max(next_power_of_2(group), 16)
-    _rotate_and_attend_kernel[(tokens, kv_heads, splits)](
+    _rotate_and_attend_kernel[(programs, kv_heads)](
         qkv,
         q_norm,
         k_norm,
@@ -136,8 +137,9 @@ def rotate_and_attend_triton(
         slot_mapping,
         block_tables,
         block_tables.stride(0),
-        kv_lens,
-        parts,
+        parts.programs,
+        out,
+        acc,
         tops,
         sums,
         scale * math.log2(math.e),
@@ -148,14 +150,11 @@ def rotate_and_attend_triton(
         block_half=block_half,
         block_m=block_m,
         block_n=min(max(_TILE_BYTES // (2 * block_half * qkv.element_size()), 16), 128),
-        window=window,
-        splits=splits,
         num_warps=8 if block_m >= 128 else 4,
         num_stages=3,
         **launch_options(qkv.device),
     )
-    if splits > 1:
-        combine_parts(parts, tops, sums, None, out)
+    combine_parts(acc, tops, sums, None, out, parts)
     return out
 
 
@@ -173,7 +172,8 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     slot_mapping,
     block_tables,
     table_stride,
-    kv_lens,
+    programs,
+    out,
     parts,
     tops,
     sums,
@@ -185,27 +185,22 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     block_half: constexpr,
     block_m: constexpr,
     block_n: constexpr,
-    window: constexpr,
-    splits: constexpr,
     early: constexpr,
 ):
-    """Attend with the query heads of one key/value head of one sequence to one part of its keys.
+    """Attend with the query heads of one key/value head of one sequence to all of its keys, or to one part of them.
 
-    With one part, ``parts`` is the output; else it, ``tops`` and ``sums`` are as of :func:`combine_parts`.
+    Then ``parts``, ``tops`` and ``sums`` take what :func:`~graphmode.kernels.parts.combine_parts` puts together.
     """
-    token = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    seq, start, end, count, newest = load_part(programs, number)
+    if count == 0:
+        return
+    token = seq.to(tl.int64)
     head_dim: constexpr = 2 * half
-    length = tl.load(kv_lens + token)
-    old = tl.maximum(length - 1, 0)
-    first_key = 0
-    if window is not None:
-        first_key = tl.maximum(length - window, 0)
-    tiles = tl.cdiv(old - first_key, block_n)
-    split_keys = tl.cdiv(tiles, splits) * block_n
-    start = first_key + split * split_keys
-    end = tl.minimum(start + split_keys, old)
+    # The newest key is not in the cache yet.
+    has_new = newest > 0
+    end -= newest
 
     dim = tl.arange(0, block_half)
     real = dim < half
@@ -219,9 +214,17 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     position = tl.load(positions + token)
     cosine = tl.load(cos + position * half + dim, mask=real, other=0.0)
     sine = tl.load(sin + position * half + dim, mask=real, other=0.0)
+    slot = tl.load(slot_mapping + token)
+    if q_norm is not None:
+        q_scale_a = tl.load(q_norm + dim, mask=real, other=0.0).to(tl.float32)
+        q_scale_b = tl.load(q_norm + half + dim, mask=real, other=0.0).to(tl.float32)
+    if k_norm is not None:
+        k_scale_a = tl.load(k_norm + dim, mask=real, other=0.0).to(tl.float32)
+        k_scale_b = tl.load(k_norm + half + dim, mask=real, other=0.0).to(tl.float32)
+    # Only now: the weights that kernels after this one ask for come after these keys.
     if early:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
 
     row = qkv + token * ((group + 2) * kv_heads * head_dim)
     member = tl.arange(0, block_m)
@@ -233,8 +236,8 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     b = tl.load(place + half, mask=both, other=0.0).to(tl.float32)
     if q_norm is not None:
         factor = (1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / head_dim + eps))[:, None]
-        a = a * factor * tl.load(q_norm + dim, mask=real, other=0.0).to(tl.float32)[None, :]
-        b = b * factor * tl.load(q_norm + half + dim, mask=real, other=0.0).to(tl.float32)[None, :]
+        a = a * factor * q_scale_a[None, :]
+        b = b * factor * q_scale_b[None, :]
     kind = k_cache.dtype.element_ty
     query_a = (a * cosine[None, :] - b * sine[None, :]).to(kind)
     query_b = (b * cosine[None, :] + a * sine[None, :]).to(kind)
@@ -244,24 +247,21 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     b = tl.load(key + half, mask=real, other=0.0).to(tl.float32)
     if k_norm is not None:
         factor = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / head_dim + eps)
-        a = a * factor * tl.load(k_norm + dim, mask=real, other=0.0).to(tl.float32)
-        b = b * factor * tl.load(k_norm + half + dim, mask=real, other=0.0).to(tl.float32)
+        a = a * factor * k_scale_a
+        b = b * factor * k_scale_b
     key_a = (a * cosine - b * sine).to(kind)
     key_b = (b * cosine + a * sine).to(kind)
     value = row + ((group + 1) * kv_heads + kv_head) * head_dim + dim
     value_a = tl.load(value, mask=real, other=0.0)
     value_b = tl.load(value + half, mask=real, other=0.0)
-    slot = tl.load(slot_mapping + token)
-    if (split == 0) & (slot >= 0):
+    if has_new & (slot >= 0):
         tl.store(k_head + slot * step + dim, key_a, mask=real)
         tl.store(k_head + slot * step + half + dim, key_b, mask=real)
         tl.store(v_head + slot * step + dim, value_a, mask=real)
         tl.store(v_head + slot * step + half + dim, value_b, mask=real)
 
-    # The first part begins with the new key; the others with none.
     new = tl.sum(query_a.to(tl.float32) * key_a.to(tl.float32)[None, :], 1)
     new = (new + tl.sum(query_b.to(tl.float32) * key_b.to(tl.float32)[None, :], 1)) * scale_log2
-    has_new = (split == 0) & (length > 0)
     top = tl.where(has_new, new, -1e38)
     total = tl.zeros([block_m], tl.float32) + tl.where(has_new, 1.0, 0.0)
     zero = tl.zeros([block_m, block_half], tl.float32)
@@ -278,20 +278,18 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
             query_a, query_b, keys_a, keys_b, values_a, values_b, seen, top, total, acc_a, acc_b, scale_log2
         )
 
-    row_of_head = token * (kv_heads * group) + head
-    if splits == 1:
-        factor = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-        target = parts + row_of_head[:, None] * head_dim + dim[None, :]
-        tl.store(target, (acc_a * factor).to(parts.dtype.element_ty), mask=both)
-        tl.store(target + half, (acc_b * factor).to(parts.dtype.element_ty), mask=both)
+    if count == 1:
+        weight = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        whole = out + (token * (kv_heads * group) + head)[:, None] * head_dim + dim[None, :]
+        tl.store(whole, (acc_a * weight).to(out.dtype.element_ty), mask=both)
+        tl.store(whole + half, (acc_b * weight).to(out.dtype.element_ty), mask=both)
     else:
-        part = row_of_head * splits + split
+        part = number.to(tl.int64) * (kv_heads * group) + head
         tl.store(tops + part, top, mask=mine)
         tl.store(sums + part, total, mask=mine)
         target = parts + part[:, None] * head_dim + dim[None, :]
-        filled = both & (total > 0.0)[:, None]
-        tl.store(target, acc_a, mask=filled)
-        tl.store(target + half, acc_b, mask=filled)
+        tl.store(target, acc_a, mask=both)
+        tl.store(target + half, acc_b, mask=both)
 
 
 @jit()

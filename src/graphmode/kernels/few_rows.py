@@ -20,7 +20,7 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
-from graphmode.kernels.few_rows_hopper import linear_add_hopper, norm_linear_hopper, supports
+from graphmode.kernels.few_rows_hopper import linear_add_hopper, linear_hopper, norm_linear_hopper, supports
 from graphmode.kernels.norm import rms_norm_triton
 
 MAX_ROWS = 16
@@ -88,6 +88,23 @@ def linear_add(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
     require(x.is_contiguous(), "x", f"of strides {x.stride()}", "a contiguous tensor")
     run = linear_add_hopper if supports(weight) else linear_add_triton if runs_triton(x) else linear_add_reference
     run(x, h, weight)
+
+
+def linear(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return ``h @ weight.T``. Where there is no kernel for it, a matrix product.
+
+    Args:
+        h: ``[rows, in]``, at most 16 rows, float32, bfloat16 or float16, contiguous.
+        weight: ``[out, in]`` in ``h``'s dtype, contiguous.
+
+    Returns:
+        ``[rows, out]``.
+
+    Raises:
+        ValueError: a shape, dtype, layout or device does not fit.
+    """
+    _require_rows("h", h, weight)
+    return linear_hopper(h, weight) if supports(weight) else torch.nn.functional.linear(h, weight)
 
 
 def _require_rows(name: str, x: torch.Tensor, weight: torch.Tensor) -> None:

@@ -53,7 +53,8 @@ def adjust_logits(
 
     Args:
         logits: ``[rows, vocab]``, float32, bfloat16 or float16, with any strides.
-        positions: int64 ``[rows]``: the position in its sequence of the token that is drawn.
+        positions: int64 ``[rows]``: the position in its sequence of the token that is drawn. Where it is 0 or less, a
+            row is padding: its logits are not read, and what is returned for it is undefined.
         history: int32 ``[slots, vocab]``, contiguous: the tokens of the running sequences
             (:mod:`graphmode.kernels.history`).
         row_slot: int64 ``[rows]``: the slot of each row's sequence; -1 for a row without penalties and for padding.
@@ -119,7 +120,7 @@ def adjust_logits_triton(
         return adjusted
     penalties = (history, row_slot, *adjustments[:3])
     _penalise_kernel[(rows, -(-vocab // _BLOCK))](
-        logits, *logits.stride(), *penalties, adjusted, history.shape[0], vocab, block=_BLOCK
+        logits, *logits.stride(), *penalties, adjusted, history.shape[0], vocab, positions, block=_BLOCK
     )
     max_bias, max_stop = adjustments.bias_ids.shape[1], adjustments.stop_ids.shape[1]
     if max_bias or max_stop:
@@ -153,11 +154,12 @@ def _penalise_kernel(  # type: ignore[no-untyped-def]
     adjusted,
     num_slots,
     vocab,
+    positions,
     block: constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * block + tl.arange(0, block)
-    inside = index < vocab
+    inside = index < tl.where(tl.load(positions + row) > 0, vocab, 0)
     value = tl.load(
         logits + row * logits_stride_row + index.to(tl.int64) * logits_stride_vocab, mask=inside, other=0.0
     ).to(tl.float32)

@@ -14,8 +14,8 @@ class LogProbabilities(NamedTuple):
     """What :func:`log_probabilities` returns. Rows come in order, tokens from the most likely on.
 
     Attributes:
-        chosen: float32 ``[rows]``: of the chosen tokens.
-        rank: int64 ``[rows]``: the chosen tokens' places among all, from 1.
+        chosen: float32 ``[rows]``: of the chosen tokens; -inf where nothing is wanted.
+        rank: int64 ``[rows]``: the chosen tokens' places among all, from 1; 0 where nothing is wanted.
         top_ids: int64 ``[rows, top_n]``: the most likely tokens; -1 beyond as many as the row wants.
         top: float32 ``[rows, top_n]``: theirs; -inf beyond.
     """
@@ -35,8 +35,8 @@ def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.
         logits: ``[rows, vocab]``, float32, bfloat16 or float16, with any strides. NaN counts as -inf. Among equals,
             lower indexes come first.
         tokens: int64 ``[rows]``: the chosen tokens, in the vocabulary.
-        wanted: int32 ``[rows]``: how many of the most likely tokens each row wants; more than ``top_n`` is ``top_n``,
-            less than 0 is 0.
+        wanted: int32 ``[rows]``: how many of the most likely tokens each row wants; more than ``top_n`` is ``top_n``.
+            Less than 0 wants nothing, not even the chosen token's: the row is not read.
         top_n: the most that a row may want: a graph holds it.
 
     Raises:
@@ -63,10 +63,11 @@ def log_probabilities_reference(
     rank = (keys > keys.gather(1, chosen)).sum(dim=1).add_(1)
     top_ids = keys.topk(top_n, dim=1).indices
     logs = values.log_softmax(1)
+    read = wanted >= 0
     kept = torch.arange(top_n, device=values.device) < wanted.unsqueeze(1)
     return LogProbabilities(
-        chosen=logs.gather(1, chosen).squeeze(1),
-        rank=rank,
+        chosen=torch.where(read, logs.gather(1, chosen).squeeze(1), -infinity),
+        rank=torch.where(read, rank, 0),
         top_ids=torch.where(kept, top_ids, -1),
         top=torch.where(kept, logs.gather(1, top_ids), -infinity),
     )
@@ -85,8 +86,8 @@ def log_probabilities_triton(
     rows, vocab = logits.shape
     device = logits.device
     result = LogProbabilities(
-        chosen=torch.empty(rows, dtype=torch.float32, device=device),
-        rank=torch.empty(rows, dtype=torch.int64, device=device),
+        chosen=torch.full((rows,), -float("inf"), dtype=torch.float32, device=device),
+        rank=torch.zeros(rows, dtype=torch.int64, device=device),
         top_ids=torch.full((rows, top_n), -1, dtype=torch.int64, device=device),
         top=torch.full((rows, top_n), -float("inf"), dtype=torch.float32, device=device),
     )
@@ -113,6 +114,9 @@ def _log_probabilities_kernel(  # type: ignore[no-untyped-def]
     block: constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    count = tl.load(wanted + row)
+    if count < 0:
+        return
     values = logits + row * logits_stride_row
     token = tl.load(tokens + row)
     real = (token >= 0) & (token < vocab)
@@ -140,7 +144,7 @@ def _log_probabilities_kernel(  # type: ignore[no-untyped-def]
 
     last_value = float("inf")
     last_index = -1
-    for place in range(tl.minimum(tl.load(wanted + row), top_n)):
+    for place in range(tl.minimum(count, top_n)):
         best = tl.full([block], float("-inf"), tl.float32)
         best_at = tl.full([block], 0x7FFFFFFF, tl.int32)
         for start in range(0, vocab, block):

@@ -38,21 +38,69 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Do as :func:`rms_norm` in PyTorch."""
+    return _normalised(x, weight, eps).to(x.dtype)
+
+
+def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     values = x.float()
     scale = values.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (values * scale * weight.float()).to(x.dtype)
+    return values * scale * weight.float()
 
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Do as :func:`rms_norm` in Triton, a program a row."""
-    rows, hidden = x.shape
     out = torch.empty_like(x)
+    _launch_rms_norm(x, weight, out, eps, add=False)
+    return out
+
+
+def add_rms_norm(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Add :func:`rms_norm` of ``h`` to ``x``, in place: the second norm of Sandwich-LN (CogView, arXiv 2105.13290).
+
+    Args:
+        x: ``[rows, hidden]``, float32, bfloat16 or float16, contiguous.
+        h: as ``x``.
+        weight: ``[hidden]`` in ``x``'s dtype.
+        eps: added to the mean of squares.
+
+    Raises:
+        ValueError: a shape, dtype, layout or device does not fit.
+    """
+    require_tensor("x", x, shape=(None, None), dtypes=FLOATS, like=x)
+    require_tensor("h", h, shape=x.shape, dtypes=(x.dtype,), like=x)
+    require_tensor("weight", weight, shape=x.shape[1:], dtypes=(x.dtype,), like=x)
+    for name, tensor in (("x", x), ("h", h)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+    add = add_rms_norm_triton if runs_triton(x) else add_rms_norm_reference
+    add(x, h, weight, eps)
+
+
+def add_rms_norm_reference(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Do as :func:`add_rms_norm` in PyTorch."""
+    x.copy_(x.float() + _normalised(h, weight, eps))
+
+
+def add_rms_norm_triton(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Do as :func:`add_rms_norm` in Triton, a program a row."""
+    _launch_rms_norm(h, weight, x, eps, add=True)
+
+
+def _launch_rms_norm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, *, add: bool) -> None:
+    rows, hidden = x.shape
     block = next_power_of_2(hidden)
     if rows:
         _rms_norm_kernel[(rows,)](
-            x, weight, out, eps, hidden, block=block, num_warps=min(max(block // 512, 1), 8), **launch_options(x.device)
+            x,
+            weight,
+            out,
+            eps,
+            hidden,
+            add=add,
+            block=block,
+            num_warps=min(max(block // 512, 1), 8),
+            **launch_options(x.device),
         )
-    return out
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -97,16 +145,21 @@ def silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 @jit()
-def _rms_norm_kernel(x, weight, out, eps, hidden, block: constexpr, early: constexpr):  # type: ignore[no-untyped-def]
+def _rms_norm_kernel(  # type: ignore[no-untyped-def]
+    x, weight, out, eps, hidden, add: constexpr, block: constexpr, early: constexpr
+):
+    """Write the norm of a row to ``out``, or add it to what is there."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, block)
     inside = at < hidden
     scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     if early:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     values = tl.load(x + row * hidden + at, mask=inside, other=0.0).to(tl.float32)
     values = values * (1.0 / tl.sqrt(tl.sum(values * values, 0) / hidden + eps)) * scale
+    if add:
+        values += tl.load(out + row * hidden + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * hidden + at, values.to(out.dtype.element_ty), mask=inside)
 
 
@@ -116,8 +169,8 @@ def _silu_mul_kernel(gate_up, out, size, block: constexpr, early: constexpr):  #
     at = tl.program_id(1) * block + tl.arange(0, block)
     inside = at < size
     if early:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     gate = tl.load(gate_up + row * 2 * size + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + at, mask=inside, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up

@@ -208,8 +208,8 @@ def _rotate_and_cache_kernel(  # type: ignore[no-untyped-def]
     part = tl.program_id(1)
     q_parts = (q_heads + block_h - 1) // block_h
     if early:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     position = tl.load(positions + token)
     row = qkv + token * ((q_heads + 2 * kv_heads) * head_dim)
     if part < q_parts:

@@ -51,7 +51,8 @@ def sample(
         temperature: float32 ``[seqs]``. Below 1e-5, 0 included, the row is greedy: the highest logit, the lowest index
             among equals.
         seeds: int64 ``[seqs]``: all bits count.
-        positions: int64 or int32 ``[seqs]``: the position in its sequence of the token that is drawn.
+        positions: int64 or int32 ``[seqs]``: the position in its sequence of the token that is drawn. No text begins
+            with a drawn token: 0 or less is a padding row, which gets token 0, and whose logits are not read.
         filters: the rows' top-k, top-p and min-p. A row whose filters are all off gets the token that it gets without
             them. None spares their work where no row will ever filter.
 
@@ -90,7 +91,8 @@ def sample_reference(
     if filters is not None:
         threshold = threshold_reference(logits, temperature, filters).unsqueeze(1)
         scores = torch.where(logits >= threshold, scores, -infinity)
-    return scores.nan_to_num_(nan=-infinity, posinf=infinity, neginf=-infinity).argmax(dim=1)
+    tokens = scores.nan_to_num_(nan=-infinity, posinf=infinity, neginf=-infinity).argmax(dim=1)
+    return torch.where(positions > 0, tokens, 0)
 
 
 def uniform_reference(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -116,8 +118,10 @@ def _mix64(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-# Vocabulary entries that a Triton program takes at a time, and programs that fill a large GPU.
+# Vocabulary entries that a Triton program takes at a time, how many times that is under way at once (one of them being
+# computed with), and programs that fill a large GPU.
 _BLOCK = 1024
+_STAGES = 5
 _FULL_GRID = 512
 
 
@@ -154,6 +158,7 @@ def sample_triton(
         part,
         min_temperature=MIN_TEMPERATURE,
         block=_BLOCK,
+        stages=_STAGES,
         **launch_options(logits.device),
     )
     _pick_part_kernel[(seqs,)](
@@ -184,6 +189,7 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
     part,
     min_temperature: constexpr,
     block: constexpr,
+    stages: constexpr,
     early: constexpr,
 ):
     """Find the highest score, and its lowest index, in one part of one row."""
@@ -192,15 +198,16 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * part
-    end = tl.minimum(start + part, vocab)
+    position = tl.load(positions + row)
+    end = tl.where(position > 0, tl.minimum(start + part, vocab), 0)
     warmth = tl.load(temperature + row)
     random = warmth >= min_temperature
     factor = 1.0 / tl.where(random, warmth, 1.0)
-    key = _key(tl.load(seeds + row), tl.load(positions + row))
+    key = _key(tl.load(seeds + row), position)
     lane = tl.arange(0, block)
     best = tl.full([block], float("-inf"), tl.float32)
     best_at = start + lane
-    for tile in range(start, end, block):
+    for tile in tl.range(start, end, block, num_stages=stages):
         index = tile + lane
         value = tl.load(
             logits + row * logits_stride_row + index.to(tl.int64) * logits_stride_vocab,

@@ -11,6 +11,8 @@ from transformers import AttentionInterface
 
 from graphmode.graph import outside_graph
 from graphmode.kernels import paged_attention, select_keys, write_kv
+from graphmode.kernels._triton import runs_triton
+from graphmode.kernels.parts import Parts, share_keys
 from graphmode.models.errors import ModelError
 from graphmode.models.latent import absorb_keys, expand_values, keeps_latents
 from graphmode.models.sparse import BatchAsMask
@@ -95,6 +97,19 @@ class AttentionBatch:
     piecewise: bool = False
     attend: Callable[..., torch.Tensor] | None = None
     host_arguments: Mapping[str, list[int]] = field(default_factory=dict)
+    _parts: dict[tuple[int, int | None, int | None], Parts] = field(default_factory=dict)
+
+    def parts(self, kv_heads: int, window: int | None, top_k: int | None = None) -> Parts | None:
+        """Return how decode is shared out among programs, computed once a step; None where each call computes it.
+
+        Outside the graph a call is all that runs again, and what another one computed would be of an earlier step.
+        """
+        if self.max_query_len > 1 or self.piecewise or not runs_triton(self.kv_lens):
+            return None
+        key = kv_heads, window, top_k
+        if key not in self._parts:
+            self._parts[key] = share_keys(self.kv_lens, kv_heads, window=window, top_k=top_k)
+        return self._parts[key]
 
     @property
     def attention(self) -> Callable[..., torch.Tensor]:
@@ -147,6 +162,7 @@ def attend(
         soft_cap=soft_cap,
         sinks=sinks,
         selection=selection,
+        parts=batch.parts(cache.keys.shape[2], window, None if selection is None else selection.shape[1]),
     )
     return output
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from graphmode.kernels import Rotation, linear_add, norm_linear, rms_norm, rotate_and_attend, rotate_and_cache, silu_mul
+from graphmode.kernels import (
+    Rotation,
+    add_rms_norm,
+    linear,
+    linear_add,
+    norm_linear,
+    rms_norm,
+    rotate_and_attend,
+    rotate_and_cache,
+    silu_mul,
+)
 from graphmode.kernels.few_rows import runs_few_rows
 from graphmode.models.attention import (
     AttentionBatch,
@@ -56,10 +65,12 @@ class FusedLayer:
         scale: of the scores.
         window: of sliding-window attention.
         output: weight of the output projection, ``[hidden, q_heads * head_dim]``.
+        output_norm: of what attention adds; None for none.
         mlp_norm: before the feed-forward network.
         gate_up: merged weight of its gate and up projections, ``[2 * size, hidden]``; None where ``experts`` is in its
             place.
         down: weight of its down projection, ``[hidden, size]``; None likewise.
+        down_norm: of what the network adds; None for none.
         experts: a module for another kind of network; None for this kind.
         rotation: of queries and keys.
     """
@@ -73,9 +84,11 @@ class FusedLayer:
     scale: float
     window: int | None
     output: torch.Tensor
+    output_norm: Norm | None
     mlp_norm: Norm
     gate_up: torch.Tensor | None
     down: torch.Tensor | None
+    down_norm: Norm | None
     experts: nn.Module | None
     rotation: Rotation
 
@@ -93,16 +106,16 @@ class FusedLayer:
         few = runs_few_rows(x, *weights)
         self._attention(x, position_ids[0], attention_batch, few)
         if self.experts is not None:
-            x += self.experts(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps).unsqueeze(0))[0]
+            h = self.experts(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps).unsqueeze(0))[0]
+            _add(x, h, self.down_norm)
             return hidden_states
         assert self.gate_up is not None
         assert self.down is not None
         if few:
             h = norm_linear(x, self.mlp_norm.weight, self.gate_up, None, self.mlp_norm.eps, gated=True)
-            linear_add(x, h, self.down)
         else:
-            h = nn.functional.linear(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps), self.gate_up)
-            x.addmm_(silu_mul(h), self.down.T)
+            h = silu_mul(nn.functional.linear(rms_norm(x, self.mlp_norm.weight, self.mlp_norm.eps), self.gate_up))
+        _project(x, h, self.down, self.down_norm, few)
         return hidden_states
 
     def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> None:
@@ -112,10 +125,7 @@ class FusedLayer:
         else:
             qkv = nn.functional.linear(rms_norm(x, norm.weight, norm.eps), self.qkv, self.qkv_bias)
         heads = self._attend(qkv, positions, batch).flatten(1)
-        if few:
-            linear_add(x, heads, self.output)
-        else:
-            x.addmm_(heads, self.output.T)
+        _project(x, heads, self.output, self.output_norm, few)
 
     def _attend(self, qkv: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         cache = batch.caches[self.index]
@@ -124,9 +134,28 @@ class FusedLayer:
         rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping)
         if batch.max_query_len == 1 and not batch.piecewise:
             lengths = (batch.block_tables, batch.cu_query_lens, batch.kv_lens)
-            return rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window)
+            parts = batch.parts(cache.keys.shape[2], self.window)
+            return rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window, parts=parts)
         run = attend_outside_graph if batch.piecewise else attend
         return run(rotate_and_cache(qkv, *rotated), cache, batch, self.scale, self.window, None, None)
+
+
+def _project(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, norm: Norm | None, few: bool) -> None:
+    """Add ``h @ weight.T``, or its norm, to ``x``, in place."""
+    if norm is not None:
+        _add(x, linear(h, weight) if few else nn.functional.linear(h, weight), norm)
+    elif few:
+        linear_add(x, h, weight)
+    else:
+        x.addmm_(h, weight.T)
+
+
+def _add(x: torch.Tensor, h: torch.Tensor, norm: Norm | None) -> None:
+    """Add ``h``, or its norm, to ``x``, in place."""
+    if norm is None:
+        x += h
+    else:
+        add_rms_norm(x, h, norm.weight, norm.eps)
 
 
 @dataclass(frozen=True)
@@ -167,16 +196,17 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
     if not _head_agrees(text.norm, head, fused_head):
         log.info("layers are not fused: the head gives other results when it is")
         return 0
-    cos, sin = _rotation_tables(text.rotary_emb, model, max_model_len)
+    rotations = _rotations(text.rotary_emb, model, max_model_len)
     fused: list[FusedLayer] = []
     for index, layer in enumerate(text.layers):
-        parts = _merge(layer, index, Rotation(cos, sin))
+        parts = _merge(layer, index, rotations[0])
         positions = torch.arange(max_model_len - _CHECK_TOKENS, max_model_len, device=model.device).clamp(min=0)
-        alike = [each for each in _rotated_both_ways(parts) if _agrees(layer, each, text.rotary_emb, positions)]
-        if not alike:
+        rotated = (replace(parts, rotation=rotation) for rotation in rotations)
+        alike = next((each for each in rotated if _agrees(layer, each, text.rotary_emb, positions)), None)
+        if alike is None:
             log.info("layers are not fused: layer %d gives other results when it is", index)
             return 0
-        fused.append(alike[0])
+        fused.append(alike)
     for layer, parts in zip(text.layers, fused, strict=True):
         layer.forward = parts
     rotation = fused[0].rotation
@@ -210,21 +240,24 @@ def _why_not(model: Any, text: Any) -> str:
     return ""
 
 
+_PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+_OUTPUT_NORMS = frozenset({"post_self_attn_layernorm", "post_mlp_layernorm"})
+
+
 def _why_not_layer(layer: Any) -> str:
     """Return why a layer's parts are not those of a fused one; empty if they are."""
-    names = {name for name, _ in layer.named_children()}
-    if names != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+    names = {name for name, module in layer.named_children() if not isinstance(module, nn.Dropout)}
+    if not _PARTS <= names <= _PARTS | _OUTPUT_NORMS:
         return f"its parts are {', '.join(sorted(names))}"
     attention = layer.self_attn
     parts = dict(attention.named_children())
-    if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= parts.keys() <= {
-        "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"
-    }:  # fmt: skip
+    projections = {"qkv_proj"} if "qkv_proj" in parts else {"q_proj", "k_proj", "v_proj"}
+    if not projections | {"o_proj"} <= parts.keys() <= projections | {"o_proj", "q_norm", "k_norm"}:
         return f"its attention has {', '.join(sorted(parts))}"
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    for name in sorted(projections | {"o_proj"}):
         if type(parts[name]) is not nn.Linear:
             return f"its {name} is {type(parts[name]).__name__}"
-    biased = {parts[name].bias is not None for name in ("q_proj", "k_proj", "v_proj")}
+    biased = {parts[name].bias is not None for name in projections}
     if attention.o_proj.bias is not None or len(biased) > 1:
         return "its projections have biases of another kind"
     if not isinstance(getattr(attention, "head_dim", None), int) or not hasattr(attention, "scaling"):
@@ -233,8 +266,8 @@ def _why_not_layer(layer: Any) -> str:
         return "only queries or only keys have a norm"
     if "q_norm" in parts and not all(_is_norm(parts[name], attention.head_dim) for name in ("q_norm", "k_norm")):
         return "its norms of heads are of another kind"
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        if not _is_norm(getattr(layer, name), attention.q_proj.in_features):
+    for name in sorted(names - {"self_attn", "mlp"}):
+        if not _is_norm(getattr(layer, name), attention.o_proj.out_features):
             return f"its {name} is of another kind"
     return ""
 
@@ -245,21 +278,26 @@ def _is_norm(module: nn.Module, size: int) -> bool:
     return names.keys() == {"weight"} and names["weight"].shape == (size,) and hasattr(module, "variance_epsilon")
 
 
-def _is_gated_mlp(mlp: Any) -> bool:
+def _gate_and_up(mlp: Any) -> list[Any] | None:
+    """Return the projections to gate and up, in one module or two, of a gated network; None for another kind."""
     parts = dict(mlp.named_children())
-    return (
-        parts.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-        and isinstance(parts["act_fn"], (nn.SiLU, type(ACT2FN["silu"])))
-        and all(type(parts[name]) is nn.Linear and parts[name].bias is None for name in parts.keys() - {"act_fn"})
-    )
+    names = ["gate_up_proj"] if "gate_up_proj" in parts else ["gate_proj", "up_proj"]
+    others = [module for name, module in parts.items() if name not in (*names, "down_proj")]
+    if len(parts) != len(names) + 2 or len(others) != 1 or not isinstance(others[0], (nn.SiLU, type(ACT2FN["silu"]))):
+        return None
+    if any(type(parts[name]) is not nn.Linear or parts[name].bias is not None for name in (*names, "down_proj")):
+        return None
+    return [parts[name] for name in names]
 
 
 def _merge(layer: Any, index: int, rotation: Rotation) -> FusedLayer:
     """Return the fused layer of a recognised one, whose own weights become views of the merged ones."""
     attention, mlp = layer.self_attn, layer.mlp
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    merged = hasattr(attention, "qkv_proj")
+    projections = [attention.qkv_proj] if merged else [attention.q_proj, attention.k_proj, attention.v_proj]
     passed = {"sliding_window": attention.sliding_window} if hasattr(attention, "sliding_window") else {}
-    gated = _is_gated_mlp(mlp)
+    gate_and_up = _gate_and_up(mlp)
+    output_norm, down_norm = (getattr(layer, name, None) for name in ("post_self_attn_layernorm", "post_mlp_layernorm"))
     return FusedLayer(
         index=index,
         input_norm=_norm(layer.input_layernorm),
@@ -270,16 +308,20 @@ def _merge(layer: Any, index: int, rotation: Rotation) -> FusedLayer:
         scale=attention.scaling,
         window=sliding_window(attention, passed),
         output=attention.o_proj.weight.data,
+        output_norm=None if output_norm is None else _norm(output_norm),
         mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=_merged([mlp.gate_proj, mlp.up_proj], "weight") if gated else None,
-        down=mlp.down_proj.weight.data if gated else None,
-        experts=None if gated else mlp,
+        gate_up=None if gate_and_up is None else _merged(gate_and_up, "weight"),
+        down=None if gate_and_up is None else mlp.down_proj.weight.data,
+        down_norm=None if down_norm is None else _norm(down_norm),
+        experts=mlp if gate_and_up is None else None,
         rotation=rotation,
     )
 
 
 def _merged(modules: list[Any], name: str) -> torch.Tensor:
     """Put one parameter of each module below the other, and point the modules at their parts."""
+    if len(modules) == 1:
+        return getattr(modules[0], name).data  # type: ignore[no-any-return]
     merged = torch.cat([getattr(module, name).data for module in modules])
     start = 0
     for module in modules:
@@ -289,17 +331,17 @@ def _merged(modules: list[Any], name: str) -> torch.Tensor:
     return merged
 
 
-def _rotated_both_ways(parts: FusedLayer) -> Iterator[FusedLayer]:
-    yield parts
-    yield replace(parts, rotation=parts.rotation._replace(interleaved=True))
-
-
-def _rotation_tables(rotary: Any, model: PreTrainedModel, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine of each position for each pair, float32 ``[positions, half]``."""
+def _rotations(rotary: Any, model: PreTrainedModel, positions: int) -> tuple[Rotation, ...]:
+    """Return the rotations that a layer may have: of halves, of pairs side by side, and none."""
     like = torch.empty(0, dtype=torch.float32, device=model.device)
-    cos, sin = rotary(like, torch.arange(positions, device=model.device).unsqueeze(0))
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+    tables = rotary(like, torch.arange(positions, device=model.device).unsqueeze(0))
+    half = tables[0].shape[-1] // 2
+    cos, sin = (table[0, :, :half].float().contiguous() for table in tables)
+    return (
+        Rotation(cos, sin),
+        Rotation(cos, sin, interleaved=True),
+        Rotation(torch.ones_like(cos), torch.zeros_like(sin)),
+    )
 
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -319,11 +361,10 @@ def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor)
     device, dtype = parts.qkv.device, parts.qkv.dtype
     generator = torch.Generator().manual_seed(parts.index)
     tokens = len(positions)
-    # Small, so that what the layer adds is not lost in the rounding of what it adds to; the norm makes up for it.
-    x = torch.randn(1, tokens, parts.qkv.shape[1], generator=generator).mul_(0.01).to(device, dtype)
-    kv_heads = layer.self_attn.k_proj.out_features // parts.head_dim
-    results = []
-    for run in (layer, parts):
+    x = torch.randn(1, tokens, parts.qkv.shape[1], generator=generator)
+    kv_heads = (parts.qkv.shape[0] - parts.output.shape[1]) // (2 * parts.head_dim)
+
+    def run(forward: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
         cache = LayerCache(*torch.zeros(2, 1, 16, kv_heads, parts.head_dim, dtype=dtype, device=device))
         batch = AttentionBatch(
             slot_mapping=torch.arange(tokens, device=device),
@@ -334,23 +375,27 @@ def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor)
             caches=[cache] * (parts.index + 1),
             attend=attend_as_asked,
         )
-        hidden = x.clone()
         with torch.inference_mode(), real_rows(layer, batch):
-            embedded = rotary(hidden, positions.unsqueeze(0))
-            hidden = run(
-                hidden,
+            after = forward(
+                hidden.clone(),
                 attention_mask=None,
                 position_ids=positions.unsqueeze(0),
                 past_key_values=None,
                 use_cache=False,
-                position_embeddings=embedded,
+                position_embeddings=rotary(hidden, positions.unsqueeze(0)),
                 attention_batch=batch,
             )
-        results.append([hidden - x, cache.keys, cache.values])
-    (scale, window, *rest), *others = asked
-    if others or (scale, window) != (parts.scale, parts.window) or any(option is not None for option in rest):
-        return False
-    return all(close(own, other) for own, other in zip(*results, strict=True))
+        return [after, after - hidden, cache.keys, cache.values]
+
+    # Small, what the layer adds is not lost in the rounding of what it adds to; large, what becomes of that shows. The
+    # norm makes up for both.
+    small, large = (x.mul(size).to(device, dtype) for size in (0.01, 100.0))
+    pairs = [*zip(run(layer, small)[1:], run(parts, small)[1:], strict=True)]
+    pairs.append((run(layer, large)[0], run(parts, large)[0]))
+    for scale, window, *rest in asked:
+        if (scale, window) != (parts.scale, parts.window) or any(option is not None for option in rest):
+            return False
+    return len(asked) == 2 and all(close(own, other) for own, other in pairs)
 
 
 def _head_agrees(norm: Any, head: Any, fused: FusedHead) -> bool:

@@ -103,7 +103,7 @@ def bench(plan: Plan, found: Callable[[Row], None] = lambda row: None, *, progre
         ModelError: the model is not there or cannot be run.
         BackendError: the device is not there.
     """
-    with _model_folder(plan.model) as folder:
+    with model_folder(plan.model) as folder:
         plan = resolve(plan, folder)
         rows: list[Row] = []
 
@@ -121,7 +121,7 @@ def bench(plan: Plan, found: Callable[[Row], None] = lambda row: None, *, progre
 
 
 @contextmanager
-def _model_folder(model: str) -> Iterator[str | Path]:
+def model_folder(model: str) -> Iterator[str | Path]:
     """Give what holds the model: for a name of ours, a folder of its configuration."""
     if model == "bundled":
         yield bundled_model()
@@ -262,7 +262,7 @@ def _run_mode(
         found(
             Row(
                 plan.workload.value,
-                _shown(plan.model),
+                shown_name(plan.model),
                 mode,
                 batch,
                 tuple(figures),
@@ -285,7 +285,7 @@ def _scale(llm: LLM) -> _Scale:
     return _Scale(device, loaded.model.dtype, loaded.shape.vocab_size, cost, roofline)
 
 
-def _shown(model: str) -> str:
+def shown_name(model: str) -> str:
     """Return the model's name in results."""
     return Path(model).resolve().name if Path(model).exists() else model
 

@@ -1,0 +1,142 @@
+"""What padding costs: decode steps of some rows in the bucket that holds them, and by a graph of exactly that size.
+
+Run ``python benchmarks/padding.py --model qwen3-0.6b``. One engine has both graphs; they replay in turns, over the same
+weights, contexts and cache, without the scheduler: a burst of steps, timed from the copy of its inputs to its end.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from graphmode import LLM
+from graphmode.engine.sampler import SamplingLevel
+from graphmode.engine.step_runner import INPUTS
+from graphmode.graph import make_buckets
+from graphmode.observe.bench.results import Row, as_json, of_runs
+from graphmode.observe.bench.run import Plan, model_folder, resolve, shown_name
+from graphmode.observe.bench.workloads import PROMPT_TOKENS, Workload
+from graphmode.observe.machine import device_name, versions
+
+# The sizes that the engine makes graphs of on a GPU, where the user says nothing.
+BUCKETS = make_buckets(2048)
+
+
+def bucket_of(size: int) -> int:
+    """Return the bucket that a step of ``size`` rows runs in."""
+    return BUCKETS[bisect_left(BUCKETS, size)]
+
+
+def decode_inputs(llm: LLM, rows: int, size: int, steps: int) -> dict[str, torch.Tensor]:
+    """Return the inputs of a burst of decode steps: sequences after a prompt, and padding after them.
+
+    Args:
+        llm: the engine, which runs nothing else.
+        rows: sequences.
+        size: rows with padding, the graph's.
+        steps: the decode steps that the sequences have room for.
+    """
+    length, pool = PROMPT_TOKENS + 1, llm.engine.scheduler.pool
+    blocks = -(-(length + steps) // pool.block_size)
+    taken = pool.allocate(rows * blocks)
+    tables = torch.zeros(rows, -(-llm.engine.limits.max_model_len // pool.block_size), dtype=torch.int32)
+    tables[:, :blocks] = torch.tensor(taken).view(rows, blocks)
+    pool.free(taken)
+    last = tables[:, (length - 1) // pool.block_size].long()
+    real = {
+        "token_ids": torch.randint(llm.engine.loaded.shape.vocab_size, (rows,)),
+        "positions": torch.full((rows,), length - 1),
+        "slot_mapping": last * pool.block_size + (length - 1) % pool.block_size,
+        "query_lens": torch.ones(rows),
+        "kv_lens": torch.full((rows,), length),
+        "logits_rows": torch.arange(rows),
+        "slots": torch.arange(rows) + 1,
+        "limits": torch.full((rows,), length + steps),
+        "block_tables": tables,
+    }
+    padding = {spec.name: spec for spec in INPUTS}
+    inputs = {"token_sources": torch.full((size,), -1)}
+    for name, values in real.items():
+        spec = padding[name]
+        inputs[name] = torch.full((size, *values.shape[1:]), spec.padding, dtype=spec.dtype)
+        inputs[name][:rows] = values
+    return inputs
+
+
+def step_ms(llm: LLM, inputs: dict[str, torch.Tensor], steps: int) -> float:
+    """Return the time of a decode step in a burst of them, in milliseconds."""
+    graphs = llm.engine.runner.graphs
+    graphs.backend.synchronize()
+    start = time.perf_counter()
+    graphs(family="decode", level=SamplingLevel.PLAIN, repeats=steps, **inputs)
+    graphs.backend.synchronize()
+    return 1e3 * (time.perf_counter() - start) / steps
+
+
+def main(
+    model: Annotated[str, typer.Option(help="As of graphmode bench.")] = "bundled",
+    sizes: Annotated[str, typer.Option(help="Rows of a step; none may be a bucket.")] = "9,17,33,100",
+    steps: Annotated[int, typer.Option(help="Decode steps of a burst.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Bursts of each graph that are timed, after one that is not.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")] = "auto",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows to this file.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Measure what padding costs a decode step."""
+    asked = [int(size) for size in sizes.split(",")]
+    if wrong := [size for size in asked if not 0 < size < BUCKETS[-1] or size == bucket_of(size)]:
+        raise typer.BadParameter(f"sizes {wrong} are not padded; give sizes between the buckets {list(BUCKETS)}")
+    graph_sizes = sorted({*asked, *map(bucket_of, asked)})
+    options = {
+        "device": device,
+        "graph_sizes": graph_sizes,
+        "max_num_seqs": graph_sizes[-1],
+        "graph_mode": "full_decode_only",
+        "strict": True,
+    }
+    with model_folder(model) as folder:
+        plan = resolve(Plan(Workload.DECODE, model, tokens=steps, repeats=repeats, options=options), folder)
+        torch.manual_seed(0)
+        llm = LLM(folder, **plan.options)
+    found: list[Row] = []
+    typer.echo("rows  bucket  padding  bucket, ms a step  exact, ms a step  ratio")
+    for rows in asked:
+        graphs = {"bucket": bucket_of(rows), "exact": rows}
+        inputs = {mode: decode_inputs(llm, rows, size, steps) for mode, size in graphs.items()}
+        times: dict[str, list[float]] = {mode: [] for mode in graphs}
+        for _ in range(repeats + 1):
+            for mode in graphs:
+                times[mode].append(step_ms(llm, inputs[mode], steps))
+        figures = {mode: of_runs("step_ms", each[1:]) for mode, each in times.items()}
+        for mode, size in graphs.items():
+            found.append(
+                Row(
+                    "padding",
+                    shown_name(model),
+                    mode,
+                    rows,
+                    (figures[mode],),
+                    device_name(llm.engine.device),
+                    versions(),
+                    datetime.now(UTC).date().isoformat(),
+                    {"graph_rows": size, "prompt_tokens": PROMPT_TOKENS, "steps": steps, "repeats": repeats},
+                )
+            )
+        in_bucket, exact = (figures[mode].median for mode in graphs)
+        padding = graphs["bucket"] - rows
+        typer.echo(
+            f"{rows:4}  {graphs['bucket']:6}  {padding:7}  {in_bucket:17.3f}  {exact:16.3f}  {in_bucket / exact:5.3f}"
+        )
+    if json_file is not None:
+        json_file.write_text(as_json(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
