@@ -95,6 +95,7 @@ def test_a_seed_repeats_a_sample() -> None:
         (["--temperature", "-1"], "temperature is -1"),
         (["--max-padding-ratio", "2"], "max_padding_ratio is 2"),
         (["--dtype", "int4"], "int4"),
+        (["--fuse", "all"], "fuse is 'all'"),
         (["--device", "cuda:99"], "cuda"),
         (["--device", "toaster"], "toaster"),
         (["--enforce-eager", "--graph-sizes", "1"], "graphs are off"),

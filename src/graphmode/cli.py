@@ -91,6 +91,10 @@ def generate(
     max_padding_ratio: Annotated[
         float | None, typer.Option(help="Steps with a larger share of padding run eagerly.", show_default=False)
     ] = None,
+    fuse: Annotated[
+        str,
+        typer.Option(help="layers: known layers take fewer kernels; compile: others by Inductor too; none."),
+    ] = "layers",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ... or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
@@ -129,6 +133,7 @@ def generate(
             graph_sizes=_numbers("--graph-sizes", graph_sizes),
             max_graph_tokens=max_graph_tokens,
             max_padding_ratio=max_padding_ratio,
+            fuse=fuse,
             device=device,
             dtype=dtype,
         )

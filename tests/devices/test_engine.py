@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graphmode import LLM, SamplingParams
-from graphmode.graph import Backend
+from graphmode.graph import Backend, InputError
 from graphmode.graph.backends.cpu import CpuBackend
 from graphmode.graph.backends.mlu import MluBackend
 from graphmode.graph.backends.npu import NpuBackend
@@ -38,7 +38,7 @@ def generate(folder: Path, backend: Backend, **options: object) -> tuple[list[li
         dtype="bfloat16",
         max_num_seqs=4,
         max_num_batched_tokens=16,
-        fuse=False,  # bfloat16 is rounded in other places then
+        fuse="none",  # bfloat16 is rounded in other places then
         graph_sizes=None if options.get("graph_mode") == "none" else [1, 3, 8, 16],
         strict=True,
         **options,
@@ -86,6 +86,11 @@ def test_without_updates_the_npu_s_tokens_are_wrong(
     record = NpuBackend.recording
     monkeypatch.setattr(NpuBackend, "recording", lambda self, pool, host: record(self, pool, None))
     assert generate(tiny, on_cpu(NpuBackend, fake_npu()))[0] != expected
+
+
+def test_layers_are_not_compiled_where_attention_is_the_device_s(tiny: Path) -> None:  # noqa: F811
+    with pytest.raises(InputError, match=r"'compile'.*'layers'"):
+        LLM(tiny, device=on_cpu(NpuBackend, fake_npu()), fuse="compile")
 
 
 def test_a_device_that_runs_out_of_graphs_generates_the_same_tokens(

@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
         ({"max_padding_ratio": 1.5}, ["1.5", "0 to 1"]),
         ({"max_num_seqs": 0}, ["max_num_seqs", "0"]),
         ({"load_format": "pickle"}, ["pickle"]),
+        ({"fuse": True}, ["True", "layers", "compile"]),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict, words: list[str]) -> None:

@@ -323,7 +323,8 @@ def test_a_model_that_is_not_there() -> None:
 
 def test_options_are_read_as_values() -> None:
     assert parse_option("graph_sizes=[1,2]") == ("graph_sizes", [1, 2])
-    assert parse_option("fuse=false") == ("fuse", False)
+    assert parse_option("strict=true") == ("strict", True)
+    assert parse_option("fuse=none") == ("fuse", "none")
     assert parse_option("dtype=bfloat16") == ("dtype", "bfloat16")
     for wrong in ("fuse", "max_num_seqs=many"):
         with pytest.raises(InputError):

@@ -15,6 +15,7 @@ from graphmode.graph.errors import InputError
 
 GraphMode = Literal["none", "piecewise", "full", "full_decode_only", "full_and_piecewise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Fuse = Literal["none", "layers", "compile"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class EngineOptions:
         max_num_batched_tokens: tokens in a step; default 8192, on a CPU 256.
         kv_cache_memory: bytes of the KV cache; default: what all rows can use, if the device has it.
         enable_prefix_caching: prompts use the KV blocks of earlier sequences that begin alike.
-        fuse: recognised layers compute with fewer kernels over the same weights.
+        fuse: ``"layers"``: recognised layers compute with fewer kernels over the same weights; ``"compile"``: Inductor
+            compiles the others; ``"none"``: all keep the code of transformers.
         decode_steps: decode steps that are launched together at most, so that the device does not wait for the host;
             their tokens come together. Default 8, on a CPU 1.
         seed: of the requests that have none.
@@ -56,7 +58,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
-    fuse: bool = True
+    fuse: Fuse = "layers"
     decode_steps: int | None = None
     seed: int = 0
     strict: bool = False
@@ -68,6 +70,8 @@ class EngineOptions:
             raise InputError(f"load_format is {self.load_format!r}; it must be auto or dummy")
         if self.graph_mode is not None and self.graph_mode not in get_args(GraphMode):
             raise InputError(f"graph_mode is {self.graph_mode!r}; it must be one of {', '.join(get_args(GraphMode))}")
+        if self.fuse not in get_args(Fuse):
+            raise InputError(f"fuse is {self.fuse!r}; it must be one of {', '.join(get_args(Fuse))}")
         if self.enforce_eager and self.graph_mode not in (None, "none"):
             raise InputError(f"enforce_eager and graph_mode={self.graph_mode!r} contradict each other; choose one")
         if self.resolved_graph_mode == "none":

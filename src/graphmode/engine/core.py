@@ -31,6 +31,7 @@ from graphmode.engine.step_runner import StepResult, StepRunner, StepUnderWay
 from graphmode.graph import InputError, RunnerStats, get_backend
 from graphmode.models.attention import PORTABLE_ATTENTION
 from graphmode.models.attention_npu import NPU_ATTENTION
+from graphmode.models.compiled import compile_layers
 from graphmode.models.fused import fuse
 from graphmode.models.loader import load_model
 from graphmode.models.rotary import fix_rotary_embeddings
@@ -115,6 +116,11 @@ class Engine:
         backend = get_backend(options.device)
         attention = NPU_ATTENTION if backend.capabilities.host_arguments else PORTABLE_ATTENTION
         self.device = backend.device
+        if options.fuse == "compile" and attention is not PORTABLE_ATTENTION:
+            raise InputError(
+                f"fuse is 'compile'; attention on {self.device.type} takes lengths on the host, which the compiled "
+                "layers are not tried with. Use 'layers' or 'none'"
+            )
         self.loaded = load_model(
             self.model, device=self.device, dtype=resolve_dtype(options.dtype), load_format=options.load_format
         )
@@ -123,7 +129,7 @@ class Engine:
         self.limits = resolve_limits(options, shape.max_positions, self.device, bursts=bursts)
         fix_rotary_embeddings(self.loaded.model, self.limits.max_model_len)
         # Fused layers attend by the portable kernel.
-        fused = options.fuse and attention is PORTABLE_ATTENTION
+        fused = options.fuse != "none" and attention is PORTABLE_ATTENTION
         self.fused_layers = fuse(self.loaded.model, self.limits.max_model_len) if fused else 0
         mode = options.resolved_graph_mode
         buckets = None if mode == "none" else resolve_buckets(options, self.limits)
@@ -131,6 +137,9 @@ class Engine:
             shape, dtype, self.limits, self.device, options.kv_cache_memory, attention.block_size
         )
         self.caches = make_cache(shape, dtype, num_blocks, self.device, attention.block_size)
+        self.compiled_layers = 0
+        if options.fuse == "compile" and not self.fused_layers:
+            self.compiled_layers = compile_layers(self.loaded.model, self.caches, self.limits.max_model_len)
         self.scheduler = Scheduler(
             self.limits, BlockPool(num_blocks, attention.block_size), prefix_caching=options.enable_prefix_caching
         )

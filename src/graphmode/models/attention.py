@@ -119,6 +119,12 @@ class AttentionBatch:
             self._parts[key] = share_keys(self.kv_lens, kv_heads, window=window, top_k=top_k)
         return self._parts[key]
 
+    @property
+    def attention(self) -> Callable[..., torch.Tensor]:
+        """What a layer calls: the device's attention, outside of the graph where the step is piecewise."""
+        attend = self.attend or cached_attention
+        return outside_graph(attend) if self.piecewise else attend
+
     def select(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor, top_k: int
     ) -> torch.Tensor:
@@ -291,10 +297,7 @@ def attention_hook(
     mask = None if isinstance(attention_mask, BatchAsMask) else attention_mask
     _refuse_the_rest(module, key, value, mask, cache, kwargs)
     latent = keeps_latents(module)
-    attend = attention_batch.attend or cached_attention
-    if attention_batch.piecewise:
-        attend = outside_graph(attend)
-    output = attend(
+    output = attention_batch.attention(
         (absorb_keys(module, query[0]) if latent else query[0]).transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),

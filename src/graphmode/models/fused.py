@@ -442,7 +442,7 @@ def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor)
     for scale, window, *rest in asked:
         if (scale, window) != (parts.scale, parts.window) or any(option is not None for option in rest):
             return False
-    return len(asked) == 2 and all(_close(own, other) for own, other in pairs)
+    return len(asked) == 2 and all(close(own, other) for own, other in pairs)
 
 
 def _head_agrees(norm: Any, head: Any, fused: FusedHead) -> bool:
@@ -450,10 +450,11 @@ def _head_agrees(norm: Any, head: Any, fused: FusedHead) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _CHECK_TOKENS, head.in_features, generator=generator).to(head.weight.device, head.weight.dtype)
     with torch.inference_mode():
-        return _close(head(norm(x)), fused(x))
+        return close(head(norm(x)), fused(x))
 
 
-def _close(own: torch.Tensor, other: torch.Tensor) -> bool:
+def close(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether results of the same computation differ by rounding alone, as far as their dtype can tell."""
     return bool((other.float() - own.float()).norm() <= _TOLERANCE[own.dtype] * own.float().norm())
 
 

@@ -85,7 +85,7 @@ def parse_option(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(written)
     except json.JSONDecodeError:
-        if name not in ("device", "dtype", "load_format", "graph_mode"):
+        if name not in ("device", "dtype", "load_format", "graph_mode", "fuse"):
             raise InputError(f"{name} is {written!r}; it takes a number, true, false or a list [1,2]") from None
         return name, written
 
