@@ -24,7 +24,7 @@ from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine
 from graphmode.graph import GraphRunner, Input
 from graphmode.models.errors import ModelError
-from graphmode.models.experts import grouped_product, routed_experts, share_real_rows
+from graphmode.models.experts import FusedRouter, grouped_product, routed_experts, share_real_rows
 
 NAN = float("nan")
 
@@ -206,6 +206,23 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp(request.param)
     AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.float32).save_pretrained(path)
     return path
+
+
+def test_routers_that_choose_by_softmax_are_fused(folder: Path) -> None:
+    engine = Engine(folder, EngineOptions(device="cpu", dtype="float32", graph_mode="none"))
+    routers = [each for each in engine.loaded.model.modules() if type(each).__name__.lower().endswith("topkrouter")]
+    by_softmax = engine.loaded.model.config.model_type != "glm4_moe"  # sigmoid, groups
+    assert routers
+    assert all(isinstance(each.forward, FusedRouter) == by_softmax for each in routers)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gpt_oss"])
+def test_swiglu_is_told_from_gates_of_another_kind(kind: str) -> None:
+    config = MixtralConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="graphmode")
+    model.model.layers[0].mlp.experts = make_experts(kind)
+    share_real_rows(model)
+    assert model.model.layers[0].mlp.experts.is_swiglu == (kind == "plain")
 
 
 def test_whole_models_give_the_tokens_of_transformers(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from graphmode.kernels.attention import paged_attention
 from graphmode.kernels.decode_attention import rotate_and_attend
 from graphmode.kernels.embedding import embed
+from graphmode.kernels.experts import choose_experts, gated_experts
 from graphmode.kernels.few_rows import linear, linear_add, norm_linear
 from graphmode.kernels.filters import Filters
 from graphmode.kernels.history import count_tokens, start_history
@@ -22,8 +23,10 @@ __all__ = [
     "Rotation",
     "add_rms_norm",
     "adjust_logits",
+    "choose_experts",
     "count_tokens",
     "embed",
+    "gated_experts",
     "linear",
     "linear_add",
     "log_probabilities",

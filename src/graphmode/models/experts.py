@@ -1,15 +1,20 @@
 """The experts hook: transformers' mixture-of-experts layers call it, and padding tokens cost them nothing.
 
-Pairs of a token and an expert are sorted by expert on the device and go through grouped matrix products, whose group
-boundaries the kernels read at run time: every shape depends on the number of rows alone. The pairs of padding tokens
-sort behind all others and belong to no group, so that where real pairs lie, and what is computed of them, does not
-depend on padding.
+Experts that are SwiGLU networks go through four kernels where Triton runs (:mod:`graphmode.kernels.experts`). Others,
+or elsewhere: pairs of a token and an expert are sorted by expert on the device and go through grouped matrix products,
+whose group boundaries the kernels read at run time: every shape depends on the number of rows alone. The pairs of
+padding tokens sort behind all others and belong to no group, so that where real pairs lie, and what is computed of
+them, does not depend on padding.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +22,24 @@ from torch.nn.functional import grouped_mm
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
+from graphmode.kernels import choose_experts, gated_experts, linear
+from graphmode.kernels._triton import runs_triton
+from graphmode.kernels.few_rows import runs_few_rows
 from graphmode.models.errors import ModelError
 
 EXPERTS_NAME = "graphmode"
+_CHECK_TOKENS = 64
+
+log = logging.getLogger(__name__)
+
+
+# An operator, so that layers can be traced and compiled around it.
+torch.library.define(
+    "graphmode::gated_experts",
+    "(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor real, Tensor gate_up, Tensor down) -> Tensor",
+)
+torch.library.impl("graphmode::gated_experts", "default", gated_experts)
+torch.library.register_fake("graphmode::gated_experts", lambda x, *others: torch.empty_like(x))
 
 
 class RealRows:
@@ -50,8 +70,83 @@ def share_real_rows(model: PreTrainedModel) -> None:
     rows = RealRows()
     for module in experts:
         module.real_rows = rows  # type: ignore[assignment]
+        module.is_swiglu = _is_swiglu(module)  # type: ignore[assignment]
     model.register_forward_pre_hook(rows.enter, with_kwargs=True)
     model.register_forward_hook(rows.leave, always_call=True)
+
+
+def _is_swiglu(module: Any) -> bool:
+    """Return whether each of a module's experts is ``(silu(gate) * up) @ down.T``, of merged weights without biases."""
+    if not module.has_gate or module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False):
+        return False
+    size = module.down_proj.shape[2]
+    gate, up = torch.linspace(-50, 50, size), torch.linspace(300, -200, size)  # past what some models clamp to
+    with torch.inference_mode():
+        own = module._apply_gate(torch.cat([gate, up]).unsqueeze(0))
+    return torch.equal(own, (torch.nn.functional.silu(gate) * up).unsqueeze(0))
+
+
+@dataclass(frozen=True)
+class FusedRouter:
+    """A router by softmax, in two kernels; called as the one of transformers is.
+
+    Attributes:
+        weight: ``[experts, hidden]``.
+        k: experts of a token.
+        normalise: whether their weights add up to 1.
+    """
+
+    weight: torch.Tensor
+    k: int
+    normalise: bool
+
+    def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits ``[tokens, experts]``, the weights of those chosen ``[tokens, k]`` and which they are."""
+        x = hidden_states.reshape(-1, self.weight.shape[1])
+        product = linear if runs_few_rows(x, self.weight) else torch.nn.functional.linear
+        logits = product(x, self.weight)
+        return logits, *choose_experts(logits, self.k, normalise=self.normalise)
+
+
+def fuse_routers(block: torch.nn.Module) -> None:
+    """Let the routers of a block of experts that choose by softmax do so in fewer kernels; log those that do not."""
+    for module in block.modules():
+        if isinstance(getattr(module, "top_k", None), int) and hasattr(module, "weight"):
+            fused = _fused_router(module)
+            if fused is None:
+                log.info("%s is not fused: it does not choose by softmax alone", type(module).__name__)
+            else:
+                module.forward = fused
+
+
+def _fused_router(module: Any) -> FusedRouter | None:
+    """Return a router as a fused one, if in float32 it gives the same of random tokens."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    if [name for name, _ in tensors] != ["weight"] or len(inspect.signature(module.forward).parameters) != 1:
+        return None
+    own = deepcopy(module).float()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_CHECK_TOKENS, own.weight.shape[1], generator=generator).to(own.weight.device)
+    with torch.inference_mode():
+        try:
+            results = own(x)
+        except Exception as error:  # it takes something else than tokens
+            log.info("%s cannot be tried: %s: %s", type(module).__name__, type(error).__name__, error)
+            return None
+        for normalise in (True, False):
+            fused = FusedRouter(own.weight.data, module.top_k, normalise)
+            if _alike(results, fused(x)):
+                return FusedRouter(module.weight.data, module.top_k, normalise)
+    return None
+
+
+def _alike(results: object, others: tuple[torch.Tensor, ...]) -> bool:
+    if not isinstance(results, tuple) or len(results) != len(others):
+        return False
+    return all(
+        mine.shape == other.shape and torch.allclose(mine, other, atol=1e-5)
+        for mine, other in zip(results, others, strict=True)
+    )
 
 
 @contextmanager
@@ -68,7 +163,7 @@ def real_rows(module: torch.nn.Module, batch: Any) -> Iterator[None]:
 
 
 def experts_hook(
-    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Experts as transformers' models call them.
 
@@ -84,12 +179,17 @@ def experts_hook(
     Raises:
         ModelError: the module gets other rows than the step's tokens.
     """
-    real = module.real_rows.mask  # type: ignore[union-attr]
+    real = module.real_rows.mask
     if not isinstance(real, torch.Tensor) or real.shape != hidden_states.shape[:1]:
         raise ModelError(
             f"{type(module).__name__} gets hidden states of shape {tuple(hidden_states.shape)}, which are not the "
             "tokens of a step; graphmode cannot tell padding from tokens there"
         )
+    if module.is_swiglu and runs_triton(hidden_states):
+        rows = hidden_states.to(module.down_proj.dtype)
+        weights = module.gate_up_proj, module.down_proj
+        result: torch.Tensor = torch.ops.graphmode.gated_experts(rows, top_k_index, top_k_weights, real, *weights)
+        return result.to(hidden_states.dtype)
     return routed_experts(module, hidden_states, top_k_index, top_k_weights, real)
 
 

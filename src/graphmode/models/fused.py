@@ -41,7 +41,7 @@ from graphmode.models.attention import (
     cached_attention,
     sliding_window,
 )
-from graphmode.models.experts import real_rows
+from graphmode.models.experts import fuse_routers, real_rows
 
 log = logging.getLogger(__name__)
 
@@ -246,6 +246,8 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
         fused.append(alike)
     for layer, parts in zip(text.layers, fused, strict=True):
         layer.forward = parts
+        if parts.experts is not None:
+            fuse_routers(parts.experts)
     rotation = fused[0].rotation
     text.rotary_emb.forward = lambda *args, **kwargs: rotation
     head.forward = fused_head
