@@ -17,14 +17,14 @@ from transformers import (
     Qwen3MoeConfig,
 )
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 from graphmode import LLM, SamplingParams
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine
 from graphmode.graph import GraphRunner, Input
 from graphmode.models.errors import ModelError
-from graphmode.models.experts import FusedRouter, grouped_product, routed_experts, share_real_rows
+from graphmode.models.experts import FusedRouter, fuse_routers, grouped_product, routed_experts, share_real_rows
 
 NAN = float("nan")
 
@@ -208,12 +208,31 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def test_routers_that_choose_by_softmax_are_fused(folder: Path) -> None:
+def test_routers_of_fused_models_are_fused(folder: Path) -> None:
     engine = Engine(folder, EngineOptions(device="cpu", dtype="float32", graph_mode="none"))
     routers = [each for each in engine.loaded.model.modules() if type(each).__name__.lower().endswith("topkrouter")]
-    by_softmax = engine.loaded.model.config.model_type != "glm4_moe"  # sigmoid, groups
     assert routers
-    assert all(isinstance(each.forward, FusedRouter) == by_softmax for each in routers)
+    assert all(isinstance(each.forward, FusedRouter) for each in routers)
+
+
+class ByNoise(MixtralTopKRouter):
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits, weights, index = super().forward(hidden_states)
+        return logits, weights * 1.01, index
+
+
+class OfImages(MixtralTopKRouter):
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        batch, _, _ = hidden_states.shape
+        return super().forward(hidden_states.view(batch, -1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [ByNoise, OfImages])
+def test_other_routers_keep_their_own_code(kind: type[torch.nn.Module]) -> None:
+    router = kind(MixtralConfig(hidden_size=16, num_local_experts=8))
+    torch.nn.init.normal_(router.weight)  # type: ignore[arg-type]
+    fuse_routers(router)
+    assert router.forward.__func__ is kind.forward
 
 
 @pytest.mark.parametrize("kind", ["plain", "gpt_oss"])

@@ -3,7 +3,7 @@
 from graphmode.kernels.attention import paged_attention
 from graphmode.kernels.decode_attention import rotate_and_attend
 from graphmode.kernels.embedding import embed
-from graphmode.kernels.experts import choose_experts, gated_experts
+from graphmode.kernels.experts import Choice, choose_experts, gated_experts
 from graphmode.kernels.few_rows import linear, linear_add, norm_linear
 from graphmode.kernels.filters import Filters
 from graphmode.kernels.history import count_tokens, start_history
@@ -18,6 +18,7 @@ from graphmode.kernels.selection import select_keys
 
 __all__ = [
     "Adjustments",
+    "Choice",
     "Filters",
     "LogProbabilities",
     "Rotation",

@@ -63,90 +63,166 @@ def tiling(pairs: int, experts: int, element_size: int, *, gated: bool) -> Tilin
     return Tiling(128, 64 if gated else 128, 64 // shorter, 8, 3)
 
 
-def choose_experts(logits: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ``k`` experts of largest probability, the largest first, and their probabilities.
+@dataclass(frozen=True)
+class Choice:
+    """How a router chooses experts.
+
+    Attributes:
+        k: how many.
+        sigmoid: whether scores are sigmoids of the logits, not their softmax.
+        groups: that experts are in, equally many in each.
+        top_groups: the groups that experts are chosen from: of the largest sums of their two best.
+        normalise: whether the weights of those chosen add up to 1, before they are scaled.
+        scale: of the weights.
+    """
+
+    k: int
+    sigmoid: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    normalise: bool = False
+    scale: float = 1.0
+
+
+def choose_experts(
+    logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weights of the experts with the largest scores, the largest first, and which these are.
 
     Args:
         logits: ``[rows, experts]``, float32, bfloat16 or float16, contiguous.
-        k: at most ``experts``.
-        normalise: whether the probabilities of those chosen add up to 1.
+        bias: float32 ``[experts]``, added to scores where they are compared; None for none (DeepSeek-V3,
+            https://arxiv.org/abs/2412.19437).
+        choice: how they are chosen.
 
     Returns:
-        Probabilities ``[rows, k]``, computed in float32, in the dtype of ``logits``; experts, int64 ``[rows, k]``.
+        Scores ``[rows, k]`` without bias, computed in float32, in the dtype of ``logits``; int64 ``[rows, k]``.
 
     Raises:
-        ValueError: a shape, dtype or layout does not fit.
+        ValueError: a shape, dtype, layout or device does not fit.
     """
     require_tensor("logits", logits, shape=(None, None), dtypes=FLOATS, like=logits)
     require(logits.is_contiguous(), "logits", f"of strides {logits.stride()}", "a contiguous tensor")
-    require(1 <= k <= logits.shape[1], "k", k, f"1 to {logits.shape[1]}, the number of experts")
+    experts = logits.shape[1]
+    if bias is not None:
+        require_tensor("bias", bias, shape=(experts,), dtypes=(torch.float32,), like=logits)
+    require(1 <= choice.k <= experts, "k", choice.k, f"1 to {experts}, the number of experts")
+    groups = choice.groups
+    require(experts % groups == 0, "groups", groups, f"a divisor of {experts}, the number of experts")
     run = choose_experts_triton if runs_triton(logits) else choose_experts_reference
-    return run(logits, k, normalise=normalise)
+    return run(logits, bias, choice)
 
 
-def choose_experts_reference(logits: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_experts_reference(
+    logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Do as :func:`choose_experts` in PyTorch."""
-    chosen, index = logits.softmax(-1, dtype=torch.float32).topk(k, dim=-1)
-    if normalise:
-        chosen = chosen / chosen.sum(-1, keepdim=True)
-    return chosen.to(logits.dtype), index
+    scores = logits.float().sigmoid() if choice.sigmoid else logits.softmax(-1, dtype=torch.float32)
+    compared = scores if bias is None else scores + bias
+    if choice.groups > 1:
+        grouped = compared.view(len(logits), choice.groups, -1)
+        best = grouped.topk(2, -1).values.sum(-1).topk(choice.top_groups, -1).indices
+        kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=logits.device).scatter_(1, best, True)
+        compared = torch.where(kept.unsqueeze(2), grouped, float("-inf")).flatten(1)
+    index = compared.topk(choice.k, -1).indices
+    weights = scores.gather(1, index)
+    if choice.normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return (weights * choice.scale).to(logits.dtype), index
 
 
-def choose_experts_triton(logits: torch.Tensor, k: int, *, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_experts_triton(
+    logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Do as :func:`choose_experts` in Triton, a program a row."""
-    rows, experts = logits.shape
-    chosen = torch.empty((rows, k), dtype=logits.dtype, device=logits.device)
+    (rows, experts), k = logits.shape, choice.k
+    weights = torch.empty((rows, k), dtype=logits.dtype, device=logits.device)
     index = torch.empty((rows, k), dtype=torch.int64, device=logits.device)
     if rows:
-        block = next_power_of_2(experts)
+        size = experts // choice.groups
+        block_g, block_s = next_power_of_2(choice.groups), next_power_of_2(size)
         _choose_kernel[(rows,)](
             logits,
-            chosen,
+            bias,
+            weights,
             index,
-            experts=experts,
+            choice.scale,
+            groups=choice.groups,
+            size=size,
             k=k,
-            normalise=normalise,
-            block=block,
+            sigmoid=choice.sigmoid,
+            top_groups=choice.top_groups,
+            normalise=choice.normalise,
+            block_g=block_g,
+            block_s=block_s,
             block_k=next_power_of_2(k),
-            num_warps=min(max(block // 128, 1), 4),
+            num_warps=min(max(block_g * block_s // 128, 1), 4),
             **launch_options(logits.device),
         )
-    return chosen, index
+    return weights, index
 
 
-@jit()
+@jit(do_not_specialize=["scale"])
 def _choose_kernel(  # type: ignore[no-untyped-def]
     logits,
-    chosen,
+    bias,
+    weights,
     index,
-    experts: constexpr,
+    scale,
+    groups: constexpr,
+    size: constexpr,
     k: constexpr,
+    sigmoid: constexpr,
+    top_groups: constexpr,
     normalise: constexpr,
-    block: constexpr,
+    block_g: constexpr,
+    block_s: constexpr,
     block_k: constexpr,
     early: constexpr,
 ):
+    """Choose for one row, of scores ``[groups, size]``."""
     if early:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, block)
-    inside = expert < experts
-    values = tl.load(logits + row * experts + expert, mask=inside, other=float("-inf")).to(tl.float32)
-    left = tl.where(inside, tl.exp(values - tl.max(values, 0)), -1.0)
-    total = tl.sum(tl.where(inside, left, 0.0), 0)
+    group = tl.arange(0, block_g)
+    member = tl.arange(0, block_s)
+    expert = group[:, None] * size + member[None, :]
+    inside = (group < groups)[:, None] & (member < size)[None, :]
+    values = tl.load(logits + row * (groups * size) + expert, mask=inside, other=float("-inf")).to(tl.float32)
+    if sigmoid:
+        scores = 1.0 / (1.0 + tl.exp(-values))
+    else:
+        scores = tl.exp(values - tl.max(tl.max(values, 1), 0))
+        scores = scores / tl.sum(tl.sum(scores, 1), 0)
+    compared = scores
+    if bias is not None:
+        compared += tl.load(bias + expert, mask=inside, other=0.0)
+    compared = tl.where(inside, compared, float("-inf"))
+    if groups > 1:
+        best = tl.argmax(compared, 1)
+        others = tl.where(member[None, :] == best[:, None], float("-inf"), compared)
+        sums = tl.max(compared, 1) + tl.max(others, 1)
+        kept = tl.zeros([block_g], tl.int32)
+        for _ in tl.static_range(top_groups):
+            top = group == tl.argmax(sums, 0)
+            kept = tl.where(top, 1, kept)
+            sums = tl.where(top, float("-inf"), sums)
+        compared = tl.where((kept != 0)[:, None], compared, float("-inf"))
     place = tl.arange(0, block_k)
-    best = tl.zeros([block_k], tl.float32)
-    experts_of_best = tl.zeros([block_k], tl.int32)
-    for choice in tl.static_range(k):
-        largest = tl.argmax(left, 0)
-        best = tl.where(place == choice, tl.max(left, 0), best)
-        experts_of_best = tl.where(place == choice, largest, experts_of_best)
-        left = tl.where(expert == largest, -1.0, left)
+    chosen = tl.zeros([block_k], tl.float32)
+    experts = tl.zeros([block_k], tl.int32)
+    for turn in tl.static_range(k):
+        of_group = tl.max(compared, 1)
+        number = tl.sum(tl.where(group == tl.argmax(of_group, 0), group * size + tl.argmax(compared, 1), 0), 0)
+        here = expert == number
+        chosen = tl.where(place == turn, tl.sum(tl.sum(tl.where(here, scores, 0.0), 1), 0), chosen)
+        experts = tl.where(place == turn, number, experts)
+        compared = tl.where(here, float("-inf"), compared)
     if normalise:
-        total = tl.sum(best, 0)
-    tl.store(chosen + row * k + place, (best / total).to(chosen.dtype.element_ty), mask=place < k)
-    tl.store(index + row * k + place, experts_of_best.to(tl.int64), mask=place < k)
+        chosen = chosen / tl.sum(chosen, 0)
+    tl.store(weights + row * k + place, (chosen * scale).to(weights.dtype.element_ty), mask=place < k)
+    tl.store(index + row * k + place, experts.to(tl.int64), mask=place < k)
 
 
 def gated_experts(

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +22,14 @@ from torch.nn.functional import grouped_mm
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from graphmode.kernels import choose_experts, gated_experts, linear
+from graphmode.kernels import Choice, choose_experts, gated_experts, linear
 from graphmode.kernels._triton import runs_triton
 from graphmode.kernels.few_rows import runs_few_rows
 from graphmode.models.errors import ModelError
 
 EXPERTS_NAME = "graphmode"
 _CHECK_TOKENS = 64
+_BIAS = "e_score_correction_bias"
 
 log = logging.getLogger(__name__)
 
@@ -88,65 +89,86 @@ def _is_swiglu(module: Any) -> bool:
 
 @dataclass(frozen=True)
 class FusedRouter:
-    """A router by softmax, in two kernels; called as the one of transformers is.
+    """A router in two kernels; called as the one of transformers is.
 
     Attributes:
         weight: ``[experts, hidden]``.
-        k: experts of a token.
-        normalise: whether their weights add up to 1.
+        bias: float32 ``[experts]``, or None.
+        choice: how it chooses.
     """
 
     weight: torch.Tensor
-    k: int
-    normalise: bool
+    bias: torch.Tensor | None
+    choice: Choice
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits ``[tokens, experts]``, the weights of those chosen ``[tokens, k]`` and which they are."""
         x = hidden_states.reshape(-1, self.weight.shape[1])
-        product = linear if runs_few_rows(x, self.weight) else torch.nn.functional.linear
-        logits = product(x, self.weight)
-        return logits, *choose_experts(logits, self.k, normalise=self.normalise)
+        if self.choice.sigmoid:  # whose logits are float32
+            logits = _float_product(x, self.weight)
+        else:
+            product = linear if runs_few_rows(x, self.weight) else torch.nn.functional.linear
+            logits = product(x, self.weight)
+        return logits, *choose_experts(logits, self.bias, self.choice)
+
+
+def _float_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return ``x @ weight.T`` in float32."""
+    if x.device.type == "cuda" and x.dtype == weight.dtype != torch.float32:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+    return torch.nn.functional.linear(x.float(), weight.float())
 
 
 def fuse_routers(block: torch.nn.Module) -> None:
-    """Let the routers of a block of experts that choose by softmax do so in fewer kernels; log those that do not."""
+    """Let the routers of a block of experts that are recognised compute in fewer kernels; log those that are not."""
     for module in block.modules():
         if isinstance(getattr(module, "top_k", None), int) and hasattr(module, "weight"):
             fused = _fused_router(module)
             if fused is None:
-                log.info("%s is not fused: it does not choose by softmax alone", type(module).__name__)
+                log.info("%s is not fused: it chooses experts in another way", type(module).__name__)
             else:
                 module.forward = fused
 
 
 def _fused_router(module: Any) -> FusedRouter | None:
-    """Return a router as a fused one, if in float32 it gives the same of random tokens."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    if [name for name, _ in tensors] != ["weight"] or len(inspect.signature(module.forward).parameters) != 1:
+    """Return a router as a fused one, if in float32, with a random bias, it gives the same of random tokens."""
+    tensors = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    bias = getattr(module, _BIAS, None)
+    if tensors - {_BIAS} != {"weight"} or len(inspect.signature(module.forward).parameters) != 1:
         return None
     own = deepcopy(module).float()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_CHECK_TOKENS, own.weight.shape[1], generator=generator).to(own.weight.device)
     with torch.inference_mode():
+        if bias is not None:
+            getattr(own, _BIAS).copy_(torch.rand(bias.shape, generator=generator))
         try:
             results = own(x)
         except Exception as error:  # it takes something else than tokens
             log.info("%s cannot be tried: %s: %s", type(module).__name__, type(error).__name__, error)
             return None
-        for normalise in (True, False):
-            fused = FusedRouter(own.weight.data, module.top_k, normalise)
+        for sigmoid, normalise in ((False, True), (False, False), (True, True), (True, False)):
+            choice = Choice(
+                module.top_k,
+                sigmoid=sigmoid,
+                groups=getattr(module, "num_group", 1),
+                top_groups=getattr(module, "topk_group", 1),
+                normalise=normalise,
+                scale=getattr(module, "routed_scaling_factor", 1.0),
+            )
+            fused = FusedRouter(own.weight.data, getattr(own, _BIAS, None), choice)
             if _alike(results, fused(x)):
-                return FusedRouter(module.weight.data, module.top_k, normalise)
+                return replace(fused, weight=module.weight.data, bias=None if bias is None else bias.data)
     return None
 
 
-def _alike(results: object, others: tuple[torch.Tensor, ...]) -> bool:
-    if not isinstance(results, tuple) or len(results) != len(others):
+def _alike(results: Any, others: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> bool:
+    """Return whether routers gave the same logits and weights, in whatever order they name experts."""
+    shapes = [getattr(each, "shape", None) for each in results] if isinstance(results, tuple) else []
+    if shapes != [each.shape for each in others]:
         return False
-    return all(
-        mine.shape == other.shape and torch.allclose(mine, other, atol=1e-5)
-        for mine, other in zip(results, others, strict=True)
-    )
+    own, fused = (torch.zeros_like(logits).scatter(1, index, weights) for logits, weights, index in (results, others))
+    return torch.allclose(results[0], others[0], atol=1e-5) and torch.allclose(own, fused, atol=1e-5)
 
 
 @contextmanager
