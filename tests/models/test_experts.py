@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     Qwen3MoeConfig,
 )
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
@@ -213,6 +214,32 @@ def test_routers_of_fused_models_are_fused(folder: Path) -> None:
     routers = [each for each in engine.loaded.model.modules() if type(each).__name__.lower().endswith("topkrouter")]
     assert routers
     assert all(isinstance(each.forward, FusedRouter) for each in routers)
+
+
+class InFloat32(MixtralTopKRouter):
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = hidden_states.float() @ self.weight.float().T
+        weights, index = logits.softmax(-1).topk(self.top_k, dim=-1)
+        return logits, weights, index
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [MixtralTopKRouter, InFloat32, Glm4MoeTopkRouter])
+def test_fused_routers_choose_as_their_own_code_does(kind: type[torch.nn.Module], dtype: torch.dtype) -> None:
+    config = CONFIGS["glm4_moe" if kind is Glm4MoeTopkRouter else "mixtral"]
+    router: Any = kind(config).requires_grad_(False)
+    router.weight.normal_(std=0.1)
+    router.weight.data = router.weight.data.to(dtype)
+    if kind is Glm4MoeTopkRouter:
+        router.e_score_correction_bias.uniform_()
+    x = torch.randn(50, 64, dtype=dtype)
+    logits, weights, index = router(x)
+    fuse_routers(router)
+    assert isinstance(router.forward, FusedRouter)
+    fused_logits, fused_weights, fused_index = router(x)
+    torch.testing.assert_close(fused_logits, logits)
+    none = torch.zeros(logits.shape, dtype=weights.dtype)
+    torch.testing.assert_close(none.scatter(1, fused_index, fused_weights), none.scatter(1, index, weights))
 
 
 class ByNoise(MixtralTopKRouter):

@@ -3,7 +3,7 @@
 from graphmode.kernels.attention import paged_attention
 from graphmode.kernels.decode_attention import rotate_and_attend
 from graphmode.kernels.embedding import embed
-from graphmode.kernels.experts import Choice, choose_experts, gated_experts
+from graphmode.kernels.experts import gated_experts
 from graphmode.kernels.few_rows import linear, linear_add, norm_linear
 from graphmode.kernels.filters import Filters
 from graphmode.kernels.history import count_tokens, start_history
@@ -12,6 +12,7 @@ from graphmode.kernels.logits import Adjustments, adjust_logits
 from graphmode.kernels.logprobs import LogProbabilities, log_probabilities
 from graphmode.kernels.norm import add_rms_norm, rms_norm, silu_mul
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
+from graphmode.kernels.router import Choice, choose_experts
 from graphmode.kernels.sampling import sample
 from graphmode.kernels.segment_attention import segment_attention
 from graphmode.kernels.selection import select_keys

@@ -160,7 +160,7 @@ def rotate_and_attend_triton(
         **constants,
         **launch_options(qkv.device),
     )
-    if not constants.get("many", False):
+    if not (hopper and constants["many"]):
         combine_parts(acc, tops, sums, None, out, parts)
     return out
 

@@ -80,11 +80,12 @@ def _is_swiglu(module: Any) -> bool:
     """Return whether each of a module's experts is ``(silu(gate) * up) @ down.T``, of merged weights without biases."""
     if not module.has_gate or module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False):
         return False
-    size = module.down_proj.shape[2]
-    gate, up = torch.linspace(-50, 50, size), torch.linspace(300, -200, size)  # past what some models clamp to
+    # From near zero to past what some models clamp to, of both signs together.
+    gate = torch.linspace(-10, 10, module.down_proj.shape[2]).sinh().expand(2, -1)
+    up = torch.stack([gate[0], -gate[0]])
     with torch.inference_mode():
-        own = module._apply_gate(torch.cat([gate, up]).unsqueeze(0))
-    return torch.equal(own, (torch.nn.functional.silu(gate) * up).unsqueeze(0))
+        own = module._apply_gate(torch.cat([gate, up], dim=1))
+    return torch.equal(own, torch.nn.functional.silu(gate) * up)
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,18 @@ class FusedRouter:
         weight: ``[experts, hidden]``.
         bias: float32 ``[experts]``, or None.
         choice: how it chooses.
+        in_float32: whether logits are float32, whatever the dtype of hidden states.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     choice: Choice
+    in_float32: bool
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits ``[tokens, experts]``, the weights of those chosen ``[tokens, k]`` and which they are."""
         x = hidden_states.reshape(-1, self.weight.shape[1])
-        if self.choice.sigmoid:  # whose logits are float32
+        if self.in_float32:
             logits = _float_product(x, self.weight)
         else:
             product = linear if runs_few_rows(x, self.weight) else torch.nn.functional.linear
@@ -136,15 +139,19 @@ def _fused_router(module: Any) -> FusedRouter | None:
     bias = getattr(module, _BIAS, None)
     if tensors - {_BIAS} != {"weight"} or len(inspect.signature(module.forward).parameters) != 1:
         return None
+    if bias is not None and bias.dtype != torch.float32:
+        return None
+    weight = module.weight.data
     own = deepcopy(module).float()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_CHECK_TOKENS, own.weight.shape[1], generator=generator).to(own.weight.device)
+    x = torch.randn(_CHECK_TOKENS, weight.shape[1], generator=generator).to(weight.device)
     with torch.inference_mode():
         if bias is not None:
             getattr(own, _BIAS).copy_(torch.rand(bias.shape, generator=generator))
         try:
             results = own(x)
-        except Exception as error:  # it takes something else than tokens
+            logits_dtype, weights_dtype = (each.dtype for each in module(x.to(weight.dtype))[:2])
+        except Exception as error:  # it takes something else than tokens, or returns something else than tensors
             log.info("%s cannot be tried: %s: %s", type(module).__name__, type(error).__name__, error)
             return None
         for sigmoid, normalise in ((False, True), (False, False), (True, True), (True, False)):
@@ -156,9 +163,11 @@ def _fused_router(module: Any) -> FusedRouter | None:
                 normalise=normalise,
                 scale=getattr(module, "routed_scaling_factor", 1.0),
             )
-            fused = FusedRouter(own.weight.data, getattr(own, _BIAS, None), choice)
+            in_float32 = logits_dtype != weight.dtype
+            fused = FusedRouter(own.weight.data, getattr(own, _BIAS, None), choice, in_float32)
             if _alike(results, fused(x)):
-                return replace(fused, weight=module.weight.data, bias=None if bias is None else bias.data)
+                bias = None if bias is None else bias.data
+                return FusedRouter(weight, bias, replace(choice, dtype=weights_dtype), in_float32)
     return None
 
 
