@@ -262,6 +262,20 @@ def test_other_routers_keep_their_own_code(kind: type[torch.nn.Module]) -> None:
     assert router.forward.__func__ is kind.forward
 
 
+def test_the_operator_of_experts_can_be_traced() -> None:
+    arguments = (
+        torch.randn(5, 16),
+        torch.randint(0, 4, (5, 2)),
+        torch.rand(5, 2),
+        torch.tensor([True] * 4 + [False]),
+        torch.randn(4, 16, 16),
+        torch.randn(4, 16, 8),
+    )
+    torch.library.opcheck(
+        torch.ops.graphmode.gated_experts.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
 @pytest.mark.parametrize("kind", ["plain", "gpt_oss"])
 def test_swiglu_is_told_from_gates_of_another_kind(kind: str) -> None:
     config = MixtralConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)

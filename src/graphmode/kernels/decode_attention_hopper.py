@@ -309,6 +309,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
 @gluon_jit()
 def _is_last(counter, count):  # type: ignore[no-untyped-def]
     """Return whether all other programs of a sequence's head have left their parts; count this one, which has."""
+    # A barrier of all warps, then a fence: whoever sees the count sees what any of them has stored.
     gl.inline_asm_elementwise(
         "barrier.sync 0; fence.acq_rel.gpu; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
