@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from graphmode.kernels._arguments import FLOATS, require_tensor
+from graphmode.kernels._arguments import FLOATS, require, require_tensor
 from graphmode.kernels._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -80,11 +80,11 @@ def gated_experts(
         top_k_index: int32 or int64 ``[rows, k]``: the experts of each row; one outside ``[0, experts)`` is none.
         top_k_weights: ``[rows, k]``, of them.
         real: bool ``[rows]``, False for padding, whose experts are not computed.
-        gate_up: ``[experts, 2 * size, hidden]``, in ``x``'s dtype, gate before up.
-        down: ``[experts, hidden, size]``.
+        gate_up: ``[experts, 2 * size, hidden]``, in ``x``'s dtype, contiguous, gate before up.
+        down: ``[experts, hidden, size]``, likewise.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype, layout or device does not fit.
     """
     require_tensor("x", x, shape=(None, None), dtypes=FLOATS, like=x)
     rows, hidden = x.shape
@@ -93,6 +93,8 @@ def gated_experts(
     require_tensor("real", real, shape=(rows,), dtypes=(torch.bool,), like=x)
     require_tensor("gate_up", gate_up, shape=(None, None, hidden), dtypes=(x.dtype,), like=x)
     require_tensor("down", down, shape=(len(gate_up), hidden, gate_up.shape[1] // 2), dtypes=(x.dtype,), like=x)
+    for name, weights in (("gate_up", gate_up), ("down", down)):
+        require(weights.is_contiguous(), name, f"of strides {weights.stride()}", "a contiguous tensor")
     run = gated_experts_triton if runs_triton(x) else gated_experts_reference
     return run(x, top_k_index, top_k_weights, real, gate_up, down)
 
@@ -125,8 +127,8 @@ def gated_experts_triton(
     down: torch.Tensor,
 ) -> torch.Tensor:
     """Do as :func:`gated_experts` in Triton, in four kernels."""
-    x, top_k_index, top_k_weights, real, gate_up, down = (
-        each.contiguous() for each in (x, top_k_index, top_k_weights, real.view(torch.uint8), gate_up, down)
+    x, top_k_index, top_k_weights, real = (
+        each.contiguous() for each in (x, top_k_index, top_k_weights, real.view(torch.uint8))
     )
     (rows, k), (experts, hidden, size) = top_k_index.shape, down.shape
     pairs = rows * k

@@ -80,6 +80,8 @@ def _is_swiglu(module: Any) -> bool:
     """Return whether each of a module's experts is ``(silu(gate) * up) @ down.T``, of merged weights without biases."""
     if not module.has_gate or module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False):
         return False
+    if not (module.gate_up_proj.is_contiguous() and module.down_proj.is_contiguous()):
+        return False
     # From near zero to past what some models clamp to, of both signs together.
     gate = torch.linspace(-10, 10, module.down_proj.shape[2]).sinh().expand(2, -1)
     up = torch.stack([gate[0], -gate[0]])
