@@ -237,8 +237,7 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     pair = begin + index
     inside = pair < pairs
     expert = _load_experts(top_k_index, real, pair, inside, k, experts)
-    others = _load_experts(top_k_index, real, begin + tl.arange(0, chunk), inside, k, experts)
-    rank = tl.sum(((others[None, :] == expert[:, None]) & (index[None, :] < index[:, None])).to(tl.int32), 1)
+    rank = tl.sum(((expert[None, :] == expert[:, None]) & (index[None, :] < index[:, None])).to(tl.int32), 1)
     place = tl.gather(start + before, expert, 0) + rank
     tl.store(order + place, pair, mask=inside & (expert < experts))
 
