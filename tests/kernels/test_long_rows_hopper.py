@@ -77,7 +77,7 @@ def test_rows_do_not_depend_on_each_other() -> None:
 def test_what_lies_elsewhere_is_not_taken() -> None:
     x, weight = torch.zeros(2000, 128), torch.zeros(768, 128)
     cache, angles = torch.zeros(4, 16, 2, 128), torch.zeros(9, 64)
-    assert not long.runs_gated_long(x, weight)
+    assert not long.runs_long_rows(x, weight)
     assert not long.runs_heads_long(x, weight, Rotation(angles, angles), cache, cache)
 
 
@@ -90,7 +90,7 @@ def test_takes_what_keeps_the_device_busy() -> None:
     count = torch.cuda.get_device_properties(0).multi_processor_count
     for tiles in (1, 4, 8, 64):
         x = torch.empty(128 * tiles, 1024, device="cuda", dtype=torch.bfloat16)
-        assert long.runs_gated_long(x, gate_up) == (long.wave_efficiency(len(x), 6144, count) >= 0.8)
+        assert long.runs_long_rows(x, gate_up) == (long.wave_efficiency(len(x), 6144, count) >= 0.8)
         taken = long.runs_heads_long(x, qkv, Rotation(angles, angles), cache, cache)
         assert taken == (long.wave_efficiency(len(x), 4096, count) >= 0.8)
 

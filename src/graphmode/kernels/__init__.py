@@ -12,17 +12,17 @@ from graphmode.kernels.logits import Adjustments, adjust_logits
 from graphmode.kernels.logprobs import LogProbabilities, log_probabilities
 from graphmode.kernels.norm import add_rms_norm, rms_norm, silu_mul
 from graphmode.kernels.rotary import Rotation, rotate_and_cache
-from graphmode.kernels.router import Choice, choose_experts
+from graphmode.kernels.router import Routing, choose_experts
 from graphmode.kernels.sampling import sample
 from graphmode.kernels.segment_attention import segment_attention
 from graphmode.kernels.selection import select_keys
 
 __all__ = [
     "Adjustments",
-    "Choice",
     "Filters",
     "LogProbabilities",
     "Rotation",
+    "Routing",
     "add_rms_norm",
     "adjust_logits",
     "choose_experts",

@@ -40,9 +40,11 @@ _STAGES = 4
 _HEAD_DIM = 128
 
 
-def runs_gated_long(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether :func:`gated_long` takes rows ``[rows, width]`` and weights ``[2 * size, width]``."""
-    return _takes(x, weight)
+def runs_long_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether these kernels take rows ``[rows, width]`` and weights ``[size, width]``, and beat cuBLAS there."""
+    if weight.shape[0] % (2 * _BLOCK_N) or weight.shape[1] % _BLOCK_K or not supports(weight):
+        return False
+    return wave_efficiency(x.shape[0], weight.shape[0], _multiprocessors(x.device)) >= _LEAST_EFFICIENCY
 
 
 def runs_heads_long(
@@ -51,13 +53,7 @@ def runs_heads_long(
     """Return whether :func:`heads_long` takes rows ``[rows, width]``, merged projections, and what follows them."""
     kv_heads, head_dim = k_cache.shape[2:]
     whole = not rotation.interleaved and 2 * rotation.cos.shape[1] == head_dim == _HEAD_DIM
-    return whole and k_cache.shape == v_cache.shape and kv_heads % 2 == 0 and _takes(x, weight)
-
-
-def _takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if weight.shape[0] % (2 * _BLOCK_N) or weight.shape[1] % _BLOCK_K or not supports(weight):
-        return False
-    return wave_efficiency(x.shape[0], weight.shape[0], _multiprocessors(x.device)) >= _LEAST_EFFICIENCY
+    return whole and k_cache.shape == v_cache.shape and kv_heads % 2 == 0 and runs_long_rows(x, weight)
 
 
 def wave_efficiency(rows: int, size: int, multiprocessors: int) -> float:

@@ -89,19 +89,15 @@ def tiling(size: int, width: int, rows: int, *, gated: bool, splits: bool) -> Ti
 
 def runs_products(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether :func:`many_rows` takes a weight, and beats cuBLAS for a step's rows ``[rows, hidden]``."""
-    return _takes(weight, x.shape[0])
+    least, most = _ROWS_OF_LARGE if weight.numel() > _LARGE else (1, _MAX_ROWS)
+    fits = weight.shape[0] % 64 == 0 and weight.shape[1] % 128 == 0
+    return least <= x.shape[0] <= most and fits and supports(weight)
 
 
 def runs_parts(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Return the same of :func:`many_rows_parts` and what adds parts up, of the layers of a step."""
     few_outputs = all(len(weight) <= _FEW_OUTPUTS for weight in weights)
-    return (few_outputs or x.shape[0] <= _MAX_ROWS_OF_PARTS) and all(_takes(weight, x.shape[0]) for weight in weights)
-
-
-def _takes(weight: torch.Tensor, rows: int) -> bool:
-    least, most = _ROWS_OF_LARGE if weight.numel() > _LARGE else (1, _MAX_ROWS)
-    fits = weight.shape[0] % 64 == 0 and weight.shape[1] % 128 == 0
-    return least <= rows <= most and fits and supports(weight)
+    return (few_outputs or x.shape[0] <= _MAX_ROWS_OF_PARTS) and all(runs_products(x, weight) for weight in weights)
 
 
 def many_rows(

@@ -22,7 +22,7 @@ from graphmode.kernels._triton import (
 
 
 @dataclass(frozen=True)
-class Choice:
+class Routing:
     """How a router chooses experts.
 
     Attributes:
@@ -45,7 +45,7 @@ class Choice:
 
 
 def choose_experts(
-    logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+    logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weights of the experts with the largest scores, the largest first, and which these are.
 
@@ -53,7 +53,7 @@ def choose_experts(
         logits: ``[rows, experts]``, float32, bfloat16 or float16, contiguous.
         bias: float32 ``[experts]``, added to scores where they are compared; None for none (DeepSeek-V3,
             https://arxiv.org/abs/2412.19437).
-        choice: how they are chosen.
+        routing: how they are chosen.
 
     Returns:
         Scores ``[rows, k]``, without bias; int64 ``[rows, k]``.
@@ -66,53 +66,53 @@ def choose_experts(
     experts = logits.shape[1]
     if bias is not None:
         require_tensor("bias", bias, shape=(experts,), dtypes=(torch.float32,), like=logits)
-    require(1 <= choice.k <= experts, "k", choice.k, f"1 to {experts}, the number of experts")
-    groups = choice.groups
+    require(1 <= routing.k <= experts, "k", routing.k, f"1 to {experts}, the number of experts")
+    groups = routing.groups
     require(experts % groups == 0, "groups", groups, f"a divisor of {experts}, the number of experts")
     run = choose_experts_triton if runs_triton(logits) else choose_experts_reference
-    return run(logits, bias, choice)
+    return run(logits, bias, routing)
 
 
 def choose_experts_reference(
-    logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+    logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do as :func:`choose_experts` in PyTorch."""
-    scores = logits.float().sigmoid() if choice.sigmoid else logits.softmax(-1, dtype=torch.float32)
+    scores = logits.float().sigmoid() if routing.sigmoid else logits.softmax(-1, dtype=torch.float32)
     compared = scores if bias is None else scores + bias
-    if choice.groups > 1:
-        grouped = compared.view(len(logits), choice.groups, -1)
-        best = grouped.topk(2, -1).values.sum(-1).topk(choice.top_groups, -1).indices
+    if routing.groups > 1:
+        grouped = compared.view(len(logits), routing.groups, -1)
+        best = grouped.topk(2, -1).values.sum(-1).topk(routing.top_groups, -1).indices
         kept = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=logits.device).scatter_(1, best, True)
         compared = torch.where(kept.unsqueeze(2), grouped, float("-inf")).flatten(1)
-    index = compared.topk(choice.k, -1).indices
+    index = compared.topk(routing.k, -1).indices
     weights = scores.gather(1, index)
-    if choice.normalise:
+    if routing.normalise:
         weights = weights / weights.sum(-1, keepdim=True)
-    return (weights * choice.scale).to(choice.dtype), index
+    return (weights * routing.scale).to(routing.dtype), index
 
 
 def choose_experts_triton(
-    logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+    logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do as :func:`choose_experts` in Triton, a program a row."""
-    (rows, experts), k = logits.shape, choice.k
-    weights = torch.empty((rows, k), dtype=choice.dtype, device=logits.device)
+    (rows, experts), k = logits.shape, routing.k
+    weights = torch.empty((rows, k), dtype=routing.dtype, device=logits.device)
     index = torch.empty((rows, k), dtype=torch.int64, device=logits.device)
     if rows:
-        size = experts // choice.groups
-        block_g, block_s = next_power_of_2(choice.groups), next_power_of_2(size)
+        size = experts // routing.groups
+        block_g, block_s = next_power_of_2(routing.groups), next_power_of_2(size)
         _choose_kernel[(rows,)](
             logits,
             bias,
             weights,
             index,
-            choice.scale,
-            groups=choice.groups,
+            routing.scale,
+            groups=routing.groups,
             size=size,
             k=k,
-            sigmoid=choice.sigmoid,
-            top_groups=choice.top_groups,
-            normalise=choice.normalise,
+            sigmoid=routing.sigmoid,
+            top_groups=routing.top_groups,
+            normalise=routing.normalise,
             block_g=block_g,
             block_s=block_s,
             block_k=next_power_of_2(k),

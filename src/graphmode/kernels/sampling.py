@@ -224,7 +224,7 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, block)
     best = tl.full([block], float("-inf"), tl.float32)
     best_at = start + lane
-    bar = float("-inf")
+    bound = float("-inf")
     for tile in tl.range(start, end, block, num_stages=stages):
         index = tile + lane
         value = tl.load(
@@ -233,13 +233,13 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
             other=float("-inf"),
         )
         score = value.to(tl.float32) * factor
-        hopeful = True
+        may_win = True
         if random:
             # -log(uniform) is at least 1 - uniform: where that is too much, the logarithms can be spared.
             uniform = _uniform(key, index)
-            hopeless = 1.0 - uniform > tl.exp(score - bar)
-            hopeful = tl.min(hopeless.to(tl.int32), 0) == 0
-        if hopeful:
+            too_low = 1.0 - uniform > tl.exp(score - bound)
+            may_win = tl.min(too_low.to(tl.int32), 0) == 0
+        if may_win:
             if random:
                 score -= tl.log(-tl.log(_uniform(key, index)))
             if threshold is not None:
@@ -249,7 +249,7 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
             best_at = tl.where(better, index, best_at)
             if random:
                 top = tl.max(best, 0)
-                bar = top - (1e-3 + 1e-6 * tl.abs(top))  # lower, for scores are rounded
+                bound = top - (1e-3 + 1e-6 * tl.abs(top))  # lower, for scores are rounded
     top = tl.max(best, 0)
     place = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(best_score + place, top)

@@ -22,7 +22,7 @@ from torch.nn.functional import grouped_mm
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from graphmode.kernels import Choice, choose_experts, gated_experts, linear
+from graphmode.kernels import Routing, choose_experts, gated_experts, linear
 from graphmode.kernels._triton import runs_triton
 from graphmode.kernels.few_rows import runs_few_rows
 from graphmode.models.errors import ModelError
@@ -97,13 +97,13 @@ class FusedRouter:
     Attributes:
         weight: ``[experts, hidden]``.
         bias: float32 ``[experts]``, or None.
-        choice: how it chooses.
+        routing: how it chooses.
         in_float32: whether logits are float32, whatever the dtype of hidden states.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    choice: Choice
+    routing: Routing
     in_float32: bool
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +114,7 @@ class FusedRouter:
         else:
             product = linear if runs_few_rows(x, self.weight) else torch.nn.functional.linear
             logits = product(x, self.weight)
-        return logits, *choose_experts(logits, self.bias, self.choice)
+        return logits, *choose_experts(logits, self.bias, self.routing)
 
 
 def _float_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,7 @@ def _fused_router(module: Any) -> FusedRouter | None:
             log.info("%s cannot be tried: %s: %s", type(module).__name__, type(error).__name__, error)
             return None
         for sigmoid, normalise in ((False, True), (False, False), (True, True), (True, False)):
-            choice = Choice(
+            routing = Routing(
                 module.top_k,
                 sigmoid=sigmoid,
                 groups=getattr(module, "num_group", 1),
@@ -166,10 +166,10 @@ def _fused_router(module: Any) -> FusedRouter | None:
                 scale=getattr(module, "routed_scaling_factor", 1.0),
             )
             in_float32 = logits_dtype != weight.dtype
-            fused = FusedRouter(own.weight.data, getattr(own, _BIAS, None), choice, in_float32)
+            fused = FusedRouter(own.weight.data, getattr(own, _BIAS, None), routing, in_float32)
             if _alike(results, fused(x)):
                 bias = None if bias is None else bias.data
-                return FusedRouter(weight, bias, replace(choice, dtype=weights_dtype), in_float32)
+                return FusedRouter(weight, bias, replace(routing, dtype=weights_dtype), in_float32)
     return None
 
 

@@ -30,7 +30,7 @@ from graphmode.kernels import (
     silu_mul,
 )
 from graphmode.kernels.few_rows import runs_few_rows
-from graphmode.kernels.long_rows_hopper import gated_long, heads_long, runs_gated_long, runs_heads_long
+from graphmode.kernels.long_rows_hopper import gated_long, heads_long, runs_heads_long, runs_long_rows
 from graphmode.kernels.many_rows_hopper import many_rows, many_rows_parts, runs_parts, runs_products
 from graphmode.kernels.residual import add_parts, add_parts_and_norm
 from graphmode.models.attention import (
@@ -170,7 +170,7 @@ def _gated(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` of ``h @ weight.T``."""
     if runs_products(h, weight):
         return many_rows(h, weight, gated=True)
-    if runs_gated_long(h, weight):
+    if runs_long_rows(h, weight):
         return gated_long(h, weight)
     return silu_mul(nn.functional.linear(h, weight))
 
