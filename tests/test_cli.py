@@ -21,6 +21,7 @@ STATS = {
     "graphs",
     "capture_seconds",
     "graph_bytes",
+    "capture_failures",
     "vision_runs",
     "vision_misses",
     "decode_ms_per_step",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphmode.graph import CaptureError, GraphRunner, Input, Reason, UnsupportedOpError
+from graphmode.graph import CaptureError, CaptureFailure, GraphRunner, Input, InputError, Reason, UnsupportedOpError
 
 INPUT = [Input("x", torch.float32, ("rows", 4), padding=1)]
 
@@ -122,3 +122,45 @@ def test_a_python_output_is_an_error(device: str) -> None:
     runner = GraphRunner(lambda x: (x, 3), INPUT, [2], backend=device, strict=True)
     with pytest.raises(CaptureError, match="returned 3, a int"):
         runner.capture()
+
+
+def test_failures_are_told_as_they_happen_and_kept(device: str) -> None:
+    told: list[CaptureFailure] = []
+    runner = GraphRunner(
+        lambda x: x * (x.sum().item() if len(x) == 4 else 2),
+        INPUT,
+        [2, 4],
+        backend=device,
+        on_capture_failure=told.append,
+    )
+    runner.capture()
+    [failure] = told
+    assert runner.stats.capture_failures == told
+    assert (failure.key.size, failure.reason) == (4, Reason.UNSUPPORTED_OP)
+    assert "aten::_local_scalar_dense" in failure.message
+    assert __file__ in failure.message
+    runner(x=torch.ones(4, 4))
+    runner.stats.reset_steps()
+    assert runner.stats.capture_failures == told
+
+
+def test_what_the_callback_raises_ends_the_capture(device: str) -> None:
+    def refuse(failure: CaptureFailure) -> None:
+        raise RuntimeError(str(failure.reason))
+
+    runner = GraphRunner(lambda x: x * x.sum().item(), INPUT, [2], backend=device, on_capture_failure=refuse)
+    with pytest.raises(RuntimeError, match="unsupported_op"):
+        runner.capture()
+
+
+def test_a_function_warms_up_as_often_as_asked_before_each_capture(device: str) -> None:
+    runs: list[int] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        runs.append(len(x))
+        return x + 1
+
+    GraphRunner(fn, INPUT, [1, 2], backend=device, warmup_iterations=3).capture()
+    assert runs == [2] * 4 + [1] * 4
+    with pytest.raises(InputError, match="warmup_iterations is 0"):
+        GraphRunner(fn, INPUT, [1], backend=device, warmup_iterations=0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
 from graphmode.engine.scheduler import Family, Limits
-from graphmode.graph import Backend, make_buckets
+from graphmode.graph import Backend, CaptureFailure, make_buckets
 from graphmode.graph.buckets import check_buckets
 from graphmode.graph.errors import InputError
 
@@ -43,6 +43,9 @@ class EngineOptions:
             their tokens come together. Default 8, on a CPU 1.
         seed: of the requests that have none.
         strict: a capture that fails ends the start-up, instead of leaving that size to run eagerly.
+        on_capture_failure: called with each graph that cannot be captured, a
+            :class:`~graphmode.graph.CaptureFailure`; ``stats.capture_failures`` keeps them.
+        warmup_iterations: how often a step runs before each capture of it.
     """
 
     device: str | Backend = "auto"
@@ -62,6 +65,8 @@ class EngineOptions:
     decode_steps: int | None = None
     seed: int = 0
     strict: bool = False
+    on_capture_failure: Callable[[CaptureFailure], object] | None = None
+    warmup_iterations: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -89,6 +94,7 @@ class EngineOptions:
             "max_num_batched_tokens",
             "kv_cache_memory",
             "decode_steps",
+            "warmup_iterations",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -28,7 +28,7 @@ from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.scheduler import Batch, Scheduler
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import StepResult, StepRunner, StepUnderWay
-from graphmode.graph import InputError, RunnerStats, get_backend
+from graphmode.graph import CaptureFailure, InputError, RunnerStats, get_backend
 from graphmode.models.attention import PORTABLE_ATTENTION
 from graphmode.models.attention_npu import NPU_ATTENTION
 from graphmode.models.compiled import compile_layers
@@ -53,6 +53,7 @@ class EngineStats:
         graphs: graphs held.
         capture_seconds: time spent in capture.
         graph_bytes: memory that capture took.
+        capture_failures: the graphs that could not be captured, each with the reason; their steps run eagerly.
         decode_ms_per_step: mean wall time of a decode step, scheduling and sampling included; None before the first.
         generated_tokens: tokens generated.
         preemptions: times that a sequence gave up its blocks for want of memory, to be computed again.
@@ -69,6 +70,7 @@ class EngineStats:
     graphs: int
     capture_seconds: float
     graph_bytes: int
+    capture_failures: list[CaptureFailure]
     decode_ms_per_step: float | None
     generated_tokens: int
     preemptions: int
@@ -153,6 +155,8 @@ class Engine:
             piecewise=piecewise_families(mode),
             max_padding_ratio=options.max_padding_ratio,
             strict=options.strict,
+            on_capture_failure=options.on_capture_failure,
+            warmup_iterations=options.warmup_iterations,
         )
         log.info("graph mode %s on %s, %s, KV cache of %d blocks", mode, self.device, dtype, num_blocks)
         self.runner.probe()
@@ -235,6 +239,7 @@ class Engine:
             graphs=graphs.graphs + vision.graphs,
             capture_seconds=graphs.capture_seconds + vision.capture_seconds,
             graph_bytes=graphs.graph_bytes + vision.graph_bytes,
+            capture_failures=graphs.capture_failures + vision.capture_failures,
             decode_ms_per_step=1e3 * clock.seconds / clock.steps if clock.steps else None,
             generated_tokens=clock.tokens,
             preemptions=self.scheduler.preemptions,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from graphmode.engine.outputs import TokenLogprobs
 from graphmode.engine.sampler import Sampler, SamplingLevel, level_of, unpacked
 from graphmode.engine.scheduler import Batch, Family, Limits
 from graphmode.engine.vision_runner import VisionRunner
-from graphmode.graph import GraphRunner, HostArguments, Input
+from graphmode.graph import CaptureFailure, GraphRunner, HostArguments, Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.inputs import all_padding
 from graphmode.graph.staging import Event, StagingRing
@@ -105,6 +105,8 @@ class StepRunner:
         piecewise: the families whose attention runs outside their graphs.
         max_padding_ratio: as of :class:`~graphmode.graph.GraphRunner`.
         strict: as of :class:`~graphmode.graph.GraphRunner`.
+        on_capture_failure: as of :class:`~graphmode.graph.GraphRunner`.
+        warmup_iterations: as of :class:`~graphmode.graph.GraphRunner`.
     """
 
     def __init__(
@@ -119,6 +121,8 @@ class StepRunner:
         piecewise: frozenset[Family] = frozenset(),
         max_padding_ratio: float | None = None,
         strict: bool = False,
+        on_capture_failure: Callable[[CaptureFailure], object] | None = None,
+        warmup_iterations: int = 1,
     ) -> None:
         self._model = loaded.model
         self._keeps_rows = keeps_rows(loaded.model)
@@ -139,7 +143,15 @@ class StepRunner:
         self._results = StagingRing(self._log.nbytes + report_bytes, 3, backend.host_buffer, backend.event)
         self.vision: VisionRunner | None = None
         if loaded.vision is not None:
-            self.vision = VisionRunner(loaded.vision, backend, limits, enabled=buckets is not None, strict=strict)
+            self.vision = VisionRunner(
+                loaded.vision,
+                backend,
+                limits,
+                enabled=buckets is not None,
+                strict=strict,
+                on_capture_failure=on_capture_failure,
+                warmup_iterations=warmup_iterations,
+            )
         self._inputs = INPUTS if self.vision is None else VISION_INPUTS
         self.graphs = GraphRunner(
             self.forward,
@@ -157,6 +169,8 @@ class StepRunner:
             enabled=buckets is not None,
             max_padding_ratio=max_padding_ratio,
             strict=strict,
+            on_capture_failure=on_capture_failure,
+            warmup_iterations=warmup_iterations,
         )
 
     def probe(self) -> None:

@@ -8,13 +8,14 @@ the language graphs read. Nothing here waits for the device.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from graphmode.engine.multimodal import VisionItem
 from graphmode.engine.scheduler import Batch, Limits
-from graphmode.graph import GraphRunner
+from graphmode.graph import CaptureFailure, GraphRunner
 from graphmode.graph.backends.base import Backend
 from graphmode.models.vision import VisionTower
 
@@ -33,9 +34,21 @@ class VisionRunner:
         limits: what a step may hold; images of more tokens than a step run eagerly.
         enabled: whether the tower runs by graphs. Each is captured when an image first needs it.
         strict: as of :class:`~graphmode.graph.GraphRunner`.
+        on_capture_failure: as of :class:`~graphmode.graph.GraphRunner`.
+        warmup_iterations: as of :class:`~graphmode.graph.GraphRunner`.
     """
 
-    def __init__(self, tower: VisionTower, backend: Backend, limits: Limits, *, enabled: bool, strict: bool) -> None:
+    def __init__(
+        self,
+        tower: VisionTower,
+        backend: Backend,
+        limits: Limits,
+        *,
+        enabled: bool,
+        strict: bool,
+        on_capture_failure: Callable[[CaptureFailure], object] | None = None,
+        warmup_iterations: int = 1,
+    ) -> None:
         self.tower = tower
         self.features = torch.zeros(
             (limits.max_num_batched_tokens, tower.levels, tower.hidden_size), dtype=tower.dtype, device=backend.device
@@ -49,6 +62,8 @@ class VisionRunner:
             backend=backend,
             enabled=enabled,
             strict=strict,
+            on_capture_failure=on_capture_failure,
+            warmup_iterations=warmup_iterations,
         )
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._kept_bytes = 0

@@ -22,13 +22,14 @@ from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.inputs import Input
 from graphmode.graph.program import outside_graph
 from graphmode.graph.runner import GraphRunner
-from graphmode.graph.stats import RunnerStats
+from graphmode.graph.stats import CaptureFailure, RunnerStats
 
 __all__ = [
     "Backend",
     "BackendError",
     "Capabilities",
     "CaptureError",
+    "CaptureFailure",
     "Decision",
     "GraphKey",
     "GraphModeError",

@@ -181,6 +181,8 @@ def record(
     pool: Pool,
     kwargs: dict[str, Any],
     host_arguments: HostArguments | None = None,
+    *,
+    warmup_iterations: int = 1,
 ) -> Program:
     """Warm ``fn`` up, then capture ``fn(**kwargs)``.
 
@@ -190,6 +192,7 @@ def record(
         pool: the memory that captures share.
         kwargs: its arguments: tensors of fixed memory, and static values.
         host_arguments: those of its operators, where the backend takes any.
+        warmup_iterations: how often it runs before it is captured, at least once.
 
     Raises:
         UnsupportedOpError: an operator that no graph can hold, with its name and the line that called it.
@@ -198,7 +201,8 @@ def record(
     with backend.capture_stream(), torch.inference_mode(), _no_garbage_collection():
         warm_up = Guard(backend.device)
         with _errors_located(warm_up), _set(_warm_up, warm_up), warm_up.installed():
-            fn(**kwargs)
+            for _ in range(warmup_iterations):
+                fn(**kwargs)
         backend.synchronize()
         guard = Guard(backend.device)
         recording = backend.recording(pool.handle, host_arguments)

@@ -31,7 +31,7 @@ from graphmode.graph.inputs import (
     true_sizes,
 )
 from graphmode.graph.program import Pool, Program, record
-from graphmode.graph.stats import RunnerStats
+from graphmode.graph.stats import CaptureFailure, RunnerStats
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,10 @@ class GraphRunner:
         max_padding_ratio: a call whose padding is more than this share of its bucket runs eagerly.
         capture_on_first_use: whether a call that needs a graph not there captures it; else it runs eagerly.
         strict: whether a failed capture raises instead of leaving that bucket to run eagerly.
+        on_capture_failure: called with each graph that cannot be captured, as soon as that is known. What it raises
+            ends the capture.
+        warmup_iterations: how often the function runs before each capture, at least once: what it sets up at its first
+            runs, and what libraries choose then, is not to be captured.
 
     Raises:
         InputError: the declarations do not fit together.
@@ -95,9 +99,13 @@ class GraphRunner:
         max_padding_ratio: float | None = None,
         capture_on_first_use: bool = True,
         strict: bool = False,
+        on_capture_failure: Callable[[CaptureFailure], object] | None = None,
+        warmup_iterations: int = 1,
     ) -> None:
         if max_padding_ratio is not None and not 0 <= max_padding_ratio <= 1:
             raise InputError(f"max_padding_ratio is {max_padding_ratio}; it is a share, from 0 to 1")
+        if warmup_iterations < 1:
+            raise InputError(f"warmup_iterations is {warmup_iterations}; it must be at least 1")
         self.backend = get_backend(backend)
         if host_arguments is not None and not self.backend.capabilities.host_arguments:
             raise InputError(
@@ -112,6 +120,8 @@ class GraphRunner:
         self._host_arguments = host_arguments
         self._static = {name: tuple(values) for name, values in (static or {}).items()}
         self._strict = strict
+        self._on_capture_failure = on_capture_failure
+        self._warmup_iterations = warmup_iterations
         self._has_families = isinstance(buckets, Mapping)
         families = buckets if isinstance(buckets, Mapping) else {DEFAULT_FAMILY: buckets}
         self.policy = DispatchPolicy(
@@ -297,6 +307,7 @@ class GraphRunner:
                 self._pool,
                 bound.views,
                 self._host_arguments,
+                warmup_iterations=self._warmup_iterations,
             )
             self._cut(tree_unflatten(program.outputs, program.spec), bound.sizes, bound.sizes)
         except CaptureError as error:
@@ -306,8 +317,8 @@ class GraphRunner:
                 self._stop_capturing(f"it refused the next: {error.__cause__}")
             else:
                 unsupported = isinstance(error, UnsupportedOpError)
-                self._failed[key] = Reason.UNSUPPORTED_OP if unsupported else Reason.CAPTURE_FAILED
                 log.error("%s runs eagerly: %s", key, error)
+                self._fail(key, Reason.UNSUPPORTED_OP if unsupported else Reason.CAPTURE_FAILED, str(error))
         else:
             self._programs[key] = program
             self.stats.captures += 1
@@ -334,9 +345,18 @@ class GraphRunner:
         )
         if self._strict:
             raise CaptureError(message)
-        self._failed.update(dict.fromkeys(left, Reason.OUT_OF_GRAPHS))
         self.stats.out_of_graphs += len(left)
         log.warning("%s", message)
+        for key in left:
+            self._fail(key, Reason.OUT_OF_GRAPHS, message)
+
+    def _fail(self, key: GraphKey, reason: Reason, message: str) -> None:
+        """Leave a key without a graph, and say so."""
+        self._failed[key] = reason
+        failure = CaptureFailure(key, reason, message)
+        self.stats.capture_failures.append(failure)
+        if self._on_capture_failure is not None:
+            self._on_capture_failure(failure)
 
     def _replay(self, key: GraphKey, values: Mapping[str, torch.Tensor], sizes: Mapping[str, int], repeats: int) -> Any:
         program, bound = self._programs[key], self._bind(key.size)

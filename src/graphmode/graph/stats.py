@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from graphmode.graph.dispatch import Reason
+from graphmode.graph.dispatch import GraphKey, Reason
+
+
+@dataclass(frozen=True)
+class CaptureFailure:
+    """A graph that could not be captured.
+
+    Attributes:
+        key: what would have selected it.
+        reason: what steps of that key count as misses by.
+        message: what went wrong, where, and what to do.
+    """
+
+    key: GraphKey
+    reason: Reason
+    message: str
 
 
 @dataclass
@@ -22,6 +37,7 @@ class RunnerStats:
         graphs: graphs held; a piecewise capture has several.
         captures: keys captured.
         out_of_graphs: keys left without a graph because the device had no room for more.
+        capture_failures: the graphs that could not be captured, those out of room among them.
         capture_seconds: time spent in capture, warm-up included.
         graph_bytes: memory that capture took on the device.
     """
@@ -35,6 +51,7 @@ class RunnerStats:
     graphs: int = 0
     captures: int = 0
     out_of_graphs: int = 0
+    capture_failures: list[CaptureFailure] = field(default_factory=list)
     capture_seconds: float = 0.0
     graph_bytes: int = 0
 
