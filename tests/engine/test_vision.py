@@ -127,6 +127,33 @@ def test_chunks_of_any_size_cut_an_image_without_a_trace(folder: dict[str, Path]
     assert made.count(made[0]) == 3
 
 
+@pytest.mark.parametrize("budget", [1, 32])
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_a_burst_never_repeats_an_image(tmp_path: Path, enforce_eager: bool, budget: int) -> None:
+    """A step that computes nothing but a prompt's last token, an image's part, is a decode step for its length alone.
+
+    So it is where the rest of the prompt is cached, and where chunks are of one token.
+    """
+    model = save_model("qwen2_5_vl", tmp_path)
+    ends = make_prompt("qwen2_5_vl", [15, ("image", [1, 2, 2])], 0)
+    ends["prompt_token_ids"].pop()  # the end of the image, so that the image is the prompt's
+    middle = make_prompt("qwen2_5_vl", [3, ("image", [1, 2, 4]), 2, ("image", [1, 4, 2]), 7], 1)
+    larger = make_prompt("qwen2_5_vl", [11, ("image", [1, 4, 4]), 1, ("image", [1, 4, 4])], 2)
+    larger["prompt_token_ids"].pop()
+    prompts = [ends, middle, larger]
+    assert len(ends["prompt_token_ids"]) == 17, "a block, and one token that is the image"
+    expected = [generate_greedily(model, prompt, NEW_TOKENS)[0] for prompt in prompts]
+    rows = min(budget, 4)
+    sizes = {} if enforce_eager else {"graph_sizes": sorted({rows, budget}), "strict": True}
+    options = {"max_num_seqs": rows, "max_num_batched_tokens": budget, "decode_steps": 8, **sizes}
+    llm = LLM(tmp_path, enforce_eager=enforce_eager, **{**OPTIONS, **options})
+    scheduler = llm.engine.scheduler
+    for steps in (8, *range(1, 9)):  # the first run finds nothing cached
+        scheduler.limits = replace(scheduler.limits, decode_steps=steps)
+        made = tokens(llm.generate(prompts, GREEDY)) + tokens(llm.generate(ends, GREEDY))
+        assert made == [*expected, expected[0]], steps
+
+
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
 def test_preemption_and_eviction_change_no_token(folder: dict[str, Path], kept_bytes: int) -> None:
     """Sequences give up their blocks and are computed again, their features kept or computed again too."""

@@ -286,7 +286,7 @@ class Scheduler:
     def _repeat(self, rows: Collection[Row]) -> None:
         """Let decode rows go on for several steps, as far as there are blocks; others are left as they are."""
         steps = self.limits.decode_steps
-        if steps == 1 or any(row.num_tokens > 1 or not row.samples or _reports(row) for row in rows):
+        if steps == 1 or not all(_repeats(row) for row in rows):
             return
         while steps > 1:
             longer = [min(steps, self._max_len(row.sequence) - 1 - row.start) for row in rows]
@@ -366,9 +366,20 @@ def _scored(sequence: Sequence, start: int, end: int) -> range:
     return range(max(start, len(sequence.prompt_logprobs)), min(end, len(sequence.prompt_token_ids) - 1))
 
 
-def _reports(row: Row) -> bool:
-    """Return whether a step's log-probabilities are wanted, which hold one step at a time."""
-    return bool(row.scored) or row.sequence.params.logprobs is not None
+def _repeats(row: Row) -> bool:
+    """Return whether a row's part of a step may be followed by another without the host.
+
+    What the device does not move on must not belong to the first step alone: scored prompt tokens, a token that stands
+    for a part of an image. Log-probabilities are read after every step.
+    """
+    vision = row.sequence.vision
+    return (
+        row.samples
+        and row.num_tokens == 1
+        and not row.scored
+        and row.sequence.params.logprobs is None
+        and not (vision and vision.spans_in(row.start, row.start + 1))
+    )
 
 
 def _row(sequence: Sequence, num_tokens: int) -> Row:
