@@ -163,7 +163,11 @@ def bench(
         ),
     ] = "bundled",
     compare: Annotated[
-        str | None, typer.Option(help="Measure these beside graphs: eager,transformers.", show_default=False)
+        str | None,
+        typer.Option(
+            help='Measure these beside graphs: eager,transformers. [default: by latency eager, "" for none]',
+            show_default=False,
+        ),
     ] = None,
     batch: Annotated[
         str | None,
@@ -227,7 +231,7 @@ def bench(
         plan = Plan(
             Workload(workload),
             model,
-            compare=tuple(compare.split(",")) if compare else (),
+            compare=None if compare is None else tuple(filter(None, compare.split(","))),
             batches=_numbers("--batch", batch),
             tokens=tokens,
             repeats=repeats,

@@ -159,6 +159,7 @@ class Clocked:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.calls = 0.0, 0
         monkeypatch.setattr("graphmode.observe.bench.run.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("graphmode.observe.bench.run.time.process_time", lambda: 3 * self.now)
 
     def generate(self, requests: Sequence[Request]) -> None:
         self.calls += 1
@@ -179,7 +180,12 @@ def test_latency_tells_first_token_and_pauses_apart(monkeypatch: pytest.MonkeyPa
     figures = latency_ms(clocked, random_requests(1, 5, 10)[0], 4, 1000, 3500)
     assert clocked.calls == 5
     medians = {figure.name: (figure.median, figure.of_floor) for figure in figures}
-    assert medians == {"step_ms": (2000, 0.5), "first_token_ms": (7000, 0.5), "gap_ms": (2000, None)}
+    assert medians == {
+        "step_ms": (2000, 0.5),
+        "first_token_ms": (7000, 0.5),
+        "gap_ms": (2000, None),
+        "cpu_seconds_per_token": (3 * (7 + 4 * 2) / 5, None),
+    }
 
 
 @given(st.lists(st.floats(0.001, 1e6), min_size=1))
@@ -188,6 +194,14 @@ def test_medians_lie_within_their_spread(samples: list[float]) -> None:
     assert few.spread["least"] == min(samples) <= few.median <= max(samples) == few.spread["most"]
     assert many.median <= many.spread["p90"] <= many.spread["p99"] <= max(samples)
     assert sum(sample <= many.spread["p90"] for sample in samples) >= 0.9 * len(samples)
+    assert min(samples) <= many.spread["mean"] * (1 + 1e-9)
+    assert many.spread["mean"] <= max(samples) * (1 + 1e-9)
+
+
+def test_many_samples_tell_mean_percentiles_and_jitter() -> None:
+    figure = of_many("gap_ms", [1, 1, 1, 9])
+    assert figure == Figure("gap_ms", 1, {"mean": 3, "p90": 9, "p99": 9, "std": pytest.approx(12**0.5)})
+    assert of_many("gap_ms", [5]).spread["std"] == 0
 
 
 # Rows and tables
@@ -358,10 +372,33 @@ def test_offline_and_latency() -> None:
     [offline] = json.loads(run("offline", *QUICK, "--batch", "3", "--tokens", "9", "--json", "-"))["rows"]
     assert offline["tokens_per_s"] > 0
     assert offline["generated_tokens"] == sum(request.max_tokens for request in offline_requests(3, 9, 4096))
-    latency = json.loads(run("latency", *QUICK, "--tokens", "4", "--compare", "transformers", "--json", "-"))["rows"]
-    assert [each["mode"] for each in latency] == ["graph", "transformers"]
+    latency = json.loads(run("latency", *QUICK, "--tokens", "4", "--json", "-"))["rows"]
+    assert [each["mode"] for each in latency] == ["graph", "eager"]
     for each in latency:
-        assert {"step_ms", "first_token_ms", "gap_ms", "gap_ms_spread"} <= each.keys()
+        assert {"step_ms", "first_token_ms", "gap_ms", "cpu_seconds_per_token"} <= each.keys()
+        assert each["gap_ms_spread"].keys() == {"mean", "p90", "p99", "std"}
+        assert each["cpu_seconds_per_token"] > 0
+
+
+@pytest.mark.parametrize(
+    ("workload", "asked", "compared"),
+    [
+        (Workload.LATENCY, None, ("eager",)),
+        (Workload.LATENCY, (), ()),
+        (Workload.LATENCY, ("transformers",), ("transformers",)),
+        (Workload.DECODE, None, ()),
+    ],
+)
+def test_latency_is_measured_beside_eager_unless_asked_otherwise(
+    workload: Workload, asked: tuple[str, ...] | None, compared: tuple[str, ...]
+) -> None:
+    plan = Plan(workload, compare=asked, options={"device": "cpu"})
+    assert resolve(plan, bundled_model()).compare == compared
+
+
+def test_small_figures_keep_their_digits() -> None:
+    [line] = [line for line in tables([row("graph", 1, 0.00123)]).splitlines() if "batch 1" in line]
+    assert "0.00123" in line
 
 
 @pytest.mark.parametrize(

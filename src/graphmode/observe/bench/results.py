@@ -15,6 +15,7 @@ TITLES: Mapping[str, str] = {
     "step_ms": "ms a step",
     "first_token_ms": "ms to the first token",
     "gap_ms": "ms between tokens",
+    "cpu_seconds_per_token": "CPU seconds a token",
     "tokens_per_s": "tokens/s",
 }
 """The figures there are, with their titles."""
@@ -28,7 +29,8 @@ class Figure:
     Attributes:
         name: one of :data:`TITLES`.
         median: of the samples.
-        spread: how far samples lie apart: ``least`` and ``most`` of a few, ``p90`` and ``p99`` of many.
+        spread: how far samples lie apart: ``least`` and ``most`` of a few; of many ``mean``, ``p90``, ``p99`` and
+            ``std``, the standard deviation.
         floor: the figure of a run that takes no more than the floor; None where it is not known.
     """
 
@@ -53,9 +55,10 @@ def of_runs(name: str, samples: Sequence[float], floor: float | None = None) -> 
 
 
 def of_many(name: str, samples: Sequence[float], floor: float | None = None) -> Figure:
-    """Return the figure of many samples: the median and the percentiles 90 and 99 (nearest rank)."""
+    """Return the figure of many samples: median, mean, percentiles 90 and 99 (nearest rank), standard deviation."""
     ordered = sorted(samples)
-    spread = {f"p{percent}": ordered[-(-percent * len(ordered) // 100) - 1] for percent in (90, 99)}
+    percentiles = {f"p{percent}": ordered[-(-percent * len(ordered) // 100) - 1] for percent in (90, 99)}
+    spread = {"mean": statistics.fmean(ordered), **percentiles, "std": statistics.pstdev(ordered)}
     return Figure(name, statistics.median(ordered), spread, floor)
 
 
@@ -190,7 +193,7 @@ def _cell(figure: Figure | None, floors: Sequence[float], graph: Figure | None) 
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.3f}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
 def _runs(rows: Sequence[Row]) -> str:

@@ -56,17 +56,17 @@ class Plan:
     Attributes:
         workload: what to measure.
         model: ``bundled``, one of :data:`RANDOM_MODELS`, a local folder or a hub name.
-        compare: what to measure beside graphs.
+        compare: what to measure beside graphs. Default: by ``latency`` eager runs, else nothing.
         batches: requests submitted together. Default: 1, 8, 64 and 256, as far as a step holds them; offline 256.
         tokens: generated for each request; offline the longest prompt and answer. Default 129; offline 1024. Eagerly
-            at most 33, by transformers at most 17.
+            at most 33, by transformers at most 17, except by ``latency``.
         repeats: runs that are timed, after one that is not; default 3. By ``latency`` requests, default 20.
         options: of the engine. ``max_model_len`` is 2048 and prefix caching off where they say nothing else.
     """
 
     workload: Workload
     model: str = "bundled"
-    compare: tuple[str, ...] = ()
+    compare: tuple[str, ...] | None = None
     batches: tuple[int, ...] | None = None
     tokens: int | None = None
     repeats: int | None = None
@@ -112,6 +112,7 @@ def bench(plan: Plan, found: Callable[[Row], None] = lambda row: None, *, progre
             found(row)
 
         scale: _Scale | None = None
+        assert plan.compare is not None
         for mode in ("graph", *plan.compare):
             scale = _run_mode(plan, mode, folder, scale, progress, take)
             gc.collect()  # an engine is a ring of references; the next mode needs its memory
@@ -153,10 +154,11 @@ def resolve(plan: Plan, folder: str | Path) -> Plan:
         raise InputError(f"unknown options {unknown}; there are {sorted(EngineOptions.__dataclass_fields__)}")
     if EngineOptions(**plan.options).resolved_graph_mode == "none":
         raise InputError("the options turn graphs off; leave that out and give --compare eager")
-    if unknown := sorted(set(plan.compare) - set(COMPARABLE)):
-        raise InputError(f"cannot compare with {unknown}; there are {list(COMPARABLE)}")
     offline, latency = plan.workload is Workload.OFFLINE, plan.workload is Workload.LATENCY
-    if offline and "transformers" in plan.compare:
+    compare = plan.compare if plan.compare is not None else ("eager",) if latency else ()
+    if unknown := sorted(set(compare) - set(COMPARABLE)):
+        raise InputError(f"cannot compare with {unknown}; there are {list(COMPARABLE)}")
+    if offline and "transformers" in compare:
         raise InputError("generate of transformers takes no requests of different lengths; compare offline with eager")
     least = 2 if plan.workload in (Workload.DECODE, Workload.LATENCY) else 1
     default = OFFLINE_LONGEST if offline else 1 if plan.workload is Workload.PREFILL else 129
@@ -198,7 +200,7 @@ def resolve(plan: Plan, folder: str | Path) -> Plan:
             f"batch {max(batches)} is more than max_num_seqs={limits.max_num_seqs}, the sequences of a step; lower it, "
             "or raise max_num_seqs"
         )
-    return replace(plan, tokens=tokens, repeats=repeats, batches=batches, options=options)
+    return replace(plan, compare=compare, tokens=tokens, repeats=repeats, batches=batches, options=options)
 
 
 @dataclass(frozen=True)
@@ -310,7 +312,9 @@ def _measure(
         figures = [of_runs("tokens_per_s", rates, made / least if least else None)]
         return figures, {"tokens": plan.tokens, "repeats": plan.repeats, "generated_tokens": made}
 
-    tokens = min(plan.tokens, _MOST_TOKENS.get(mode, plan.tokens))
+    tokens = plan.tokens
+    if plan.workload is not Workload.LATENCY:  # whose CPU time a token holds a share of the prompt's
+        tokens = min(tokens, _MOST_TOKENS.get(mode, tokens))
     requests = random_requests(batch, tokens, scale.vocab_size)
     first = _ms(scale.seconds(lambda cost: cost.prefill(batch, PROMPT_TOKENS)))
     step = _ms(scale.seconds(lambda cost: cost.decode_step(batch, tokens, PROMPT_TOKENS))) if tokens > 1 else None
@@ -350,17 +354,24 @@ def latency_ms(
         first: the floor of the first token, in milliseconds.
 
     Returns:
-        The first token, the mean time of a token after it in each request, and the pauses between tokens as they come.
+        The first token, the mean time of a token after it in each request, the pauses between tokens as they come, and
+        the time that all CPU cores together spent on each request, in seconds a token of its answer.
     """
     contestant.arrivals(request)
-    firsts, steps, gaps = [], [], []
+    firsts, steps, gaps, cpu = [], [], [], []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         times = contestant.arrivals(request)
+        cpu.append((time.process_time() - cpu_start) / len(times))
         firsts.append(1e3 * (times[0] - start))
         steps.append(1e3 * (times[-1] - times[0]) / (len(times) - 1))
         gaps += [1e3 * (later - earlier) for earlier, later in pairwise(times)]
-    return [of_many("step_ms", steps, step), of_many("first_token_ms", firsts, first), of_many("gap_ms", gaps)]
+    return [
+        of_many("step_ms", steps, step),
+        of_many("first_token_ms", firsts, first),
+        of_many("gap_ms", gaps),
+        of_many("cpu_seconds_per_token", cpu),
+    ]
 
 
 def _seconds(contestant: Contestant, requests: Sequence[Request]) -> float:

@@ -23,7 +23,7 @@ class Workload(StrEnum):
     DECODE: a decode step, (time for n tokens - time for 1 token) / (n - 1), all prompts submitted together.
     PREFILL: the time of ``generate`` for one token a prompt, all prompts submitted together.
     OFFLINE: generated tokens a second for requests of many lengths (nano-vllm's ``bench.py``).
-    LATENCY: one request at a time: its first token, its tokens, and the pauses between them as they come.
+    LATENCY: one request at a time: its first token, its tokens, the pauses between them as they come, and CPU time.
     """
 
     DECODE = "decode"
