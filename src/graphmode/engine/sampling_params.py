@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from graphmode.engine import aliases, checks
 from graphmode.graph.errors import InputError
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
+MAX_COMPLETIONS = 2**14
 
 
-@dataclass(frozen=True)
+@aliases.by_name(aliases.SAMPLING)
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of one request.
 
-    Logits are first biased, then penalised, then divided by the temperature; the filters follow, and the draw.
+    Logits are first biased, then penalised, then divided by the temperature; the filters follow, and the draw. None
+    stands for a parameter's default, except where it has a meaning of its own.
 
     Attributes:
         temperature: 0 takes the most likely token; otherwise logits are divided by it before sampling.
-        top_k: sample from the most likely tokens, that many; 0 takes all. Those tied with the last one count too.
+        top_k: sample from the most likely tokens, that many; 0 or -1 takes all. Those tied with the last one count too.
         top_p: sample from the most likely tokens whose probabilities reach this sum, after ``top_k``; 1 takes all.
         min_p: sample from the tokens that are at least this share as likely as the likeliest; 0 takes all.
         repetition_penalty: logits of the tokens that prompt or answer hold are divided by it where positive, else
@@ -28,21 +32,21 @@ class SamplingParams:
         presence_penalty: taken from the logits of the tokens that the answer holds; 0 is off. From -2 to 2.
         frequency_penalty: the same for each time that the answer holds them; 0 is off. From -2 to 2.
         logit_bias: what is added to the logits of tokens, by token id, at most 300 of them; from -100 to 100.
-        max_tokens: most tokens to make, at least 1.
+        max_tokens: most tokens to make, at least 1; None: as many as the model's limit leaves room for.
         min_tokens: tokens to make before the end-of-text token, ``stop_token_ids`` and ``stop`` count; the tokens
             are not drawn before.
         seed: of the request's random numbers. The same seed gives the same tokens alone and in any batch. None: the
             engine chooses, by its own seed and the request's number.
         ignore_eos: go on after the end-of-text token.
-        stop: texts that end the answer, which is cut before them. Not empty.
+        stop: a text or texts that end the answer, which is cut before them. Not empty.
         stop_token_ids: tokens that end the answer; they stay in it.
-        n: completions of the prompt. The first has ``seed``, the others have seeds derived from it.
+        n: completions of the prompt, at most 16384. The first has ``seed``, the others have seeds derived from it.
         logprobs: return the log-probability of each token and of that many most likely ones, from 0 to 20, by the
             model's own logits; None returns none.
         prompt_logprobs: the same for the tokens of the prompt. Its prefix is then not taken from the cache.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value of another type or out of range, or a name that is not known or cannot be honoured.
     """
 
     temperature: float = 1.0
@@ -53,51 +57,54 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     min_tokens: int = 0
     seed: int | None = None
     ignore_eos: bool = False
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     stop_token_ids: Collection[int] = ()
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if not 0 <= self.top_k < 2**31:
-            raise InputError(f"top_k is {self.top_k}; it must be 0 (off) or a positive number of tokens")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must be above 0, and 1 (off) at most")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p is {self.min_p}; it must be from 0 (off) to 1")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InputError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number, 1 is off")
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= getattr(self, name) <= 2:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be from -2 to 2, 0 is off")
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InputError(f"logit_bias names {len(self.logit_bias)} tokens; it may name {MAX_LOGIT_BIAS}")
-        for token, bias in self.logit_bias.items():
-            if not (isinstance(token, int) and -100 <= bias <= 100):
-                raise InputError(
-                    f"logit_bias has {token!r}: {bias}; a token id and a number from -100 to 100 are needed"
-                )
-        if self.n < 1:
-            raise InputError(f"n is {self.n}; it must be at least 1")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise InputError(f"stop is {self.stop!r}; it must be a list of texts that are not empty")
-        if self.max_tokens < 1:
-            raise InputError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if not 0 <= self.min_tokens <= self.max_tokens:
-            raise InputError(f"min_tokens is {self.min_tokens}; it must be from 0 to max_tokens={self.max_tokens}")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}; it must fit 64 bits with sign")
+        for each in fields(self):
+            if getattr(self, each.name) is None and each.name != "max_tokens":
+                self._set(each.name, {} if each.name == "logit_bias" else each.default)
+        self._number("temperature", least=0, also=", 0 is greedy")
+        self._integer("top_k", least=-1, most=checks.LARGEST, also=", 0 or -1 is off")
+        self._set("top_k", max(self.top_k, 0))
+        self._number("top_p", above=0, most=1, also=", 1 is off")
+        self._number("min_p", least=0, most=1, also=", 0 is off")
+        self._number("repetition_penalty", above=0, also=", 1 is off")
+        self._number("presence_penalty", least=-2, most=2, also=", 0 is off")
+        self._number("frequency_penalty", least=-2, most=2, also=", 0 is off")
+        self._set("logit_bias", _biases(self.logit_bias))
+        self._integer("n", least=1, most=MAX_COMPLETIONS)
+        if self.max_tokens is not None:
+            self._integer("max_tokens", least=1, most=checks.LARGEST, also=", or None")
+        self._integer("min_tokens", least=0, most=checks.LARGEST)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InputError(
+                f"min_tokens is {self.min_tokens}, more than max_tokens={self.max_tokens}; lower it or raise max_tokens"
+            )
+        if self.seed is not None:
+            self._integer("seed", least=-(2**63), most=2**63 - 1, also=", or None")
+        self._set("ignore_eos", checks.flag("ignore_eos", self.ignore_eos))
+        self._set("stop", checks.texts("stop", self.stop))
+        self._set("stop_token_ids", tuple(checks.token_ids("stop_token_ids", self.stop_token_ids)))
         for name in ("logprobs", "prompt_logprobs"):
-            count = getattr(self, name)
-            if count is not None and not 0 <= count <= MAX_LOGPROBS:
-                raise InputError(f"{name} is {count}; it must be from 0 to {MAX_LOGPROBS}, or None")
+            if getattr(self, name) is not None:
+                self._integer(name, least=0, most=MAX_LOGPROBS, also=", or None")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+
+    def _integer(self, name: str, **limits: Any) -> None:
+        self._set(name, checks.integer(name, getattr(self, name), **limits))
+
+    def _number(self, name: str, **limits: Any) -> None:
+        self._set(name, checks.number(name, getattr(self, name), **limits))
 
     @property
     def filters(self) -> bool:
@@ -108,3 +115,17 @@ class SamplingParams:
     def penalises(self) -> bool:
         """Whether the tokens so far change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _biases(biases: object) -> dict[int, float]:
+    """Return a bias by token id; keys may be texts of digits, as they are where a request came as JSON."""
+    if not isinstance(biases, Mapping):
+        raise checks.unfit("logit_bias", biases, "a mapping of token ids to numbers from -100 to 100")
+    if len(biases) > MAX_LOGIT_BIAS:
+        raise InputError(f"logit_bias names {len(biases)} tokens; it may name {MAX_LOGIT_BIAS}")
+    return {
+        checks.integer(
+            "a token of logit_bias", int(token) if isinstance(token, str) and token.isdecimal() else token, least=0
+        ): checks.number(f"logit_bias of token {checks.shown(token)}", bias, least=-100, most=100)
+        for token, bias in biases.items()
+    }

@@ -111,7 +111,7 @@ class Scheduler:
         """Whether any sequence is not finished, or may still come."""
         return bool(self.waiting or self.running or self._sources)
 
-    def check(self, prompt_tokens: int, max_tokens: int) -> None:
+    def check(self, prompt_tokens: int, max_tokens: int | None) -> None:
         """Check that a sequence could run.
 
         Raises:
@@ -125,11 +125,11 @@ class Scheduler:
                 f"the prompt has {prompt_tokens} tokens; with max_model_len={limit} it may have {limit - 1}, one less, "
                 "so that there is room for an answer. Shorten it, or raise max_model_len if the model allows it"
             )
-        needed = self.pool.blocks_for(min(prompt_tokens + max_tokens, limit))
+        needed = self.pool.blocks_for(self._longest(prompt_tokens, max_tokens))
         if needed > self.pool.num_blocks:
             raise InputError(
                 f"a prompt of {prompt_tokens} tokens with max_tokens={max_tokens} needs {needed} KV blocks; the cache "
-                f"has {self.pool.num_blocks}. Lower max_tokens, or raise kv_cache_memory"
+                f"has {self.pool.num_blocks}. Give a smaller max_tokens, or raise kv_cache_memory"
             )
 
     def add(self, sequence: Sequence) -> None:
@@ -257,7 +257,11 @@ class Scheduler:
         sequence.num_computed = 0
 
     def _max_len(self, sequence: Sequence) -> int:
-        return min(len(sequence.prompt_token_ids) + sequence.params.max_tokens, self.limits.max_model_len)
+        return self._longest(len(sequence.prompt_token_ids), sequence.params.max_tokens)
+
+    def _longest(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        limit = self.limits.max_model_len
+        return limit if max_tokens is None else min(prompt_tokens + max_tokens, limit)
 
     def _append(self, sequence: Sequence, made: tuple[int, ...], eos_token_ids: frozenset[int]) -> int:
         """Append what a sequence made up to its end, saying why it ends there; return how many tokens these are."""
