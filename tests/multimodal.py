@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
-IMAGE, VIDEO, VISION_START, VISION_END = 190, 191, 192, 193
+IMAGE, VIDEO, VISION_START, VISION_END, VIDEO_START, VIDEO_END = 190, 191, 192, 193, 194, 195
 PATCH = 3 * 2 * 4 * 4
 TEXT = {
     "hidden_size": 32,
@@ -44,11 +44,26 @@ TYPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"intermediate_size": 48, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
     ),
     "qwen3_vl": (QWEN3_TEXT, QWEN3_VISION),
+    # GLM-4.5V, whose tower looks up positions by the size of the frame that a patch lies in.
+    "glm4v_moe": (
+        {
+            **QWEN2_TEXT,
+            "head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+        },
+        {"intermediate_size": 48, "out_hidden_size": 32, "image_size": 24},
+    ),
     "qwen3_vl_moe": (
         {**QWEN3_TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
         QWEN3_VISION,
     ),
 }
+
+# Types that write the frames of a video as images, between two tokens of their own.
+GLM = ("glm4v_moe",)
 
 Part = int | tuple[str, list[int]]
 
@@ -64,6 +79,7 @@ def make_model(model_type: str) -> PreTrainedModel:
         video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
+        **({"video_start_token_id": VIDEO_START, "video_end_token_id": VIDEO_END} if model_type in GLM else {}),
     )
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
 
@@ -97,6 +113,11 @@ def make_prompt(model_type: str, parts: list[Part], seed: int) -> dict[str, Any]
         if kind == "video" and model_type.startswith("qwen3"):  # every frame by itself, after its time
             for frame in range(frames):
                 token_ids += [5 + frame, VISION_START, *[VIDEO] * (patches // frames // 4), VISION_END]
+        elif kind == "video" and model_type in GLM:
+            token_ids.append(VIDEO_START)
+            for frame in range(frames):
+                token_ids += [VISION_START, *[IMAGE] * (patches // frames // 4), VISION_END, 5 + frame]
+            token_ids.append(VIDEO_END)
         else:
             token_ids += [VISION_START, *[IMAGE if kind == "image" else VIDEO] * (patches // 4), VISION_END]
     prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
@@ -117,11 +138,13 @@ def generate_greedily(
     """What transformers' own ``generate`` gives for a prompt alone, and the logits behind its first token."""
     given = {name: torch.as_tensor(value) for name, value in prompt.items() if name != "prompt_token_ids"}
     ids = torch.tensor([prompt["prompt_token_ids"]], device=model.device)
+    in_video = (ids == VIDEO_START).cumsum(1) > (ids == VIDEO_END).cumsum(1)
+    types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int() + ((ids == IMAGE) & in_video).int()
     model.base_model.rope_deltas = None
     made = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int(),
+        mm_token_type_ids=types,
         max_new_tokens=new_tokens,
         do_sample=False,
         return_dict_in_generate=True,

@@ -14,7 +14,7 @@ from graphmode.engine.scheduler import Batch, Row
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import VISION_INPUTS, step_inputs
 from graphmode.graph import GraphRunner
-from tests.multimodal import IMAGE, TYPES, generate_greedily, make_prompt, save_model
+from tests.multimodal import GLM, IMAGE, TYPES, generate_greedily, make_prompt, save_model
 
 NEW_TOKENS = 10
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
@@ -72,13 +72,15 @@ def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_prompts_with_images_are_token_for_token_transformers(tmp_path: Path, model_type: str) -> None:
     model = save_model(model_type, tmp_path)
-    prompts = [make_prompt(model_type, parts, seed) for seed, parts in enumerate(LAYOUTS.values())]
+    # Where a video is written as images, transformers takes no prompt that has both.
+    layouts = [parts for name, parts in LAYOUTS.items() if model_type not in GLM or name != "image and video"]
+    prompts = [make_prompt(model_type, parts, seed) for seed, parts in enumerate(layouts)]
     expected = [generate_greedily(model, prompt, NEW_TOKENS) for prompt in prompts]
     assert len({token for made, _ in expected for token in made}) > 10, "the largest logits say little here"
     for graph_mode in ("none", "piecewise", "full"):
         llm = LLM(tmp_path, graph_mode=graph_mode, **(OPTIONS if graph_mode == "none" else GRAPHS))
         assert tokens(llm.generate(prompts, GREEDY)) == [made for made, _ in expected]
-        assert llm.stats.vision_runs == 6
+        assert llm.stats.vision_runs == sum(isinstance(part, tuple) for parts in layouts for part in parts)
     assert llm.stats.misses.keys() | llm.stats.vision_misses.keys() == {"not_captured_yet"}
     assert llm.stats.eager_steps == 0
     roomy = LLM(tmp_path, **{**EAGER, "max_num_batched_tokens": 128})

@@ -10,7 +10,7 @@ from graphmode.models.dry_run import check_features_apart
 from graphmode.models.errors import ModelError
 from graphmode.models.loader import load_model
 from graphmode.models.vision import VISION_ATTENTION_NAME, VisionTower
-from tests.multimodal import PATCH, TYPES, make_model, save_model
+from tests.multimodal import GLM, PATCH, TYPES, make_model, save_model
 
 GRIDS = torch.tensor([[1, 4, 6], [2, 8, 4], [1, 2, 10]])
 
@@ -18,16 +18,18 @@ GRIDS = torch.tensor([[1, 4, 6], [2, 8, 4], [1, 2, 10]])
 def runner(tower: VisionTower, inputs: tuple[Input, ...], device: str = "cpu") -> GraphRunner:
     axes = {"patches": lambda units: units * tower.patches_per_unit}
     options = {"output_axes": [("units", None, None)], "backend": device, "strict": True}
-    return GraphRunner(tower.forward, inputs, [27, 40], axes=axes, **options)  # type: ignore[arg-type]
+    return GraphRunner(tower.forward, inputs, [30], axes=axes, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_replay_is_transformers_and_bitwise_eager_whatever_padding_holds(model_type: str, device: str) -> None:
     model = make_model(model_type).to(device)
-    visual = model.base_model.visual
     pixels = torch.randn(int(GRIDS.prod(-1).sum()), PATCH)
+    grids = GRIDS
+    if model_type in GLM:  # which hands its tower the frames of a video one by one
+        grids = torch.tensor([[1, height, width] for frames, height, width in GRIDS.tolist() for _ in range(frames)])
     with torch.inference_mode():
-        whole = visual(pixels.to(device), grid_thw=GRIDS.to(device), return_dict=True)
+        whole = model.base_model.visual(pixels.to(device), grid_thw=grids.to(device), return_dict=True)
     levels = torch.stack([whole.pooler_output, *(getattr(whole, "deepstack_features", None) or ())], 1)
     tower = VisionTower(model)
     values = tower.host_inputs(pixels, GRIDS)
@@ -55,6 +57,24 @@ def test_a_tower_that_does_more_than_is_known_is_refused() -> None:
     )
     model.base_model.visual.merger.forward = lambda x: original(x) + sizes[-1]
     with pytest.raises(ModelError, match="more from the images' sizes"):
+        VisionTower(model)
+
+
+def test_a_tower_whose_code_fails_is_refused_with_the_reason_and_not_the_error_alone() -> None:
+    """One that reads the images' sizes where graphmode hands it none; and one that transformers itself cannot run."""
+    model = make_model("qwen2_5_vl")
+    blocks = model.base_model.visual.blocks
+    model.base_model.visual.register_forward_pre_hook(
+        lambda module, args, kwargs: blocks.__setattr__("sizes", kwargs["grid_thw"]), with_kwargs=True
+    )
+    hook = blocks[0].register_forward_pre_hook(lambda module, args: (args[0] + blocks.sizes.shape[1],))
+    with pytest.raises(
+        ModelError, match=r"more from the images' sizes than graphmode knows \(AttributeError: 'NoneType'"
+    ):
+        VisionTower(model)
+    hook.remove()
+    blocks[0].register_forward_pre_hook(lambda module, args: (args[0][:, 1:],))
+    with pytest.raises(ModelError, match=r"transformers cannot run its vision tower on packed patches \(RuntimeError"):
         VisionTower(model)
 
 

@@ -136,8 +136,7 @@ def make_vision_prompt(
         if items:
             raise InputError(f"the prompt has an {items[0].kind}, but the model takes text alone")
         return None
-    placeholders = {tower.image_token_id: 1, tower.video_token_id: 2}
-    types = [placeholders.get(token, 0) for token in token_ids]
+    types = token_types(tower, token_ids)
     of_kind: dict[Kind, list[VisionItem]] = {
         kind: [item for item in items if item.kind == kind] for kind in TOKEN_TYPES
     }
@@ -164,6 +163,20 @@ def make_vision_prompt(
         None if None in seconds else [float(value) for value in seconds if value is not None] or None,
     )
     return VisionPrompt(tuple(sorted(spans, key=lambda span: span.start)), positions)
+
+
+def token_types(tower: VisionTower, token_ids: Sequence[int]) -> list[int]:
+    """Return what each token stands for, as in ``TOKEN_TYPES``; 0 is text."""
+    placeholders = {tower.image_token_id: 1, tower.video_token_id: 2}
+    types = [placeholders.get(token, 0) for token in token_ids]
+    if tower.video_bounds is not None:
+        start, end = tower.video_bounds
+        in_video = False
+        for at, token in enumerate(token_ids):
+            in_video = token == start or (in_video and token != end)
+            if in_video and types[at] == 1:
+                types[at] = 2
+    return types
 
 
 def _spans(types: Sequence[int], token_type: int, items: Sequence[VisionItem], units: Sequence[int]) -> list[Span]:

@@ -8,6 +8,8 @@ give what transformers' own whole run gives.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from graphmode.models.errors import ModelError
 # it cuts the patches apart on the host.
 VISION_ATTENTION_NAME = "graphmode_flash_segments"
 
+_DOES_MORE = "its vision tower computes more from the images' sizes than graphmode knows"
 _WITHOUT_EFFECT = frozenset({"dropout", "is_causal", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
 
@@ -82,6 +85,8 @@ class VisionTower:
         patch_size: numbers that a patch holds.
         image_token_id: the placeholder of images.
         video_token_id: the placeholder of videos.
+        video_bounds: the tokens between which the placeholder of images stands for a video, where the model writes
+            videos so (GLM-4.5V); else None.
         hidden_size: of an embedding.
         levels: embeddings of a unit: the one that stands for the token, and those that the first layers add (Qwen3-VL's
             DeepStack).
@@ -104,9 +109,12 @@ class VisionTower:
         self.patch_size: int = visual.patch_embed.proj.weight[0].numel()
         self.image_token_id: int = model.config.image_token_id
         self.video_token_id: int = model.config.video_token_id
+        start, end = (getattr(model.config, f"video_{end}_token_id", None) for end in ("start", "end"))
+        self.video_bounds: tuple[int, int] | None = None if start is None or end is None else (start, end)
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self._windows = hasattr(visual, "window_size")
         self._interpolates = hasattr(visual, "num_grid_per_side")
+        self._reads_sizes = hasattr(visual, "embeddings")
         self.inputs = tuple(self._inputs())
         self.levels = self._check()
         if self.levels > 1:
@@ -129,6 +137,8 @@ class VisionTower:
                 Input("interp_indices", torch.int64, ("patches", 4), padding=0),
                 Input("interp_weights", torch.float32, ("patches", 4), padding=0.0),
             ]
+        if self._reads_sizes:
+            inputs.append(Input("frame_grids", torch.int64, ("units", 3), padding=1))
         return inputs
 
     def host_inputs(self, pixels: torch.Tensor, grids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -159,6 +169,9 @@ class VisionTower:
                 spatial_merge_size=self.merge_size,
             )
             values |= {"interp_indices": indices, "interp_weights": weights}
+        if self._reads_sizes:
+            frames = _frames(grids)
+            values["frame_grids"] = pad(frames, (0, 0, 0, units - len(frames)), value=1)
         return values
 
     def forward(
@@ -170,6 +183,7 @@ class VisionTower:
         window_lens: torch.Tensor | None = None,
         interp_indices: torch.Tensor | None = None,
         interp_weights: torch.Tensor | None = None,
+        frame_grids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the features of patches: the function that is captured. Shapes as in ``inputs``.
 
@@ -185,7 +199,10 @@ class VisionTower:
             known["max_window_seqlen"] = len(pixels)
         if interp_indices is not None:
             known |= {"interp_indices": interp_indices, "interp_weights": interp_weights}
-        return _levels(self._visual(pixels, grid_thw=None, return_dict=True, **known))
+        if frame_grids is not None:
+            # The tower finds a patch's frame by counting those that end before it: a padding patch is beyond the last.
+            frame_grids = pad(frame_grids, (0, 0, 0, 1), value=1)
+        return _levels(self._visual(pixels, grid_thw=frame_grids, return_dict=True, **known))
 
     def embed(self, token_ids: torch.Tensor, features: torch.Tensor, visual: torch.Tensor) -> dict[str, Any]:
         """Return what the model takes in place of token ids, where some tokens stand for images.
@@ -223,20 +240,36 @@ class VisionTower:
         patches = int(grids.prod(-1).sum())
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(patches, self.patch_size, generator=generator).to(self.dtype)
-        try:
-            with torch.inference_mode():
-                self._visual.set_attn_implementation("eager")
-                whole = _levels(self._visual(pixels.to(device), grid_thw=grids.to(device), return_dict=True))
-                # Not by set_attn_implementation, which would look for flash attention's own kernels.
-                self._visual.config._attn_implementation = VISION_ATTENTION_NAME
-                values = self.host_inputs(pixels, grids)
-                split = self.forward(**{name: value.to(device) for name, value in values.items()})
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
-            raise ModelError(f"its vision tower cannot run: {type(error).__name__}: {error}") from error
+        # A tower that looks up sizes takes the frames of a video as images of their own.
+        of_whole = _frames(grids) if self._reads_sizes else grids
+        self._visual.set_attn_implementation("eager")
+        with torch.inference_mode(), _refusal("transformers cannot run its vision tower on packed patches"):
+            whole = _levels(self._visual(pixels.to(device), grid_thw=of_whole.to(device), return_dict=True))
+        # Not by set_attn_implementation, which would look for flash attention's own kernels.
+        self._visual.config._attn_implementation = VISION_ATTENTION_NAME
+        with torch.inference_mode(), _refusal(_DOES_MORE):
+            values = self.host_inputs(pixels, grids)
+            split = self.forward(**{name: value.to(device) for name, value in values.items()})
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
         if split.shape != whole.shape or not (split - whole).float().norm() <= tolerance * whole.float().norm():
-            raise ModelError("its vision tower computes more from the images' sizes than graphmode knows")
+            raise ModelError(_DOES_MORE)
         return whole.shape[1]
+
+
+@contextmanager
+def _refusal(reason: str) -> Iterator[None]:
+    """Give the reason why a tower is refused whose code fails."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        raise ModelError(f"{reason} ({type(error).__name__}: {error})") from error
+
+
+def _frames(grids: torch.Tensor) -> torch.Tensor:
+    """Return the grid of each frame, ``[frames, 3]``, of grids ``[images, 3]``."""
+    frames = grids.repeat_interleave(grids[:, 0], 0)
+    frames[:, 0] = 1
+    return frames
 
 
 def _levels(output: Any) -> torch.Tensor:

@@ -100,6 +100,7 @@ _FAMILIES: Mapping[str, str] = {
     "DeepSeek-V3.2": "deepseek_v32",
     "GLM-4.5, 4.6, 4.7": "glm4_moe",
     "GLM-4.7-Flash": "glm4_moe_lite",
+    "GLM-4.5V": "glm4v_moe",
     "GLM-5": "glm_moe_dsa",
     "gpt-oss": "gpt_oss",
     "Gemma 2": "gemma2",
