@@ -139,7 +139,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
 
 
 def test_a_name_that_nobody_knows_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(InputError, match="SamplingParams has no temprature; it has temperature, top_k"):
+    with pytest.raises(InputError, match=r"no temprature; did you mean temperature\? It has temperature, top_k"):
         SamplingParams(temprature=1.0)  # type: ignore[call-arg]
     with pytest.raises(InputError, match=r"given 0\.5 without a name"):
         SamplingParams(0.5)  # type: ignore[misc]

@@ -304,7 +304,7 @@ def test_sizes_without_padding_are_refused() -> None:
         ({"workload": Workload.LATENCY, "batches": (2,)}, "one request at a time"),
         ({"repeats": 0}, "repeats is 0"),
         ({"compare": ("vllm",)}, "cannot compare with ['vllm']"),
-        ({"options": {"device": "cpu", "max_seqs": 3}}, "unknown options ['max_seqs']"),
+        ({"options": {"device": "cpu", "max_seqs": 3}}, "has no max_seqs; did you mean max_num_seqs?"),
         ({"options": {"device": "cpu", "enforce_eager": True}}, "--compare eager"),
     ],
 )

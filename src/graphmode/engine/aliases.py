@@ -1,16 +1,17 @@
-"""Names that users bring from vLLM: what they are called here, and why some cannot be honoured.
+"""Names that users bring from vLLM and xLLM: what they are called here, and why some cannot be honoured.
 
 One table for sampling parameters and engine options. The documentation speaks of our own names alone.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from graphmode.engine.checks import shown
+from graphmode.engine.checks import flag, shown, unfit
 from graphmode.graph.errors import InputError
 
 
@@ -73,17 +74,169 @@ SAMPLING: Names = {
     "skip_clone": Refusal("parameters are never changed, so nothing is copied; leave it out", harmless=(None, False)),
 }
 
-ENGINE: Names = {}
 
+_CUDA_GRAPH_MODES = ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
+
+
+def _cuda_graph_mode(value: Any) -> Mapping[str, Any]:
+    """Read vLLM's names, in any case, or its enum."""
+    name = getattr(value, "name", value)
+    if not isinstance(name, str) or name.upper() not in _CUDA_GRAPH_MODES:
+        raise unfit("cudagraph_mode", value, f"one of {', '.join(_CUDA_GRAPH_MODES)}")
+    return {"graph_mode": name.lower()}
+
+
+_COMPILER = Refusal(
+    "it is for vLLM's compiler; here fuse='compile' has layers compiled by Inductor that are not fused by hand",
+    harmless=(None, 0, False, "", "eager", "NONE", [], {}),
+)
+
+COMPILATION: Names = {
+    "cudagraph_mode": Alias(options=_cuda_graph_mode),
+    "cudagraph_capture_sizes": Alias("graph_sizes"),
+    "max_cudagraph_capture_size": Alias("max_graph_tokens"),
+    "max_capture_size": Alias("max_graph_tokens"),
+    "cudagraph_num_of_warmups": Alias("warmup_iterations"),
+    "use_cudagraph": Alias("enable_graph"),
+    "full_cuda_graph": Alias(
+        options=lambda value: {"graph_mode": "full" if flag("full_cuda_graph", value) else "piecewise"}
+    ),
+    "cudagraph_copy_inputs": Refusal(
+        "inputs are always copied to where the graphs read them; leave it out", harmless=(None, True, False)
+    ),
+    **dict.fromkeys(
+        (
+            "level",
+            "mode",
+            "backend",
+            "custom_ops",
+            "splitting_ops",
+            "use_inductor",
+            "compile_sizes",
+            "inductor_compile_config",
+            "inductor_passes",
+            "pass_config",
+            "debug_dump_path",
+            "cache_dir",
+        ),
+        _COMPILER,
+    ),
+}
+"""What vLLM's compilation_config holds."""
+
+
+def _compilation_config(value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise unfit(
+            "compilation_config",
+            value,
+            "a dict such as {'cudagraph_mode': 'FULL'}; levels of vLLM's compiler have no counterpart, but "
+            "fuse='compile' has layers compiled by Inductor",
+        )
+    return named("compilation_config", value, [], COMPILATION)
+
+
+_ONE_DEVICE = Refusal("an engine runs on one device, and several are to come; leave it out", harmless=(None, 1, False))
+_SPECULATION = Refusal("there is no speculative decoding yet; leave it out", harmless=(None, 0))
+_LORA = Refusal(
+    "LoRA adapters are not applied yet; merge the adapter into the model's weights and load those",
+    harmless=(None, False),
+)
+_OFFLOAD = Refusal(
+    "weights and KV blocks stay on the device, and a sequence that gives up its blocks is computed again; leave it out",
+    harmless=(None, 0, 0.0),
+)
+_NOTHING_TO_SET = Refusal("it changes nothing here; leave it out", harmless=(None, True, False))
+
+ENGINE: Names = {
+    # The same by another name.
+    "kv_cache_memory_bytes": Alias("kv_cache_memory"),
+    "max_cache_size": Alias("kv_cache_memory"),
+    "max_seqs_per_batch": Alias("max_num_seqs"),
+    "max_tokens_per_batch": Alias("max_num_batched_tokens"),
+    "enable_prefix_cache": Alias("enable_prefix_caching"),
+    "num_scheduler_steps": Alias("decode_steps"),
+    "enable_aclgraph": Alias("enable_graph"),
+    "cudagraph_capture_sizes": Alias("graph_sizes"),
+    "cuda_graph_sizes": Alias("graph_sizes"),
+    "max_cudagraph_capture_size": Alias("max_graph_tokens"),
+    "max_tokens_for_graph_mode": Alias("max_graph_tokens"),
+    "cudagraph_mode": Alias(options=_cuda_graph_mode),
+    "compilation_config": Alias(options=_compilation_config),
+    # What is always so, or has nothing to act on.
+    "enable_chunked_prefill": Refusal(
+        "prompts longer than a step are always computed in chunks; raise max_num_batched_tokens to max_model_len, and "
+        "each prompt is one",
+        harmless=(None, True),
+    ),
+    "async_scheduling": Refusal("steps are always scheduled one ahead of the device", harmless=(None, True)),
+    "enable_schedule_overlap": Refusal("steps are always scheduled one ahead of the device", harmless=(None, True)),
+    "max_seq_len_to_capture": Refusal(
+        "graphs serve sequences of every length; leave it out. max_graph_tokens bounds a step that has one"
+    ),
+    "scheduling_policy": Refusal("requests run in the order in which they come", harmless=(None, "fcfs")),
+    "preemption_mode": Refusal("what is preempted is computed again", harmless=(None, "recompute")),
+    "disable_custom_all_reduce": _NOTHING_TO_SET,
+    "disable_log_stats": _NOTHING_TO_SET,
+    "disable_log_requests": _NOTHING_TO_SET,
+    "use_v2_block_manager": _NOTHING_TO_SET,
+    # What there is not.
+    "quantization": Refusal(
+        "quantised weights cannot be used yet; kernels for them are to come. Load a checkpoint whose weights are "
+        "float32, bfloat16 or float16"
+    ),
+    "kv_cache_dtype": Refusal("the KV cache has the dtype of the model; leave it out", harmless=(None, "auto")),
+    "calculate_kv_scales": Refusal("the KV cache has the dtype of the model; leave it out", harmless=(None, False)),
+    "tensor_parallel_size": _ONE_DEVICE,
+    "pipeline_parallel_size": _ONE_DEVICE,
+    "data_parallel_size": _ONE_DEVICE,
+    "decode_context_parallel_size": _ONE_DEVICE,
+    "enable_expert_parallel": _ONE_DEVICE,
+    "distributed_executor_backend": Refusal(
+        "the engine runs in the process that makes it; leave it out", harmless=(None, "uni")
+    ),
+    "speculative_config": _SPECULATION,
+    "speculative_model": _SPECULATION,
+    "num_speculative_tokens": _SPECULATION,
+    "draft_model": _SPECULATION,
+    "enable_lora": _LORA,
+    "lora_modules": _LORA,
+    "max_loras": _LORA,
+    "max_lora_rank": _LORA,
+    "cpu_offload_gb": _OFFLOAD,
+    "swap_space": _OFFLOAD,
+    "block_size": Refusal("the KV cache's blocks hold as many tokens as the device's kernels read; leave it out"),
+    "num_gpu_blocks_override": Refusal("give the KV cache's size in bytes, as kv_cache_memory"),
+    "disable_sliding_window": Refusal("windows are the model's own; leave it out", harmless=(None, False)),
+    "enable_sleep_mode": Refusal("an engine keeps its memory until it is deleted", harmless=(None, False)),
+    "optimization_level": Refusal(
+        "levels of vLLM's compiler have no counterpart; graph_mode chooses the graphs, and fuse='compile' has layers "
+        "compiled by Inductor",
+    ),
+    "task": Refusal("an engine generates text; there are no embeddings or scores", harmless=(None, "auto", "generate")),
+    "runner": Refusal(
+        "an engine generates text; there are no embeddings or scores", harmless=(None, "auto", "generate")
+    ),
+    "tokenizer": Refusal("the tokenizer is the one in the model's folder; put another one there"),
+    "hf_overrides": Refusal("a model's configuration is its config.json; change it there", harmless=(None, {})),
+    "rope_scaling": Refusal(
+        "rotary embeddings are those of the model's config.json; change it there", harmless=(None, {})
+    ),
+    "rope_theta": Refusal("rotary embeddings are those of the model's config.json; change it there"),
+}
+"""Of vLLM's ``LLM`` and its command line, and of xLLM's flags."""
 
 Class = TypeVar("Class")
 
 
-def by_name(names: Names) -> Callable[[type[Class]], type[Class]]:
+def by_name(names: Names, *, what: str = "") -> Callable[[type[Class]], type[Class]]:
     """Make a dataclass take other names of its fields, and refuse names that it does not know with an InputError.
 
     Args:
         names: the other names.
+        what: takes the options, for messages. Default: the class.
     """
 
     def decorate(made: type[Class]) -> type[Class]:
@@ -94,7 +247,7 @@ def by_name(names: Names) -> Callable[[type[Class]], type[Class]]:
         def __init__(self: Any, *values: Any, **options: Any) -> None:  # noqa: N807
             if values:
                 raise InputError(f"{made.__name__} was given {shown(values[0])} without a name; give each by its name")
-            init(self, **named(made.__name__, options, known, names))
+            init(self, **named(what or made.__name__, options, known, names))
 
         made.__init__ = __init__  # type: ignore[method-assign]
         return made
@@ -115,10 +268,14 @@ def named(what: str, given: Mapping[str, Any], known: list[str], names: Names) -
         InputError: an option is not known, cannot be honoured, or is given twice.
     """
     options = {name: value for name, value in given.items() if name in known}
-    for name in given.keys() - options.keys():
-        other, value = names.get(name), given[name]
+    for name, value in given.items():
+        if name in known:
+            continue
+        other = names.get(name)
         if other is None:
-            raise InputError(f"{what} has no {name}; it has {', '.join(known)}")
+            near = difflib.get_close_matches(name, [*known, *names], n=1)
+            meant = f"did you mean {near[0]}? It" if near else "it"
+            raise InputError(f"{what} has no {name}; {meant} has {', '.join(known)}")
         if isinstance(other, Refusal):
             if not any(type(value) is type(each) and value == each for each in other.harmless):
                 raise InputError(f"{name}={shown(value)} cannot be honoured: {other.reason}")

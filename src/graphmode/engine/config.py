@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 
+from graphmode.engine import aliases, checks
+from graphmode.engine.checks import unfit
 from graphmode.engine.scheduler import Family, Limits
 from graphmode.graph import Backend, CaptureFailure, make_buckets
 from graphmode.graph.buckets import check_buckets
@@ -16,42 +18,55 @@ from graphmode.graph.errors import InputError
 GraphMode = Literal["none", "piecewise", "full", "full_decode_only", "full_and_piecewise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Fuse = Literal["none", "layers", "compile"]
+LoadFormat = Literal["auto", "dummy"]
+
+_DTYPE_NAMES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 
 
-@dataclass(frozen=True)
+@aliases.by_name(aliases.ENGINE, what="LLM")
+@dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """What the user may choose; None means that the engine does.
 
+    The command line takes its options, their help and their types from here.
+
     Attributes:
-        device: ``"auto"``, a device such as ``"cpu"`` or ``"cuda:1"``, or a backend object.
-        dtype: of the weights and the KV cache; ``"auto"`` takes the checkpoint's, on a CPU float32.
-        load_format: ``"auto"`` reads the weights, ``"dummy"`` makes random ones.
-        enforce_eager: run every step eagerly, as ``graph_mode="none"``.
+        device: ``auto``, or a device such as ``cpu``, ``cuda`` or ``cuda:1``; in Python a backend object too.
+        dtype: of the weights and the KV cache: ``float32``, ``bfloat16`` (``bf16``), ``float16`` (``half``), or in
+            Python a ``torch.dtype``; ``auto`` takes the checkpoint's, on a CPU float32.
+        load_format: ``auto`` reads the weights, ``dummy`` makes random ones.
+        enable_graph: whether steps replay graphs. Default: yes.
+        enforce_eager: the opposite of ``enable_graph``: run every step eagerly.
         graph_mode: ``full`` (one graph a step, the default), ``piecewise`` (attention outside the graphs),
             ``full_decode_only`` (mixed steps run eagerly), ``full_and_piecewise`` (mixed steps piecewise), ``none``.
         graph_sizes: the buckets, in tokens of a step. Default: few, up to the largest step.
         max_graph_tokens: the threshold: larger steps run eagerly. Default: none is larger.
         max_padding_ratio: steps with a larger share of padding run eagerly.
-        max_model_len: tokens of a sequence; default: what the model was made for.
-        max_num_seqs: sequences in a step; default 256, on a CPU 32.
-        max_num_batched_tokens: tokens in a step; default 8192, on a CPU 256.
-        kv_cache_memory: bytes of the KV cache; default: what all rows can use, if the device has it.
+        max_model_len: tokens of a sequence. Default: what the model was made for.
+        max_num_seqs: sequences in a step. Default: 256, on a CPU 32.
+        max_num_batched_tokens: tokens in a step. Default: 8192, on a CPU 256.
+        kv_cache_memory: bytes of the KV cache. Default: what all rows can use, if the device has it.
         enable_prefix_caching: prompts use the KV blocks of earlier sequences that begin alike.
-        fuse: ``"layers"``: recognised layers compute with fewer kernels over the same weights; ``"compile"``: Inductor
-            compiles the others; ``"none"``: all keep the code of transformers.
+        fuse: ``layers``: recognised layers compute with fewer kernels over the same weights; ``compile``: Inductor
+            compiles the others; ``none``: all keep the code of transformers.
         decode_steps: decode steps that are launched together at most, so that the device does not wait for the host;
-            their tokens come together. Default 8, on a CPU 1.
+            their tokens come together. Default: 8, on a CPU 1.
         seed: of the requests that have none.
         strict: a capture that fails ends the start-up, instead of leaving that size to run eagerly.
         on_capture_failure: called with each graph that cannot be captured, a
             :class:`~graphmode.graph.CaptureFailure`; ``stats.capture_failures`` keeps them.
         warmup_iterations: how often a step runs before each capture of it.
+
+    Raises:
+        InputError: a value of another type or out of range, a contradiction, or a name that is not known or cannot be
+            honoured.
     """
 
-    device: str | Backend = "auto"
+    device: str | torch.device | Backend = "auto"
     dtype: Dtype = "auto"
-    load_format: Literal["auto", "dummy"] = "auto"
-    enforce_eager: bool = False
+    load_format: LoadFormat = "auto"
+    enable_graph: bool | None = None
+    enforce_eager: bool | None = None
     graph_mode: GraphMode | None = None
     graph_sizes: Sequence[int] | None = None
     max_graph_tokens: int | None = None
@@ -69,24 +84,26 @@ class EngineOptions:
     warmup_iterations: int = 1
 
     def __post_init__(self) -> None:
-        if self.dtype not in get_args(Dtype):
-            raise InputError(f"dtype is {self.dtype!r}; it must be one of {', '.join(get_args(Dtype))}")
-        if self.load_format not in ("auto", "dummy"):
-            raise InputError(f"load_format is {self.load_format!r}; it must be auto or dummy")
-        if self.graph_mode is not None and self.graph_mode not in get_args(GraphMode):
-            raise InputError(f"graph_mode is {self.graph_mode!r}; it must be one of {', '.join(get_args(GraphMode))}")
-        if self.fuse not in get_args(Fuse):
-            raise InputError(f"fuse is {self.fuse!r}; it must be one of {', '.join(get_args(Fuse))}")
-        if self.enforce_eager and self.graph_mode not in (None, "none"):
-            raise InputError(f"enforce_eager and graph_mode={self.graph_mode!r} contradict each other; choose one")
-        if self.resolved_graph_mode == "none":
-            for name in ("graph_sizes", "max_graph_tokens", "max_padding_ratio"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"{name} is {getattr(self, name)}, but graphs are off; leave one of the two out")
-        if self.graph_sizes is not None and self.max_graph_tokens is not None:
-            raise InputError("graph_sizes and max_graph_tokens both set the largest graph; give one of them")
-        if self.max_padding_ratio is not None and not 0 <= self.max_padding_ratio <= 1:
-            raise InputError(f"max_padding_ratio is {self.max_padding_ratio}; it is a share, from 0 to 1")
+        if not isinstance(self.device, (str, torch.device, Backend)) or self.device == "":
+            raise unfit("device", self.device, "auto, a device such as cpu or cuda:1, or a backend object")
+        self._set("dtype", checks.choice("dtype", _dtype_name(self.dtype), get_args(Dtype)))
+        checks.choice("load_format", self.load_format, get_args(LoadFormat))
+        checks.choice("fuse", self.fuse, get_args(Fuse))
+        if self.graph_mode is not None:
+            checks.choice("graph_mode", self.graph_mode, get_args(GraphMode), also=", or None")
+        for name in ("enable_graph", "enforce_eager"):
+            if getattr(self, name) is not None:
+                self._set(name, checks.flag(name, getattr(self, name), also=", or None"))
+        self._set("strict", checks.flag("strict", self.strict))
+        # None is what vLLM's users may give for these two.
+        prefixes = True if self.enable_prefix_caching is None else self.enable_prefix_caching
+        self._set("enable_prefix_caching", checks.flag("enable_prefix_caching", prefixes))
+        self._set("seed", checks.integer("seed", 0 if self.seed is None else self.seed))
+        if self.graph_sizes is not None:
+            self._set("graph_sizes", _sizes(self.graph_sizes))
+        if self.max_padding_ratio is not None:
+            ratio = checks.number("max_padding_ratio", self.max_padding_ratio, least=0, most=1, also=", or None")
+            self._set("max_padding_ratio", ratio)
         for name in (
             "max_graph_tokens",
             "max_model_len",
@@ -94,16 +111,61 @@ class EngineOptions:
             "max_num_batched_tokens",
             "kv_cache_memory",
             "decode_steps",
-            "warmup_iterations",
         ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
+            if getattr(self, name) is not None:
+                self._set(name, checks.integer(name, getattr(self, name), least=1, also=", or None"))
+        self._set("warmup_iterations", checks.integer("warmup_iterations", self.warmup_iterations, least=1))
+        if self.on_capture_failure is not None and not callable(self.on_capture_failure):
+            raise unfit("on_capture_failure", self.on_capture_failure, "a function of a CaptureFailure, or None")
+        self._check_graphs()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+
+    def _check_graphs(self) -> None:
+        """Refuse what contradicts about graphs."""
+        if self.enable_graph is not None and self.enable_graph is self.enforce_eager:
+            raise InputError(
+                f"enable_graph={self.enable_graph} and enforce_eager={self.enforce_eager} contradict each other; give "
+                "one of them"
+            )
+        off = self.enforce_eager or self.enable_graph is False
+        if (off and self.graph_mode not in (None, "none")) or (self.enable_graph and self.graph_mode == "none"):
+            given = "enforce_eager=True" if self.enforce_eager else f"enable_graph={self.enable_graph}"
+            raise InputError(f"{given} and graph_mode={self.graph_mode!r} contradict each other; give one of them")
+        if self.resolved_graph_mode == "none":
+            for name in ("graph_sizes", "max_graph_tokens", "max_padding_ratio"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} is {getattr(self, name)}, but graphs are off; leave one of the two out")
+        if self.graph_sizes is not None and self.max_graph_tokens is not None:
+            raise InputError("graph_sizes and max_graph_tokens both set the largest graph; give one of them")
 
     @property
     def resolved_graph_mode(self) -> GraphMode:
         """The graph mode after defaults."""
-        return "none" if self.enforce_eager else self.graph_mode or "full"
+        return "none" if self.enforce_eager or self.enable_graph is False else self.graph_mode or "full"
+
+
+def own_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by the names of :class:`EngineOptions`, which takes others too.
+
+    Raises:
+        InputError: a name that is not known or cannot be honoured, or a contradiction between two.
+    """
+    return aliases.named("LLM", options, [each.name for each in fields(EngineOptions)], aliases.ENGINE)
+
+
+def _dtype_name(dtype: object) -> object:
+    """Return our name of a dtype, where it has one: of torch's, or of what vLLM's users call it."""
+    if isinstance(dtype, torch.dtype):
+        return str(dtype).removeprefix("torch.")
+    return _DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+
+
+def _sizes(sizes: object) -> tuple[int, ...]:
+    if not isinstance(sizes, Collection) or isinstance(sizes, (Mapping, str, bytes)) or not len(sizes):
+        raise unfit("graph_sizes", sizes, "a list of sizes such as [1, 2, 4], or None")
+    return check_buckets([checks.integer("a size of graph_sizes", size, least=1) for size in sizes])
 
 
 def resolve_dtype(dtype: Dtype) -> torch.dtype | Literal["auto"]:

@@ -46,7 +46,7 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, *, progress: bool = False, **options: Any) -> None:
         self._progress = progress
-        self.engine = Engine(model or bundled_model(), _options(options), progress)
+        self.engine = Engine(model or bundled_model(), EngineOptions(**options), progress)
         self._tokenizer = self.engine.loaded.tokenizer
         self._reader = PromptReader(self.engine.loaded, self.engine.model)
 
@@ -348,11 +348,3 @@ def _progress(total: int, enabled: bool) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("generating", total=total)
         yield lambda: bar.advance(task)
-
-
-def _options(options: Mapping[str, Any]) -> EngineOptions:
-    """Return the options, refusing unknown ones by name."""
-    known = EngineOptions.__dataclass_fields__
-    if unknown := sorted(options.keys() - known.keys()):
-        raise InputError(f"unknown options {unknown}; there are {sorted(known)}")
-    return EngineOptions(**options)

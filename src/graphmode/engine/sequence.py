@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from graphmode.engine.multimodal import VisionPrompt
 from graphmode.engine.outputs import FinishReason, TokenLogprobs
 from graphmode.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # which loads transformers
+    from graphmode.engine.multimodal import VisionPrompt
 
 
 @dataclass(eq=False)

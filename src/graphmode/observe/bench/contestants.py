@@ -114,5 +114,5 @@ class _Arrivals(BaseStreamer):
 
 def graph_free(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return engine options for the same run without graphs."""
-    of_graphs = {"graph_mode", "graph_sizes", "max_graph_tokens", "max_padding_ratio"}
+    of_graphs = {"enable_graph", "enforce_eager", "graph_mode", "graph_sizes", "max_graph_tokens", "max_padding_ratio"}
     return {name: value for name, value in options.items() if name not in of_graphs} | {"enforce_eager": True}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from graphmode.engine.config import EngineOptions, resolve_limits
+from graphmode.engine.config import EngineOptions, own_names, resolve_limits
 from graphmode.engine.llm import LLM
 from graphmode.graph import get_backend
 from graphmode.graph.errors import InputError
@@ -150,9 +150,8 @@ def resolve(plan: Plan, folder: str | Path) -> Plan:
         InputError: something that cannot be run.
         ModelError: the model's configuration cannot be read.
     """
-    if unknown := sorted(plan.options.keys() - EngineOptions.__dataclass_fields__.keys()):
-        raise InputError(f"unknown options {unknown}; there are {sorted(EngineOptions.__dataclass_fields__)}")
-    if EngineOptions(**plan.options).resolved_graph_mode == "none":
+    given = own_names(plan.options)
+    if EngineOptions(**given).resolved_graph_mode == "none":
         raise InputError("the options turn graphs off; leave that out and give --compare eager")
     offline, latency = plan.workload is Workload.OFFLINE, plan.workload is Workload.LATENCY
     compare = plan.compare if plan.compare is not None else ("eager",) if latency else ()
@@ -175,7 +174,7 @@ def resolve(plan: Plan, folder: str | Path) -> Plan:
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: config.json cannot be loaded: {type(error).__name__}: {error}") from error
     positions = config.max_position_embeddings
-    options = {"max_model_len": min(_MODEL_LEN, positions), "enable_prefix_caching": False, **plan.options}
+    options = {"max_model_len": min(_MODEL_LEN, positions), "enable_prefix_caching": False, **given}
     if plan.model in RANDOM_MODELS:
         options.setdefault("load_format", "dummy")
     limits = resolve_limits(EngineOptions(**options), positions, get_backend(options.get("device", "auto")).device)
