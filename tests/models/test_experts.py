@@ -223,18 +223,30 @@ class InFloat32(MixtralTopKRouter):
         return logits, weights, index
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [MixtralTopKRouter, InFloat32, Glm4MoeTopkRouter])
-def test_fused_routers_choose_as_their_own_code_does(kind: type[torch.nn.Module], dtype: torch.dtype) -> None:
+ROUTERS = (MixtralTopKRouter, InFloat32, Glm4MoeTopkRouter)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "weight_dtype"),
+    [
+        *[(kind, dtype, dtype) for kind in ROUTERS for dtype in (torch.float32, torch.bfloat16)],
+        (InFloat32, torch.bfloat16, torch.float32),
+        (Glm4MoeTopkRouter, torch.bfloat16, torch.float32),
+    ],
+)
+def test_fused_routers_choose_as_their_own_code_does(
+    kind: type[torch.nn.Module], dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    """A router's weight may be float32 in a model of another dtype."""
     config = CONFIGS["glm4_moe" if kind is Glm4MoeTopkRouter else "mixtral"]
     router: Any = kind(config).requires_grad_(False)
     router.weight.normal_(std=0.1)
-    router.weight.data = router.weight.data.to(dtype)
+    router.weight.data = router.weight.data.to(weight_dtype)
     if kind is Glm4MoeTopkRouter:
         router.e_score_correction_bias.uniform_()
     x = torch.randn(50, 64, dtype=dtype)
     logits, weights, index = router(x)
-    fuse_routers(router)
+    fuse_routers(router, dtype)
     assert isinstance(router.forward, FusedRouter)
     fused_logits, fused_weights, fused_index = router(x)
     torch.testing.assert_close(fused_logits, logits)
@@ -258,7 +270,7 @@ class OfImages(MixtralTopKRouter):
 def test_other_routers_keep_their_own_code(kind: type[torch.nn.Module]) -> None:
     router = kind(MixtralConfig(hidden_size=16, num_local_experts=8))
     torch.nn.init.normal_(router.weight)  # type: ignore[arg-type]
-    fuse_routers(router)
+    fuse_routers(router, torch.float32)
     assert router.forward.__func__ is kind.forward
 
 

@@ -1,7 +1,9 @@
 """Latent caches and sparse attention: what is cached, what is recognised, and that memory pressure changes no token."""
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -124,39 +126,53 @@ def test_an_expansion_of_another_kind_is_cached_expanded(monkeypatch: pytest.Mon
     assert shapes(model) == (CacheShape(heads, key_dim, LATENT["v_head_dim"]),) * 2
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda cls: setattr(cls, "forward", other_scores(cls.forward)), "picks keys in a way of its own"),
-        (lambda cls: setattr(cls, "forward", lambda self, hidden_states: None), "picks keys in a way of its own"),
-    ],
-    ids=["other scores", "other arguments"],
-)
-def test_an_indexer_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch, change: Any, words: str) -> None:
-    model = make("deepseek_v32", **SPARSE)
-    cls = type(model.model.layers[0].self_attn.indexer)
-    monkeypatch.setattr(cls, "forward", cls.forward)  # put back afterwards
-    change(cls)
-    with pytest.raises(ModelError, match=words):
-        shapes(model)
+def other_names(theirs: Any) -> Any:
+    """An indexer's forward whose parameters have other names; one is gone, and the cache is given by keyword alone."""
+
+    def forward(self: Any, x: Any, latent: Any, angles: Any, bias: Any, *, store: Any = None) -> Any:
+        return theirs(self, x, latent, angles, bias, None, store)
+
+    return forward
 
 
 def other_scores(theirs: Any) -> Any:
     """An indexer's forward that ranks the other way round."""
 
-    def forward(
-        self: Any,
-        hidden_states: Any,
-        q_resid: Any,
-        position_embeddings: Any,
-        attention_mask: Any,
-        position_ids: Any,
-        past_key_values: Any = None,
-    ) -> Any:
-        arguments = (hidden_states, q_resid, position_embeddings, attention_mask, position_ids, past_key_values)
-        return theirs(self, *arguments).flip(-1)
+    @wraps(theirs)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return theirs(*args, **kwargs).flip(-1)
 
     return forward
+
+
+def change_indexers(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    cls = type(model.model.layers[0].self_attn.indexer)
+    monkeypatch.setattr(cls, "forward", change(cls.forward))
+
+
+def test_an_indexer_is_known_by_what_it_does_whatever_its_parameters_are_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make("deepseek_v32", **SPARSE)
+    change_indexers(model, monkeypatch, other_names)
+    keep_latents(model)
+    use_indexers(model)
+    indexer = model.model.layers[0].self_attn.indexer
+    tokens = 3
+    angles = torch.ones(1, tokens, ROPE)
+    inputs = [torch.randn(1, tokens, size) for size in (indexer.wk.in_features, indexer.wq_b.in_features)]
+    batch = Mock()
+    batch.select.return_value = torch.zeros(tokens, 1, dtype=torch.int32)
+    indexer(inputs[0], latent=inputs[1], angles=(angles, angles), bias=batch, store=None)
+    assert batch.select.call_args.args[1].shape == (tokens, indexer.n_heads, indexer.head_dim)
+
+
+@pytest.mark.parametrize("change", [other_scores, lambda theirs: lambda self, hidden_states: None])
+def test_an_indexer_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    model = make("deepseek_v32", **SPARSE)
+    change_indexers(model, monkeypatch, change)
+    with pytest.raises(ModelError, match="picks keys in a way of its own"):
+        shapes(model)
 
 
 def test_sparse_attention_that_nothing_picks_for_is_refused() -> None:

@@ -124,18 +124,23 @@ def _float_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(x.float(), weight.float())
 
 
-def fuse_routers(block: torch.nn.Module) -> None:
-    """Let the routers of a block of experts that are recognised compute in fewer kernels; log those that are not."""
+def fuse_routers(block: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Let the routers of a block of experts that are recognised compute in fewer kernels; log those that are not.
+
+    Args:
+        block: the block.
+        dtype: of the hidden states that it is given, which may not be that of a router's weight.
+    """
     for module in block.modules():
         if isinstance(getattr(module, "top_k", None), int) and hasattr(module, "weight"):
-            fused = _fused_router(module)
+            fused = _fused_router(module, dtype)
             if fused is None:
                 log.info("%s is not fused: it chooses experts in another way", type(module).__name__)
             else:
                 module.forward = fused
 
 
-def _fused_router(module: Any) -> FusedRouter | None:
+def _fused_router(module: Any, dtype: torch.dtype) -> FusedRouter | None:
     """Return a router as a fused one, if in float32, with a random bias, it gives the same of random tokens."""
     tensors = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
     bias = getattr(module, _BIAS, None)
@@ -152,9 +157,12 @@ def _fused_router(module: Any) -> FusedRouter | None:
             getattr(own, _BIAS).copy_(torch.rand(bias.shape, generator=generator))
         try:
             results = own(x)
-            logits_dtype, weights_dtype = (each.dtype for each in module(x.to(weight.dtype))[:2])
+            logits_dtype, weights_dtype = (each.dtype for each in module(x.to(dtype))[:2])
         except Exception as error:  # it takes something else than tokens, or returns something else than tensors
             log.info("%s cannot be tried: %s: %s", type(module).__name__, type(error).__name__, error)
+            return None
+        in_float32 = logits_dtype != dtype
+        if logits_dtype not in (dtype, torch.float32) or (weight.dtype != dtype and not in_float32):
             return None
         for sigmoid, normalise in ((False, True), (False, False), (True, True), (True, False)):
             routing = Routing(
@@ -165,7 +173,6 @@ def _fused_router(module: Any) -> FusedRouter | None:
                 normalise=normalise,
                 scale=getattr(module, "routed_scaling_factor", 1.0),
             )
-            in_float32 = logits_dtype != weight.dtype
             fused = FusedRouter(own.weight.data, getattr(own, _BIAS, None), routing, in_float32)
             if _alike(results, fused(x)):
                 bias = None if bias is None else bias.data

@@ -247,7 +247,7 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
     for layer, parts in zip(text.layers, fused, strict=True):
         layer.forward = parts
         if parts.experts is not None:
-            fuse_routers(parts.experts)
+            fuse_routers(parts.experts, parts.qkv.dtype)
     rotation = fused[0].rotation
     text.rotary_emb.forward = lambda *args, **kwargs: rotation
     head.forward = fused_head
@@ -429,7 +429,6 @@ def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor)
                 hidden.clone(),
                 attention_mask=None,
                 position_ids=positions.unsqueeze(0),
-                past_key_values=None,
                 use_cache=False,
                 position_embeddings=rotary(hidden, positions.unsqueeze(0)),
                 attention_batch=batch,

@@ -3,7 +3,8 @@
 The indexers of transformers score all keys of a sequence that they cache themselves. Here they do the same up to their
 queries, keys and weights, with the model's own modules; keys go to the paged cache, and the choice is
 :func:`~graphmode.kernels.select_keys`'. Indexers differ in where and how they rotate: which of the known ways is
-theirs is found by comparing keys, and the scores are proven by comparing rankings.
+theirs is found by comparing keys, and the scores are proven by comparing rankings. What their parameters are called
+does not matter: the order of the first four is proven by the same comparison, and the cache is the one that gets keys.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from graphmode.models.errors import ModelError
 from graphmode.models.latent import keeps_latents
 
 _STRUCTURE = ("wq_b", "wk", "k_norm", "weights_proj", "n_heads", "head_dim", "qk_rope_head_dim", "index_topk")
-_PARAMETERS = ["hidden_states", "q_resid", "position_embeddings", "attention_mask", "position_ids", "past_key_values"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def use_indexers(model: torch.nn.Module) -> None:
         if isinstance(indexer, torch.nn.Module):
             if not keeps_latents(module):
                 raise ModelError("its attention is sparse, over keys that are no expansion of latents")
-            indexer.forward = partial(_select, indexer, _rotation(indexer))
+            indexer.forward = partial(_select, indexer, _rotation(indexer), inspect.signature(indexer.forward))
             module.register_forward_pre_hook(_hand_on_batch, with_kwargs=True)
 
 
@@ -67,19 +67,14 @@ def _hand_on_batch(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -
     return args, kwargs
 
 
-def _select(
-    indexer: Any,
-    rotation: _Rotation,
-    hidden_states: torch.Tensor,
-    q_resid: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    attention_mask: Any,
-    position_ids: torch.Tensor | None = None,
-    past_key_values: object = None,
-) -> torch.Tensor:
-    """Stand for an indexer's forward, with the step's batch as its mask: choose keys, int32 ``[1, tokens, top_k]``."""
+def _select(indexer: Any, rotation: _Rotation, signature: inspect.Signature, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Stand for an indexer's forward of that signature: choose keys, int32 ``[1, tokens, top_k]``.
+
+    In place of the mask it is given the step's batch.
+    """
+    hidden_states, q_resid, position_embeddings, batch = signature.bind(*args, **kwargs).args[:4]
     queries, keys, weights = _project(indexer, rotation, hidden_states, q_resid, position_embeddings)
-    chosen: torch.Tensor = attention_mask.select(indexer.layer_idx, queries, keys, weights, indexer.index_topk)
+    chosen: torch.Tensor = batch.select(indexer.layer_idx, queries, keys, weights, indexer.index_topk)
     return chosen.unsqueeze(0)
 
 
@@ -116,11 +111,29 @@ def _rotate(x: torch.Tensor, rotation: _Rotation, size: int, cos: torch.Tensor, 
 class _ProbeCache:
     """Takes what an indexer would cache, and gives it back as all that there is."""
 
-    keys: torch.Tensor
+    keys: torch.Tensor | None = None
 
     def update_indexer(self, keys: torch.Tensor, layer_idx: int) -> torch.Tensor:
         self.keys = keys
         return keys
+
+
+def _keys_and_ranking(indexer: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what an indexer's own code caches, ``[1, tokens, dim]``, and chooses, ``[tokens, top_k]``.
+
+    Returns None where its code cannot be called with these inputs and, as one further argument, a cache.
+    """
+    forward: Callable[..., torch.Tensor] = type(indexer).forward
+    others = list(inspect.signature(forward).parameters)[1 + len(inputs) :]
+    for name in others:
+        probe = _ProbeCache()
+        try:
+            chosen = forward(indexer, *inputs, **(dict.fromkeys(others) | {name: probe}))
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+            continue
+        if probe.keys is not None:
+            return probe.keys, chosen[0].long()
+    return None
 
 
 @torch.no_grad()
@@ -131,10 +144,7 @@ def _rotation(indexer: Any) -> _Rotation:
         ModelError: they are not, in any known way.
     """
     unknown = ModelError(f"its attention is sparse, and {type(indexer).__name__} picks keys in a way of its own")
-    forward: Callable[..., torch.Tensor] = type(indexer).forward
     if not all(hasattr(indexer, name) for name in _STRUCTURE):
-        raise unknown
-    if list(inspect.signature(forward).parameters)[1:] != _PARAMETERS:
         raise unknown
     tokens = 32
     weight = indexer.wk.weight
@@ -146,20 +156,22 @@ def _rotation(indexer: Any) -> _Rotation:
     hidden, residual = normal(indexer.wk.in_features), normal(indexer.wq_b.in_features)
     angles = torch.rand(1, tokens, indexer.qk_rope_head_dim // 2, generator=generator).repeat(1, 1, 2) * 6
     places = angles.cos().to(weight), angles.sin().to(weight)
-    probe = _ProbeCache()
+    no_mask = torch.zeros(1, tokens, tokens, device=weight.device)
     top_k, indexer.index_topk = indexer.index_topk, tokens
     try:
-        no_mask = torch.zeros(1, tokens, tokens, device=weight.device)
-        ranking = forward(indexer, hidden, residual, places, no_mask, None, past_key_values=probe)[0].long()
+        found = _keys_and_ranking(indexer, hidden, residual, places, no_mask)
     finally:
         indexer.index_topk = top_k
+    if found is None:
+        raise unknown
+    own_keys, ranking = found
     tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
     for interleaved in (False, True):
         for first in (False, True):
             rotation = _Rotation(interleaved, first)
             queries, keys, weights = _project(indexer, rotation, hidden, residual, places)
-            apart = (keys[:, 0] - probe.keys[0]).float().norm()
-            if apart > tolerance * probe.keys.float().norm():
+            apart = (keys[:, 0] - own_keys[0]).float().norm()
+            if apart > tolerance * own_keys.float().norm():
                 continue
             scores = torch.einsum("thd,sd->ths", queries.float(), keys[:, 0].float()).relu()
             ranked = torch.einsum("ths,th->ts", scores, weights).gather(1, ranking)
