@@ -158,29 +158,6 @@ def test_limits_end_a_sequence_with_its_reason(tiny: Path) -> None:
     assert ignored.outputs[0].token_ids == output.outputs[0].token_ids
 
 
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        ({"prompt_token_ids": []}, "no tokens"),
-        ({"prompt_token_ids": [199]}, "199.*0 to 198"),
-        ({"prompt_token_ids": [-1]}, "-1"),
-        ({"prompt_token_ids": [1.5]}, "list of integers"),
-        ({"prompt_token_ids": [2**70]}, "list of integers"),
-        ({"prompt_token_ids": None}, "list of integers"),
-        ({"prompt_token_ids": list(range(128))}, "128 tokens.*127"),
-        ({"prompt_token_ids": "abc"}, "list of integers"),
-        ({"text": "abc"}, "prompt_token_ids"),
-        ("a text", "without a tokenizer"),
-    ],
-)
-def test_a_bad_prompt_is_refused_before_any_work(tiny: Path, prompt: object, words: str) -> None:
-    llm = LLM(tiny, device="cpu", max_num_seqs=2, max_num_batched_tokens=8)
-    with pytest.raises(InputError, match=words):
-        llm.generate([{"prompt_token_ids": [1]}, prompt])
-    assert llm.stats.steps == 0
-    assert not llm.engine.scheduler.has_work
-
-
 def test_steps_start_before_the_last_request_is_queued_and_give_what_all_queued_at_once_give(tiny: Path) -> None:
     options = {"device": "cpu", "max_num_seqs": 4, "max_num_batched_tokens": 16}
     prompts = [{"prompt_token_ids": list(range(n, n + 6 + n % 5))} for n in range(20)]

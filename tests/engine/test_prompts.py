@@ -85,6 +85,23 @@ def test_raw_images_are_prepared_by_transformers_own_processor(llm: LLM) -> None
     assert len(small.prompt_token_ids) < len(llm.generate(one, GREEDY)[0].prompt_token_ids)
 
 
+def test_images_are_parts_of_messages(llm: LLM) -> None:
+    """A conversation with an image is the prompt that its template renders, with that image."""
+    pil = pytest.importorskip("PIL.Image")
+    image = pil.fromarray(torch.arange(20 * 30 * 3, dtype=torch.uint8).view(20, 30, 3).numpy())
+    template = (
+        "{% for part in messages[0].content %}"
+        "{{ part.text if part.type == 'text' else '" + PLACEHOLDER + "' }}"
+        "{% endfor %}"
+    )
+    content = [{"type": "text", "text": "see "}, {"type": "image", "image": image}, "what?"]
+    (output,) = llm.chat([{"role": "user", "content": content}], GREEDY, chat_template=template)
+    (expected,) = llm.generate({"prompt": f"see {PLACEHOLDER}what?", "multi_modal_data": {"image": image}}, GREEDY)
+    assert output.prompt == expected.prompt
+    assert output.prompt_token_ids == expected.prompt_token_ids
+    assert output.outputs == expected.outputs
+
+
 @pytest.mark.parametrize(("media", "package"), [("image", "PIL"), ("video", "torchvision")])
 def test_what_is_not_installed_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch, media: str, package: str) -> None:
     found = prompts.importlib.util.find_spec
@@ -124,8 +141,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "raw and prepared": (changed(multi_modal_data={"image": [1]}), "raw or prepared"),
     "sound": (changed(multi_modal_data={"audio": [1]}), "audio"),
-    "a name that is not known": (changed(pixels=1), "pixels.*may hold prompt"),
-    "text and tokens": (changed(prompt="abc"), "'prompt' or tokens"),
+    "a name that is not known": (changed(pixels=1), "no pixels;.* It has prompt"),
     "a raw video beside tokens": ({"prompt_token_ids": [1], "multi_modal_data": {"video": [1]}}, "give the prompt as"),
     "longer than a sequence": (make_prompt("qwen2_5_vl", [("image", [1, 24, 24])], 0), "146 tokens.*max_model_len=128"),
 }

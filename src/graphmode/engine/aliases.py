@@ -1,6 +1,6 @@
 """Names that users bring from vLLM and xLLM: what they are called here, and why some cannot be honoured.
 
-One table for sampling parameters and engine options. The documentation speaks of our own names alone.
+One table for sampling parameters, engine options, calls and prompts. The documentation speaks of our own names alone.
 """
 
 from __future__ import annotations
@@ -228,6 +228,28 @@ ENGINE: Names = {
 }
 """Of vLLM's ``LLM`` and its command line, and of xLLM's flags."""
 
+CALL: Names = {
+    "use_tqdm": Alias("progress"),
+    "lora_request": _LORA,
+    "prompt_adapter_request": _LORA,
+    "priority": Refusal("requests run in the order in which they come"),
+    "tokenization_kwargs": Refusal("give the prompt as the tokens that you want"),
+    "prompt_token_ids": Refusal("tokens are prompts themselves: generate([[1, 2, 3]])"),
+    "chat_template_content_format": Refusal(
+        "parts of a message reach the template as they are where the model takes images, else as one text",
+        harmless=(None, "auto"),
+    ),
+}
+"""Of the calls that generate."""
+
+PROMPT: Names = {
+    "prompt_embeds": Refusal("a prompt is made of tokens; give prompt_token_ids"),
+    "multi_modal_uuids": Refusal("images are told apart by their pixels; leave it out", harmless=(None, {})),
+    "cache_salt": Refusal("blocks of the prefix cache are shared by all; use enable_prefix_caching=False"),
+}
+"""Of a prompt in parts."""
+
+
 Class = TypeVar("Class")
 
 
@@ -273,7 +295,7 @@ def named(what: str, given: Mapping[str, Any], known: list[str], names: Names) -
             continue
         other = names.get(name)
         if other is None:
-            near = difflib.get_close_matches(name, [*known, *names], n=1)
+            near = difflib.get_close_matches(str(name), [*known, *names], n=1)
             meant = f"did you mean {near[0]}? It" if near else "it"
             raise InputError(f"{what} has no {name}; {meant} has {', '.join(known)}")
         if isinstance(other, Refusal):

@@ -13,11 +13,13 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from graphmode.engine import aliases, checks
+from graphmode.engine.chat import ChatTemplate, Conversation, conversations
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine, EngineStats
 from graphmode.engine.multimodal import VisionPrompt
 from graphmode.engine.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, TokenLogprobs
-from graphmode.engine.prompts import Prompt, PromptReader
+from graphmode.engine.prompts import Prompt, PromptParts, PromptReader, as_prompts
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.sequence import Sequence as TokenSequence
 from graphmode.graph.errors import InputError
@@ -46,7 +48,10 @@ class LLM:
 
     def __init__(self, model: str | Path | None = None, *, progress: bool = False, **options: Any) -> None:
         self._progress = progress
-        self.engine = Engine(model or bundled_model(), EngineOptions(**options), progress)
+        if model is not None and not isinstance(model, (str, Path)):
+            raise checks.unfit("model", model, "a folder, a file or a hub name, or None for the bundled model")
+        checks.flag("progress", progress)
+        self.engine = Engine(bundled_model() if model is None else model, EngineOptions(**options), progress)
         self._tokenizer = self.engine.loaded.tokenizer
         self._reader = PromptReader(self.engine.loaded, self.engine.model)
 
@@ -55,17 +60,32 @@ class LLM:
         """What the steps did and cost."""
         return self.engine.stats
 
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer.
+
+        Raises:
+            InputError: it comes without one.
+        """
+        if self._tokenizer is None:
+            raise InputError("the model comes without a tokenizer; give prompts as tokens")
+        return self._tokenizer
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Generate for all prompts together.
 
         Args:
-            prompts: texts, ``{"prompt_token_ids": [...]}``, or with images or videos
+            prompts: texts, lists of token ids, ``{"prompt_token_ids": [...]}``, or with images or videos
                 :class:`~graphmode.engine.prompts.PromptParts`; one or a list.
             sampling_params: for all prompts, or one for each.
+            progress: whether to show a progress bar; None: as the engine was made.
+            **others: other names, as :mod:`graphmode.engine.aliases` has them.
 
         Returns:
             One output for each prompt, in their order.
@@ -73,19 +93,136 @@ class LLM:
         Raises:
             InputError: a prompt that does not fit; none is run then.
         """
-        prompts = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        progress = self._shows_progress("generate", progress, others)
+        return self._generate(as_prompts(prompts), sampling_params, progress)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
+        **others: Any,
+    ) -> list[RequestOutput]:
+        """Generate the next message of conversations, by the chat template of the model's tokenizer.
+
+        Args:
+            messages: a conversation, a list of ``{"role": "user", "content": "a text"}``, or a list of conversations.
+                A content may be a list of parts: ``{"type": "text", "text": ...}`` and, where the model takes them,
+                ``{"type": "image", "image": ...}`` and ``{"type": "video", "video": ...}`` as in prompts.
+            sampling_params: for all conversations, or one for each.
+            chat_template: Jinja text instead of the tokenizer's template.
+            add_generation_prompt: whether the prompt ends with the beginning of an answer.
+            continue_final_message: whether the answer continues the last message; ``add_generation_prompt`` is then
+                False.
+            tools: JSON schemas or functions, for the template.
+            chat_template_kwargs: what else the template reads, such as ``{"enable_thinking": False}``.
+            mm_processor_kwargs: as in prompts.
+            progress: as of :meth:`generate`.
+            **others: as of :meth:`generate`.
+
+        Returns:
+            One output for each conversation, in their order.
+
+        Raises:
+            InputError: a message that is malformed, a template that is missing or refuses the conversation, or what
+                :meth:`generate` refuses.
+        """
+        progress = self._shows_progress("chat", progress, others)
+        template = ChatTemplate(
+            tokenizer=self._tokenizer,
+            takes_images=self.engine.loaded.vision is not None,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            options={} if chat_template_kwargs is None else chat_template_kwargs,
+        )
+        prompts = [template.prompt(conversation) for conversation in conversations(messages)]
+        if mm_processor_kwargs is not None:
+            prompts = [{**prompt, "mm_processor_kwargs": mm_processor_kwargs} for prompt in prompts]
+        return self._generate(prompts, sampling_params, progress)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **others: Any
+    ) -> Iterator[RequestOutput]:
+        """Generate for one prompt, yielding its output after every token.
+
+        Each output's texts and token ids hold all that is generated so far. A text waits for whole characters, and
+        where its end may be the beginning of a stop text, for what follows.
+
+        Raises:
+            InputError: the prompt does not fit; before the first output is asked for.
+        """
+        self._shows_progress("stream", None, others)
+        given = as_prompts(prompt)
+        if len(given) != 1:
+            raise InputError(f"stream takes one prompt, not {len(given)}; generate takes many")
+        (request,) = self._requests(given, sampling_params)
+        request.streamed = True
+        return self._stream(request)
+
+    def _stream(self, request: _Request) -> Iterator[RequestOutput]:
+        answers = self._answers(request)
+        for changed in self._steps(iter(answers), len(answers)):
+            while unread := [answer for answer in changed if answer.unread]:
+                for answer in unread:
+                    self._read(answer)
+                yield request.output
+
+    def _shows_progress(self, call: str, progress: Any, others: Mapping[str, Any]) -> bool:
+        """Return whether a call shows a progress bar; ``others`` are what it was given beside its own arguments."""
+        given = {} if progress is None else {"progress": progress}
+        progress = aliases.named(call, {**given, **others}, ["progress"], aliases.CALL).get("progress")
+        return self._progress if progress is None else checks.flag("progress", progress, also=", or None")
+
+    def _requests(
+        self,
+        prompts: Sequence[str | PromptParts],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[_Request]:
+        """Return prompts that can run, each with its parameters.
+
+        Raises:
+            InputError: one cannot, or parameters are none.
+        """
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(prompts)
-        else:
+        elif isinstance(sampling_params, (list, tuple)):
             params = list(sampling_params)
+            for each in params:
+                if not isinstance(each, SamplingParams):
+                    raise checks.unfit("sampling_params", each, "SamplingParams, or a list with one for each prompt")
             if len(params) != len(prompts):
                 raise InputError(
                     f"{len(prompts)} prompts, but {len(params)} sampling parameters; give one, or one each"
                 )
-        requests = [_Request(*each, *self._checked(*each)) for each in zip(prompts, params, strict=True)]
-        count = sum(each.n for each in params)
+        else:
+            raise checks.unfit("sampling_params", sampling_params, "SamplingParams, or a list with one for each prompt")
+        requests = []
+        for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                requests.append(_Request(prompt, each, *self._checked(prompt, each)))
+            except InputError as error:
+                raise error if len(prompts) == 1 else InputError(f"prompts[{index}]: {error}") from error
+        return requests
+
+    def _generate(
+        self,
+        prompts: Sequence[str | PromptParts],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool,
+    ) -> list[RequestOutput]:
+        requests = self._requests(prompts, sampling_params)
+        count = sum(request.params.n for request in requests)
         outputs: dict[_Request, RequestOutput] = {}
-        with _progress(count, self._progress) as advance:
+        with _progress(count, progress) as advance:
             for changed in self._steps((answer for request in requests for answer in self._answers(request)), count):
                 for answer in changed:
                     while answer.unread:
@@ -96,24 +233,6 @@ class LLM:
                         if answer.request.unfinished == 0:
                             outputs[answer.request] = answer.request.output
         return [outputs[request] for request in requests]
-
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Generate for one prompt, yielding its output after every token.
-
-        Each output's texts and token ids hold all that is generated so far. A text waits for whole characters, and
-        where its end may be the beginning of a stop text, for what follows.
-
-        Raises:
-            InputError: the prompt does not fit.
-        """
-        params = sampling_params or SamplingParams()
-        request = _Request(prompt, params, *self._checked(prompt, params), streamed=True)
-        answers = self._answers(request)
-        for changed in self._steps(iter(answers), len(answers)):
-            while unread := [answer for answer in changed if answer.unread]:
-                for answer in unread:
-                    self._read(answer)
-                yield request.output
 
     def _answers(self, request: _Request) -> list[_Answer]:
         """Return the answers to come, with sequences that are not queued."""
@@ -157,7 +276,7 @@ class LLM:
         if answer.read():
             self.engine.scheduler.stop(answer.sequence, answer.num_read)
 
-    def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[Sequence[int], VisionPrompt | None]:
+    def _checked(self, prompt: str | PromptParts, params: SamplingParams) -> tuple[Sequence[int], VisionPrompt | None]:
         """Return the tokens and images of a prompt that can run.
 
         Raises:
@@ -166,6 +285,13 @@ class LLM:
         if params.stop and self._tokenizer is None:
             raise InputError("the model comes without a tokenizer, so stop texts cannot be found; use stop_token_ids")
         token_ids, vision = self._reader.read(prompt)
+        if params.truncate_prompt_tokens is not None:
+            if vision is not None:
+                raise InputError(
+                    "truncate_prompt_tokens would cut the prompt's images; leave it out and shorten the text"
+                )
+            most = self.engine.limits.max_model_len - 1  # there is room for an answer
+            token_ids = token_ids[-(most if params.truncate_prompt_tokens < 0 else params.truncate_prompt_tokens) :]
         self.engine.check(token_ids, params)
         return token_ids, vision
 
@@ -183,7 +309,7 @@ class _Request:
         answers: once they are begun.
     """
 
-    prompt: Prompt
+    prompt: str | PromptParts
     params: SamplingParams
     token_ids: Sequence[int]
     vision: VisionPrompt | None
@@ -205,6 +331,7 @@ class _Request:
             outputs=[answer.output(index) for index, answer in enumerate(self.answers)],
             finished=all(answer.finish_reason is not None for answer in self.answers),
             prompt_logprobs=self.answers[0].prompt_logprobs,
+            num_cached_tokens=first.num_cached,
         )
 
 

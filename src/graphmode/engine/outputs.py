@@ -58,6 +58,7 @@ class RequestOutput:
         finished: whether all of them are complete.
         prompt_logprobs: for each token of the prompt, as for completions; None for the first, which nothing predicts,
             and None altogether where they were not asked for. Complete with the first token of an answer.
+        num_cached_tokens: tokens of the prompt whose keys and values were cached when it began.
     """
 
     request_id: int
@@ -66,3 +67,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
+import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoProcessor
 
+from graphmode.engine import aliases, checks
 from graphmode.engine.multimodal import Kind, VisionItem, VisionPrompt, make_item, make_vision_prompt
 from graphmode.graph.errors import InputError
 from graphmode.models.loader import LoadedModel
@@ -25,7 +26,7 @@ class PromptParts(TypedDict, total=False):
 
     Attributes:
         prompt: the text; or
-        prompt_token_ids: its tokens.
+        prompt_token_ids: its tokens, which count where both are given.
         multi_modal_data: ``{"image": an image or a list, "video": a video or a list}``: what transformers' processors
             take, such as PIL images and, for a video, a list of frames.
         mm_processor_kwargs: for the model's processor, for example ``{"size": {...}}``.
@@ -37,7 +38,7 @@ class PromptParts(TypedDict, total=False):
     """
 
     prompt: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     multi_modal_data: Mapping[str, Any]
     mm_processor_kwargs: Mapping[str, Any]
     pixel_values: torch.Tensor
@@ -47,12 +48,47 @@ class PromptParts(TypedDict, total=False):
     second_per_grid_ts: Sequence[float]
 
 
-Prompt = str | PromptParts
+Prompt = str | PromptParts | Sequence[int]
+"""A text, a prompt in parts, or token ids."""
+
+_KINDS = "a text, a list of token ids, or {'prompt': text} or {'prompt_token_ids': [...]} with images"
 
 _PREPARED: Mapping[Kind, tuple[str, str]] = {
     "image": ("pixel_values", "image_grid_thw"),
     "video": ("pixel_values_videos", "video_grid_thw"),
 }
+
+
+def as_prompts(prompts: object) -> list[str | PromptParts]:
+    """Return one prompt or several as a list of texts and prompts in parts.
+
+    Raises:
+        InputError: a prompt is none of these.
+    """
+    if isinstance(prompts, (str, Mapping)) or _is_tokens(prompts):
+        return [_as_prompt("the prompt", prompts)]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, Set)):
+        raise checks.unfit("prompts", prompts, f"a prompt or a list of prompts: {_KINDS}")
+    return [_as_prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
+
+
+def _as_prompt(name: str, prompt: Any) -> str | PromptParts:
+    if isinstance(prompt, str):
+        return checks.text(name, prompt)
+    if isinstance(prompt, Mapping):
+        return cast("PromptParts", aliases.named("a prompt", prompt, list(PromptParts.__annotations__), aliases.PROMPT))
+    if isinstance(prompt, (list, tuple)) or _is_tokens(prompt):
+        return {"prompt_token_ids": checks.token_ids(name, prompt)}
+    raise checks.unfit(name, prompt, _KINDS)
+
+
+def _is_tokens(prompt: Any) -> bool:
+    """Return whether it is the tokens of one prompt: integers, in a list, a range or a tensor."""
+    if isinstance(prompt, (np.ndarray, torch.Tensor)):
+        return prompt.ndim == 1
+    if isinstance(prompt, (list, tuple)):
+        return bool(prompt) and all(map(checks.is_integer, prompt))
+    return isinstance(prompt, range)
 
 
 class PromptReader:
@@ -67,38 +103,28 @@ class PromptReader:
         self._loaded = loaded
         self._source = source
 
-    def read(self, prompt: Prompt) -> tuple[Sequence[int], VisionPrompt | None]:
+    def read(self, prompt: str | PromptParts) -> tuple[Sequence[int], VisionPrompt | None]:
         """Return a prompt's tokens, placeholders repeated, and its images.
 
         Raises:
             InputError: it is none, or its images do not fit it or the model.
         """
-        token_ids: Sequence[int]
         if isinstance(prompt, str):
-            token_ids, items = self._tokens(prompt), list[VisionItem]()
-        elif isinstance(prompt, Mapping):
-            token_ids, items = self._read(prompt)
-        else:
-            raise InputError(f"prompt is {type(prompt).__name__}; give a text or {{'prompt_token_ids': [...]}}")
+            prompt = {"prompt": prompt}
+        token_ids, items = self._read(prompt)
         return token_ids, make_vision_prompt(self._loaded, token_ids, items)
 
-    def _read(self, prompt: Mapping[str, Any]) -> tuple[Sequence[int], list[VisionItem]]:
-        known = PromptParts.__annotations__
-        if not prompt.keys() <= known.keys():
-            unknown = sorted(prompt.keys() - known.keys())
-            raise InputError(f"a prompt holds {unknown}; it may hold {', '.join(known)}")
-        if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+    def _read(self, prompt: PromptParts) -> tuple[Sequence[int], list[VisionItem]]:
+        token_ids: Sequence[int]
+        text = prompt.get("prompt")
+        if prompt.get("prompt_token_ids") is not None:
+            token_ids, text = checks.token_ids("prompt_token_ids", prompt["prompt_token_ids"]), None
+        elif text is not None:
+            token_ids = self._tokens(text)
+        else:
             raise InputError(
                 f"a prompt holds {sorted(prompt)}; give a text as 'prompt' or tokens as 'prompt_token_ids'"
             )
-        token_ids: Sequence[int]
-        text = prompt.get("prompt")
-        if "prompt_token_ids" in prompt:
-            token_ids = _integers(prompt["prompt_token_ids"])
-        elif isinstance(text, str):
-            token_ids = self._tokens(text)
-        else:
-            raise InputError(f"prompt is {type(text).__name__} under 'prompt'; give a text")
         if len(prompt) == 1:
             return token_ids, []
         media = {kind: _as_list(media) for kind, media in (prompt.get("multi_modal_data") or {}).items()}
@@ -187,7 +213,7 @@ class PromptReader:
     def _tokens(self, text: Any) -> list[int]:
         if self._loaded.tokenizer is None:
             raise InputError("the model comes without a tokenizer; give prompts as {'prompt_token_ids': [...]}")
-        token_ids = self._loaded.tokenizer(text)["input_ids"]
+        token_ids = self._loaded.tokenizer(checks.text("the prompt", text))["input_ids"]
         assert isinstance(token_ids, list)
         return token_ids
 
@@ -203,16 +229,6 @@ class PromptReader:
             "torchvision", "videos", "pip install torchvision, in the version made for the torch that is installed"
         )
         return _load(AutoProcessor, self._source)
-
-
-def _integers(token_ids: Any) -> array[int]:
-    """Return a copy of a prompt that is given as tokens."""
-    try:
-        if isinstance(token_ids, list):
-            return array("q", token_ids)
-    except (TypeError, OverflowError):
-        pass
-    raise InputError(f"prompt {token_ids!r} is no list of integers of 64 bits under 'prompt_token_ids'")
 
 
 def _as_list(media: Any) -> list[Any]:

@@ -148,9 +148,10 @@ class Sampler:
         Raises:
             InputError: a token that the model does not have, or more stop tokens than ``min_tokens`` can bar.
         """
-        for token in params.logit_bias:
-            if not 0 <= token < self._vocab_size:
-                raise InputError(f"logit_bias names token {token}; the model's ids are 0 to {self._vocab_size - 1}")
+        for name in ("logit_bias", "stop_token_ids"):
+            for token in getattr(params, name):
+                if not 0 <= token < self._vocab_size:
+                    raise InputError(f"{name} names token {token}; the model's ids are 0 to {self._vocab_size - 1}")
         if len(barred := self._barred(params)) > MAX_BARRED:
             raise InputError(
                 f"min_tokens={params.min_tokens} bars {len(barred)} tokens, the stop tokens and the end of text; it "

@@ -44,6 +44,9 @@ class SamplingParams:
         logprobs: return the log-probability of each token and of that many most likely ones, from 0 to 20, by the
             model's own logits; None returns none.
         prompt_logprobs: the same for the tokens of the prompt. Its prefix is then not taken from the cache.
+        truncate_prompt_tokens: take the last tokens of the prompt, that many; -1: as many as the model's limit allows
+            beside an answer's first token. None takes all.
+        skip_reading_prefix_cache: compute all of the prompt, whatever is cached.
 
     Raises:
         InputError: a value of another type or out of range, or a name that is not known or cannot be honoured.
@@ -66,6 +69,8 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    skip_reading_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -96,6 +101,13 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._integer(name, least=0, most=MAX_LOGPROBS, also=", or None")
+
+        if self.truncate_prompt_tokens is not None:
+            self._integer("truncate_prompt_tokens", least=-1, most=checks.LARGEST, also=" other than 0, or None")
+            if self.truncate_prompt_tokens == 0:
+                raise InputError("truncate_prompt_tokens is 0, which leaves no prompt; give -1 or at least 1, or None")
+        skip = "skip_reading_prefix_cache"
+        self._set(skip, checks.flag(skip, self.skip_reading_prefix_cache))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else

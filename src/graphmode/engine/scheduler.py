@@ -338,7 +338,8 @@ class Scheduler:
         if len(self.running) >= self.limits.max_num_seqs:
             return 0
         # One token at least is computed, so that there is something to sample from.
-        usable = self._prefix_caching and sequence.params.prompt_logprobs is None
+        params = sequence.params
+        usable = self._prefix_caching and params.prompt_logprobs is None and not params.skip_reading_prefix_cache
         found = []
         if usable:
             keys = block_keys(sequence.token_ids[:-1], self.pool.block_size, contents=sequence.contents)
@@ -352,7 +353,9 @@ class Scheduler:
             return 0
         sequence.blocks = found + self.pool.allocate(needed)
         sequence.block_keys = self.pool.keys_of(found)
-        sequence.num_computed = sequence.num_cached = cached
+        sequence.num_computed = cached
+        if sequence.num_cached < 0:
+            sequence.num_cached = cached
         sequence.slot = self._free_slots.pop()
         return tokens
 

@@ -26,7 +26,7 @@ class Sequence:
         in_flight: tokens that steps under way are making: one for each that samples it.
         last_row: its row in the last step that did.
         num_computed: tokens whose keys and values are in the cache, or will be when the steps under way are done.
-        num_cached: of them, those that another sequence had computed.
+        num_cached: tokens that another sequence had computed when it first ran; -1 before.
         slot: where the device holds its sampling parameters while it runs; 0 while it does not.
         logprobs: of the generated tokens, where they are wanted.
         prompt_logprobs: of the prompt's tokens from the second on, as far as they are computed, where they are wanted.
@@ -44,7 +44,7 @@ class Sequence:
     in_flight: int = 0
     last_row: int = -1
     num_computed: int = 0
-    num_cached: int = 0
+    num_cached: int = -1
     slot: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

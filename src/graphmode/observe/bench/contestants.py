@@ -35,7 +35,7 @@ class Ours:
 
     def generate(self, requests: Sequence[Request]) -> None:  # noqa: D102
         outputs = self._llm.generate(
-            [{"prompt_token_ids": request.prompt} for request in requests],
+            [request.prompt for request in requests],
             [_params(request.max_tokens, request.temperature) for request in requests],
         )
         assert all(
@@ -44,9 +44,7 @@ class Ours:
         )
 
     def arrivals(self, request: Request) -> list[float]:  # noqa: D102
-        stream = self._llm.stream(
-            {"prompt_token_ids": request.prompt}, _params(request.max_tokens, request.temperature)
-        )
+        stream = self._llm.stream(request.prompt, _params(request.max_tokens, request.temperature))
         return [time.perf_counter() for _ in stream]
 
 
