@@ -43,7 +43,8 @@ def _root(
 @app.command()
 def generate(
     model: Annotated[
-        str | None, typer.Option(help="A local folder or the hub name of a model. Default: the bundled one.")
+        str | None,
+        typer.Option(help="A local folder, a GGUF file or the hub name of a model. Default: the bundled one."),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A text to continue; may be given several times.", show_default=False)
@@ -74,6 +75,9 @@ def generate(
             "--enable-graph/--no-enable-graph", help="Whether steps replay graphs. [default: yes]", show_default=False
         ),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model (auto_map).")
+    ] = False,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="The same as --no-enable-graph.")] = False,
     graph_mode: Annotated[
         str | None,
@@ -128,6 +132,7 @@ def generate(
         llm = LLM(
             model,
             progress=interactive,
+            trust_remote_code=trust_remote_code,
             enforce_eager=enforce_eager or enable_graph is False,
             graph_mode=graph_mode,
             graph_sizes=_numbers("--graph-sizes", graph_sizes),

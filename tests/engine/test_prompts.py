@@ -106,7 +106,7 @@ def test_images_are_parts_of_messages(llm: LLM) -> None:
 def test_what_is_not_installed_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch, media: str, package: str) -> None:
     found = prompts.importlib.util.find_spec
     monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: None if name == package else found("json"))
-    reader = prompts.PromptReader(llm.engine.loaded, llm.engine.model)
+    reader = prompts.PromptReader(llm.engine.loaded)
     with pytest.raises(InputError, match=f"{package}, which is not installed; pip install"):
         reader.read({"prompt": PLACEHOLDER, "multi_modal_data": {media: [object()]}})
 
@@ -184,7 +184,7 @@ def test_every_placeholder_stands_for_one_part_in_order(loaded: LoadedModel, lay
     ]
     prompt = make_prompt("qwen3_vl", [1, *parts], 0)
     token_ids = prompt["prompt_token_ids"]
-    reader = prompts.PromptReader(loaded, "")
+    reader = prompts.PromptReader(loaded)
     _, vision = reader.read(prompt)  # type: ignore[arg-type]
     covered = [token for span in vision.spans for token in range(span.start, span.end)] if vision else []
     assert covered == [at for at, token in enumerate(token_ids) if token in (IMAGE, VIDEO)]

@@ -54,7 +54,7 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
 def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
     """The logits after a prompt that is one step, eagerly."""
     engine = llm.engine
-    token_ids, vision = PromptReader(engine.loaded, "").read(prompt)  # type: ignore[arg-type]
+    token_ids, vision = PromptReader(engine.loaded).read(prompt)  # type: ignore[arg-type]
     sequence = Sequence(0, token_ids, GREEDY, 0, vision)
     sequence.blocks = engine.scheduler.pool.allocate(-(-len(token_ids) // 16))
     batch = Batch("mixed", (Row(sequence, 0, len(token_ids), True),), len(token_ids))
@@ -243,7 +243,7 @@ def test_what_padding_holds_changes_no_bit_of_a_step_with_images(folder: dict[st
     llm = LLM(folder[model_type], **GRAPHS)
     engine, step = llm.engine, llm.engine.runner
     assert step.vision is not None
-    token_ids, vision = PromptReader(engine.loaded, "").read(make_prompt(model_type, LAYOUTS["image"], 0))
+    token_ids, vision = PromptReader(engine.loaded).read(make_prompt(model_type, LAYOUTS["image"], 0))
     sequence = Sequence(0, token_ids, GREEDY, 0, vision)
     sequence.blocks = [1, 2]
     batch = Batch("mixed", (Row(sequence, 0, len(token_ids), True),), len(token_ids))

@@ -1,5 +1,6 @@
 """Rotary embeddings that follow the length: fixed for an engine, so that no sequence hangs on another's length."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graphmode import LLM, SamplingParams
+from graphmode.graph.errors import InputError
 from graphmode.models.errors import ModelError
+from graphmode.models.rotary import context_length
 
 BEFORE = 16  # tokens that the models were made for before their extension to 64
 SHORT, LONG = [1.0, 1.1, 1.2, 1.3], [1.0, 3.0, 7.0, 20.0]
@@ -22,8 +25,10 @@ PROMPTS = [[(7 * at + 3 * length) % 199 + 1 for at in range(length)] for length 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
-def save(folder: Path, model_type: str, rope: dict[str, Any], **options: Any) -> Path:
+def save(folder: Path, model_type: str, rope: dict[str, Any], *, original: int | None = BEFORE, **options: Any) -> Path:
     torch.manual_seed(0)
+    if original is not None:
+        options["original_max_position_embeddings"] = original
     config = AutoConfig.for_model(
         model_type,
         hidden_size=32,
@@ -33,7 +38,6 @@ def save(folder: Path, model_type: str, rope: dict[str, Any], **options: Any) ->
         intermediate_size=48,
         vocab_size=200,
         max_position_embeddings=64,
-        original_max_position_embeddings=BEFORE,
         initializer_range=0.3,
         rope_parameters=rope,
         bos_token_id=None,
@@ -83,6 +87,63 @@ def test_longrope_takes_the_short_factors_for_all_where_no_sequence_is_long(tmp_
 def test_dynamic_ntk_is_captured(tmp_path: Path) -> None:
     folder = save(tmp_path, "llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
     assert ours(folder, PROMPTS) == theirs(folder, PROMPTS)
+
+
+THETA = {"rope_theta": 1e4}
+YARN, LINEAR, DYNAMIC = ({"rope_type": kind, "factor": 4.0} for kind in ("yarn", "linear", "dynamic"))
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions", "length"),
+    [
+        ({"rope_type": "default"}, 32, (32, 32)),
+        (YARN, 32, (128, 128)),
+        ({**YARN, "original_max_position_embeddings": 32}, 32, (128, 128)),
+        ({**YARN, "original_max_position_embeddings": 32}, 128, (128, 128)),  # DeepSeek, gpt-oss
+        ({**YARN, "original_max_position_embeddings": 32}, 40, (128, 128)),  # Qwen3
+        ({**YARN, "factor": 2.5}, 32, (80, 80)),
+        (LINEAR, 32, (128, 128)),
+        ({**LINEAR, "original_max_position_embeddings": 8}, 32, (32, 32)),
+        (DYNAMIC, 32, (32, 128)),
+        ({**DYNAMIC, "original_max_position_embeddings": 8}, 32, (32, 32)),
+        ({**LLAMA3, "original_max_position_embeddings": 32}, 128, (128, 128)),
+        ({**LLAMA3, "original_max_position_embeddings": 32}, 32, (32, 32)),
+        ({**LONGROPE, "original_max_position_embeddings": 32}, 128, (128, 128)),
+    ],
+)
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_the_length_of_a_model_is_its_original_one_times_the_factor(
+    tmp_path: Path, rope: dict[str, Any], positions: int, length: tuple[int, int], key: str
+) -> None:
+    settings = {"model_type": "llama", "max_position_embeddings": positions, key: {**rope, **THETA}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert context_length(AutoConfig.from_pretrained(tmp_path)) == length
+
+
+def test_where_layers_differ_the_shortest_counts() -> None:
+    ropes = {"sliding_attention": {"rope_type": "default"}, "full_attention": LINEAR}
+    rope = {name: {**each, **THETA} for name, each in ropes.items()}
+    config = AutoConfig.for_model("gemma3_text", max_position_embeddings=64, rope_parameters=rope)
+    assert context_length(config) == (64, 64)
+
+
+@pytest.mark.parametrize("rope", [YARN, LINEAR, {**LLAMA3, "original_max_position_embeddings": 16}])
+def test_sequences_longer_than_the_original_length_get_the_tokens_of_transformers(
+    tmp_path: Path, rope: dict[str, Any]
+) -> None:
+    folder = save(tmp_path, "llama", {**rope, **THETA}, original=None)
+    prompts = [*PROMPTS, [(5 * at) % 199 + 1 for at in range(54 if rope["rope_type"] == "llama3" else 100)]]
+    assert ours(folder, prompts) == theirs(folder, prompts)
+
+
+def test_dynamic_ntk_beyond_its_length_takes_the_frequencies_of_the_longest_sequence(tmp_path: Path) -> None:
+    folder = save(tmp_path, "llama", {**DYNAMIC, **THETA})
+    prompts = [*PROMPTS, [(5 * at) % 199 + 1 for at in range(100)]]
+    theta = 1e4 * (4 * 128 / 64 - 3) ** (8 / (8 - 2))
+    assert ours(folder, prompts, max_model_len=128) == theirs(folder, prompts, rope_type="default", rope_theta=theta)
+    with pytest.raises(InputError, match="max_model_len is 257; the model was made for 256 tokens"):
+        LLM(folder, device="cpu", max_model_len=257)
 
 
 def test_an_embedding_that_cannot_be_fixed_is_refused(tmp_path: Path) -> None:

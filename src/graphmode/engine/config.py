@@ -35,6 +35,7 @@ class EngineOptions:
         dtype: of the weights and the KV cache: ``float32``, ``bfloat16`` (``bf16``), ``float16`` (``half``), or in
             Python a ``torch.dtype``; ``auto`` takes the checkpoint's, on a CPU float32.
         load_format: ``auto`` reads the weights, ``dummy`` makes random ones.
+        trust_remote_code: run Python code that comes with the model (``auto_map``). Without it none runs.
         enable_graph: whether steps replay graphs. Default: yes.
         enforce_eager: the opposite of ``enable_graph``: run every step eagerly.
         graph_mode: ``full`` (one graph a step, the default), ``piecewise`` (attention outside the graphs),
@@ -65,6 +66,7 @@ class EngineOptions:
     device: str | torch.device | Backend = "auto"
     dtype: Dtype = "auto"
     load_format: LoadFormat = "auto"
+    trust_remote_code: bool = False
     enable_graph: bool | None = None
     enforce_eager: bool | None = None
     graph_mode: GraphMode | None = None
@@ -94,7 +96,8 @@ class EngineOptions:
         for name in ("enable_graph", "enforce_eager"):
             if getattr(self, name) is not None:
                 self._set(name, checks.flag(name, getattr(self, name), also=", or None"))
-        self._set("strict", checks.flag("strict", self.strict))
+        for name in ("strict", "trust_remote_code"):
+            self._set(name, checks.flag(name, getattr(self, name)))
         # None is what vLLM's users may give for these two.
         prefixes = True if self.enable_prefix_caching is None else self.enable_prefix_caching
         self._set("enable_prefix_caching", checks.flag("enable_prefix_caching", prefixes))
@@ -174,13 +177,21 @@ def resolve_dtype(dtype: Dtype) -> torch.dtype | Literal["auto"]:
     return "auto" if dtype == "auto" else named[dtype]
 
 
-def resolve_limits(options: EngineOptions, max_positions: int, device: torch.device, *, bursts: bool = True) -> Limits:
+def resolve_limits(
+    options: EngineOptions,
+    max_positions: int,
+    device: torch.device,
+    *,
+    most_positions: int | None = None,
+    bursts: bool = True,
+) -> Limits:
     """Complete the limits.
 
     Args:
         options: the user's.
         max_positions: what the model was made for.
         device: the device.
+        most_positions: what the model can be stretched to; default: no more than it was made for.
         bursts: whether decode steps can follow each other there without the host.
 
     Raises:
@@ -195,10 +206,9 @@ def resolve_limits(options: EngineOptions, max_positions: int, device: torch.dev
             "must hold one token of every sequence. Raise the first or lower the second"
         )
     max_model_len = options.max_model_len or max_positions
-    if max_model_len > max_positions:
-        raise InputError(
-            f"max_model_len is {max_model_len}; the model was made for {max_positions} tokens. Lower it to that"
-        )
+    most = most_positions or max_positions
+    if max_model_len > most:
+        raise InputError(f"max_model_len is {max_model_len}; the model was made for {most} tokens. Lower it to that")
     if max_model_len < 2:
         raise InputError(f"max_model_len is {max_model_len}; a sequence needs at least 2, a prompt and an answer")
     if not bursts and (options.decode_steps or 1) > 1:

@@ -124,11 +124,17 @@ class Engine:
                 "layers are not tried with. Use 'layers' or 'none'"
             )
         self.loaded = load_model(
-            self.model, device=self.device, dtype=resolve_dtype(options.dtype), load_format=options.load_format
+            self.model,
+            device=self.device,
+            dtype=resolve_dtype(options.dtype),
+            load_format=options.load_format,
+            trust_remote_code=options.trust_remote_code,
         )
         shape, dtype = self.loaded.shape, self.loaded.model.dtype
         bursts = attention.host_lengths is None  # lengths on the host are those of one step
-        self.limits = resolve_limits(options, shape.max_positions, self.device, bursts=bursts)
+        self.limits = resolve_limits(
+            options, shape.max_positions, self.device, most_positions=shape.most_positions, bursts=bursts
+        )
         fix_rotary_embeddings(self.loaded.model, self.limits.max_model_len)
         # Fused layers attend by the portable kernel.
         fused = options.fuse != "none" and attention is PORTABLE_ATTENTION

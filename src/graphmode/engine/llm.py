@@ -36,7 +36,7 @@ class LLM:
             print(output.outputs[0].text)
 
     Args:
-        model: a local folder or hub name; default: the bundled model.
+        model: a local folder, a GGUF file or a hub name; default: the bundled model.
         progress: whether to show progress bars.
         **options: see :class:`~graphmode.engine.config.EngineOptions`.
 
@@ -53,7 +53,7 @@ class LLM:
         checks.flag("progress", progress)
         self.engine = Engine(bundled_model() if model is None else model, EngineOptions(**options), progress)
         self._tokenizer = self.engine.loaded.tokenizer
-        self._reader = PromptReader(self.engine.loaded, self.engine.model)
+        self._reader = PromptReader(self.engine.loaded)
 
     @property
     def stats(self) -> EngineStats:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import numpy as np
@@ -92,16 +91,10 @@ def _is_tokens(prompt: Any) -> bool:
 
 
 class PromptReader:
-    """Reads prompts for one model.
+    """Reads prompts for one model, whose image processor is loaded when an image first comes."""
 
-    Args:
-        loaded: the model.
-        source: where it came from; its image processor is loaded from there when an image first comes.
-    """
-
-    def __init__(self, loaded: LoadedModel, source: str | Path) -> None:
+    def __init__(self, loaded: LoadedModel) -> None:
         self._loaded = loaded
-        self._source = source
 
     def read(self, prompt: str | PromptParts) -> tuple[Sequence[int], VisionPrompt | None]:
         """Return a prompt's tokens, placeholders repeated, and its images.
@@ -220,7 +213,7 @@ class PromptReader:
     @cached_property
     def _image_processor(self) -> Any:
         _require("PIL", "images", "pip install 'graphmode[vision]'")
-        return _load(AutoImageProcessor, self._source)
+        return self._loaded.checkpoint.read(AutoImageProcessor.from_pretrained, "the processor of images")
 
     @cached_property
     def _processor(self) -> Any:
@@ -228,7 +221,7 @@ class PromptReader:
         _require(
             "torchvision", "videos", "pip install torchvision, in the version made for the torch that is installed"
         )
-        return _load(AutoProcessor, self._source)
+        return self._loaded.checkpoint.read(AutoProcessor.from_pretrained, "the processor of videos")
 
 
 def _as_list(media: Any) -> list[Any]:
@@ -244,15 +237,6 @@ def _require(package: str, what: str, install: str) -> None:
             f"transformers prepares {what} with {package}, which is not installed; {install}, or give them "
             "prepared (pixel_values and image_grid_thw, or those of videos)"
         )
-
-
-def _load(auto: Any, source: str | Path) -> Any:
-    try:
-        return auto.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            f"{source}: the processor of images cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _call(processor: Any, **arguments: Any) -> Mapping[str, Any]:

@@ -223,7 +223,10 @@ def _run(
 def _check_calls(model: PreTrainedModel) -> tuple[CacheShape, ...]:
     """Refuse attention that is not causal softmax attention over each layer's own keys and values."""
     config = model.config.get_text_config()
-    _, calls = _run(model, [0, 1, 2], tokens=[1, 2, 3])
+    logits, calls = _run(model, [0, 1, 2], tokens=[1, 2, 3])
+    if not logits.isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ModelError(f"its logits are beyond the range of {dtype}; use dtype='bfloat16' or 'float32'")
     layers = config.num_hidden_layers
     called = [call.layer for call in calls]
     if missing := sorted(set(range(layers)) - set(called)):

@@ -1,38 +1,39 @@
-"""Loading a causal language model, with its vision part if it has one, and its tokenizer from a folder or the hub."""
+"""Loading a causal language model, with its vision part if it has one, and its tokenizer from a checkpoint."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import logging
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from graphmode.models.attention import ATTENTION_NAME, CacheShape
+from graphmode.models.checkpoint import Checkpoint, LoadFormat, find_checkpoint
 from graphmode.models.dry_run import cache_shapes, check_class, check_features_apart
 from graphmode.models.errors import ModelError
 from graphmode.models.experts import EXPERTS_NAME, share_real_rows
 from graphmode.models.latent import keep_latents
+from graphmode.models.rotary import context_length
 from graphmode.models.sparse import use_indexers
 from graphmode.models.vision import VisionTower
 
-LoadFormat = Literal["auto", "dummy"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class ModelShape:
     Attributes:
         caches: what each decoder layer caches.
         vocab_size: rows of the embedding.
-        max_positions: tokens that the model was made for.
+        max_positions: tokens of a sequence that the model was made for.
+        most_positions: what it can be stretched to where the user asks for more.
         eos_token_ids: tokens that end a text.
     """
 
     caches: tuple[CacheShape, ...]
     vocab_size: int
     max_positions: int
+    most_positions: int
     eos_token_ids: frozenset[int]
 
 
@@ -59,12 +62,14 @@ class LoadedModel:
     Attributes:
         model: transformers' module, in evaluation mode, with our attention and experts.
         shape: its sizes.
+        checkpoint: its files; processors of images and videos are read from there when they are first needed.
         tokenizer: None where the model comes without one; then prompts must be token ids.
         vision: its vision tower; None where it takes text alone.
     """
 
     model: PreTrainedModel
     shape: ModelShape
+    checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase | None
     vision: VisionTower | None = None
 
@@ -75,96 +80,158 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | Literal["auto"],
     load_format: LoadFormat = "auto",
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model.
 
     Args:
-        name: a local folder or the hub's name of a model.
+        name: a local folder, a GGUF file, or the hub's name of a model.
         device: where its weights go.
         dtype: of its weights; ``"auto"`` takes the checkpoint's, on a CPU float32, which is faster there.
         load_format: ``"dummy"`` makes random weights from the configuration alone, to measure speed.
+        trust_remote_code: whether Python code that comes with the model may run.
 
     Raises:
         ModelError: it cannot be read, or graphmode cannot run it.
     """
-    _check_folder(name, load_format)
-    config = _read(partial(AutoConfig.from_pretrained, name), name, "config.json")
+    checkpoint = find_checkpoint(name, load_format=load_format, trust_remote_code=trust_remote_code)
+    config = checkpoint.read(AutoConfig.from_pretrained, "config.json")
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
     architecture = (config.architectures or [config.model_type])[0]
     with _refusals(name, architecture):
-        auto = auto_class(config)
+        auto = auto_class(config, trust_remote_code=trust_remote_code)
     options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME, "experts_implementation": EXPERTS_NAME}
     if load_format == "dummy":
+        options["trust_remote_code"] = trust_remote_code
         with device:
-            model = _read(partial(auto.from_config, config, **options), name, "config.json")
+            model = checkpoint.attempt("config.json", auto.from_config, config, **options)
     else:
-        # Each tensor goes from its shard to the device: the host never holds the weights.
-        load = partial(auto.from_pretrained, name, output_loading_info=True, device_map={"": device}, **options)
-        model, report = _read(load, name, "the weights")
-        if report["missing_keys"]:
-            raise ModelError(
-                f"{name}: the weights lack {', '.join(sorted(report['missing_keys']))}, which config.json asks for; "
-                "the two are not of the same model"
-            )
+        model = load_weights(checkpoint, auto, config, device, options)
     model.eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.warn_if_padding_and_no_attention_mask = _no_warning  # type: ignore[method-assign]
     share_real_rows(model)
     with _refusals(name, architecture):
+        check_class(type(model), config)
         keep_latents(model)
         use_indexers(model)
         caches = cache_shapes(model)
         vision = VisionTower(model) if auto is AutoModelForImageTextToText else None
         if vision is not None:
             check_features_apart(model, vision.embed(*vision.spoiled_features()))
-    shape: ModelShape = _read(partial(_shape, model, caches), name, "the shape of its KV cache")
-    tokenizer = None
-    if _has_tokenizer(name):
-        tokenizer = _read(partial(AutoTokenizer.from_pretrained, name), name, "the tokenizer")
-    return LoadedModel(model, shape, tokenizer, vision)
+    shape = checkpoint.attempt("the shape of its KV cache", _shape, model, caches)
+    tokenizer = checkpoint.read(AutoTokenizer.from_pretrained, "the tokenizer") if checkpoint.has_tokenizer else None
+    return LoadedModel(model, shape, checkpoint, tokenizer, vision)
 
 
-def auto_class(config: PretrainedConfig) -> Any:
+def auto_class(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
     """Return what makes the model: with its vision part where its positions are those of a grid, as in Qwen2-VL.
 
     Raises:
         ModelError: its class is none that graphmode can run; why, in words that follow the model's name.
     """
+    own_code = AutoModelForCausalLM.__name__ in (getattr(config, "auto_map", None) or {})
+    if own_code and trust_remote_code:
+        return AutoModelForCausalLM  # its class is known, and checked, once it is loaded
     base: Any = AutoModel._model_mapping.get(type(config), None)
     vision = AutoModelForImageTextToText._model_mapping.get(type(config), None)
     auto = AutoModelForImageTextToText if vision and hasattr(base, "get_rope_index") else AutoModelForCausalLM
     cls: Any = auto._model_mapping.get(type(config), None)
     if cls is None and vision:
         raise ModelError("it is a model of images and text, of a kind that graphmode does not run")
+    if cls is None and own_code:
+        raise ModelError(
+            "transformers has no causal language model of its type, and Python code that comes with the model "
+            "(auto_map) is not run unasked. Read it, and if you trust it give trust_remote_code=True "
+            "(--trust-remote-code)"
+        )
     if cls is None:
         raise ModelError("transformers has no causal language model of its type")
     check_class(cls, config)
     return auto
 
 
-def _check_folder(name: str | Path, load_format: LoadFormat) -> None:
-    """Give a local folder's faults their own words; the hub's names pass."""
-    path = Path(name)
-    if not path.exists():
-        if isinstance(name, Path) or path.is_absolute() or str(name).startswith((".", "~")):
-            raise ModelError(f"{name}: there is no such folder; give a folder with a config.json or a hub name")
-        return
-    if not path.is_dir():
-        raise ModelError(f"{name} is a file; give the folder that holds it and its config.json")
-    config = path / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{config} is missing; {path} is not a model saved by transformers")
-    try:
-        json.loads(config.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{config} is not valid JSON ({error}); download or save the model again") from error
-    if load_format == "auto" and not any(path.glob("*.safetensors")):
+def load_weights(
+    checkpoint: Checkpoint, auto: Any, config: PretrainedConfig, device: torch.device, options: Mapping[str, Any]
+) -> PreTrainedModel:
+    """Load a model, each tensor from its file to the device: the host never holds the weights.
+
+    Args:
+        checkpoint: its files.
+        auto: the class that makes it, as of :func:`auto_class`.
+        config: its configuration.
+        device: where the weights go.
+        options: for ``auto.from_pretrained``; ``dtype`` among them.
+
+    Raises:
+        ModelError: they cannot be read, or are not those of the configuration, or hold NaN.
+    """
+    checkpoint.check_weights()
+    if checkpoint.gguf_file is not None:
+        options = {**options, "quantization_config": GgufConfig(dequantize=True)}
+        log.info("%s: its weights are dequantized to %s", checkpoint.name, options["dtype"])
+    model, report = checkpoint.read(
+        auto.from_pretrained,
+        "the weights",
+        config=config,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
+        device_map={"": device},
+        **options,
+    )
+    assert isinstance(model, PreTrainedModel)
+    faults = [f"they lack {key}" for key in sorted(report["missing_keys"])]
+    faults += [
+        f"{key} is {list(stored)} in them and {list(wanted)} in the model"
+        for key, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    foreign = sorted(report["unexpected_keys"])
+    faults += [f"the model has no {key}" for key in foreign if _belongs_to(model, key)]
+    if faults:
+        more = f", and {len(faults) - 5} more of the kind" if len(faults) > 5 else ""
         raise ModelError(
-            f"{path} holds no *.safetensors file; convert the weights (save_pretrained), or use load_format='dummy' "
-            "for random ones"
+            f"{checkpoint.name}: the weights are not those that config.json asks for: {'; '.join(faults[:5])}{more}. "
+            "The two are not of the same model: download both again"
         )
+    if foreign:
+        log.warning("%s: %d weights are not used: %s", checkpoint.name, len(foreign), ", ".join(foreign[:5]))
+    if spoiled := _hold_nan(model):
+        raise ModelError(
+            f"{checkpoint.name}: the weights hold NaN, in {', '.join(spoiled[:5])}; the file is damaged, or its "
+            "training went wrong. Download it again, or give an earlier checkpoint"
+        )
+    return model
+
+
+def _hold_nan(model: PreTrainedModel) -> list[str]:
+    """Return the names of the weights that hold NaN. The device is waited for once."""
+    # The least of a tensor is NaN if any is. Floats of 8 bits have none to take.
+    weights = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.numel()
+    }
+    if not weights:
+        return []
+    is_nan = torch.stack([weight.amin().float() for weight in weights.values()]).isnan().tolist()
+    return [name for name, spoiled in zip(weights, is_nan, strict=True) if spoiled]
+
+
+def _belongs_to(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight that the model has no place for belongs to a part that it has: then it would compute wrongly.
+
+    A head for another task, or layers for drafting beyond the last, are of no concern.
+    """
+    drafts = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    modules = dict(model.named_modules())
+    for match in re.finditer(r"\.(\d+)(?=\.)", key):
+        layers = modules.get(key[: match.start()])
+        if isinstance(layers, torch.nn.ModuleList) and int(match[1]) >= len(layers):
+            return int(match[1]) >= len(layers) + drafts
+    return key.rpartition(".")[0] in modules
 
 
 @contextmanager
@@ -180,23 +247,14 @@ def _no_warning(*args: object, **kwargs: object) -> None:
     """Stand for a warning about padding, which reads tokens on the host; a step pads by slots."""
 
 
-def _read(load: Callable[[], Any], name: str | Path, part: str) -> Any:
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise ModelError(f"{name}: {part} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def _has_tokenizer(name: str | Path) -> bool:
-    return not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
-
-
 def _shape(model: PreTrainedModel, caches: tuple[CacheShape, ...]) -> ModelShape:
     config = model.config.get_text_config()
     eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
+    max_positions, most_positions = context_length(config)
     return ModelShape(
         caches=caches,
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions,
+        most_positions=most_positions,
         eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
     )

@@ -1,13 +1,37 @@
-"""Rotary embeddings whose frequencies follow the length of the sequence, fixed for an engine."""
+"""What positions a model was made for, and rotary embeddings that follow the length, fixed for an engine."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from graphmode.models.errors import ModelError
+
+
+def context_length(config: PretrainedConfig) -> tuple[int, int]:
+    """Return how many tokens a sequence may have: as a rule, and at most where the user asks for more.
+
+    Frequencies that are stretched by a factor (linear, YaRN, proportional) serve the original length times the factor.
+    LongRoPE and Llama 3 name the stretched length as ``max_position_embeddings``. Dynamic NTK stretches them only
+    beyond that length, so that up to there all tokens are what they are without it; further on, an engine has to choose
+    frequencies once and for all its sequences, which is left to the user. Where the layers differ, the least counts.
+    """
+    config = config.get_text_config()
+    positions: int = config.max_position_embeddings
+    ropes = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in ropes:
+        ropes = {None: ropes}
+    rule, most = [], []
+    for rope in (each for each in ropes.values() if isinstance(each, dict)):
+        kind = rope.get("rope_type")
+        stretched = positions
+        if kind in ("linear", "yarn", "proportional", "dynamic") and rope.get("factor"):
+            stretched = int((rope.get("original_max_position_embeddings") or positions) * rope["factor"])
+        rule.append(positions if kind == "dynamic" else stretched)
+        most.append(max(positions, stretched) if kind == "dynamic" else stretched)
+    return min(rule, default=positions), min(most, default=positions)
 
 
 def fix_rotary_embeddings(model: PreTrainedModel, max_model_len: int) -> None:
@@ -15,8 +39,8 @@ def fix_rotary_embeddings(model: PreTrainedModel, max_model_len: int) -> None:
 
     LongRoPE and dynamic NTK choose them by the longest position of the call. In a step of many sequences one's result
     would then hang on another's length, and keys in the cache would be rotated by other frequencies than new queries.
-    So LongRoPE takes its long factors if ``max_model_len`` is beyond the length before extension, else its short ones.
-    Dynamic NTK stays as it is, for it changes only beyond the length that the model was made for.
+    So LongRoPE takes its long factors if ``max_model_len`` is beyond the length before extension, else its short ones;
+    dynamic NTK takes those of ``max_model_len`` if that is beyond the length that the model was made for.
 
     Raises:
         ModelError: an embedding that still hangs on the other tokens of the call.

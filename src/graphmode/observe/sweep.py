@@ -286,8 +286,13 @@ def prompts(loaded: LoadedModel) -> list[PromptParts]:
 
 def reference_tokens(folder: Path, requests: Iterable[PromptParts]) -> list[list[int]]:
     """Return what transformers generates, greedily and for each prompt alone."""
-    model: PreTrainedModel = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    model: PreTrainedModel = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False)).from_pretrained(
+        folder,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
     )
     tokens = []
     for request in requests:

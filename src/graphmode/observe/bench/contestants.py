@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from graphmode.engine.llm import LLM
 from graphmode.engine.sampling_params import SamplingParams
+from graphmode.models.checkpoint import Checkpoint
+from graphmode.models.loader import load_weights
 from graphmode.observe.bench.workloads import Request
 
 
@@ -57,18 +58,21 @@ class Transformers:
     """transformers' ``generate`` with its default cache and attention; greedy, prompts of one length.
 
     Args:
-        model: a local folder or hub name.
+        checkpoint: the model's files.
         load_format: as of :class:`~graphmode.engine.config.EngineOptions`.
         device: where it runs.
         dtype: of its weights.
     """
 
-    def __init__(self, model: str | Path, load_format: str, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, load_format: str, device: torch.device, dtype: torch.dtype) -> None:
+        config = checkpoint.read(AutoConfig.from_pretrained, "config.json")
         if load_format == "dummy":
             with device:
-                self._model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
+                self._model: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
+                )
         else:
-            self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map={"": device})
+            self._model = load_weights(checkpoint, AutoModelForCausalLM, config, device, {"dtype": dtype})
         self._model.eval()
         self._model.generation_config.eos_token_id = None  # nothing ends an answer early
 

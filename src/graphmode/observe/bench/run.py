@@ -22,7 +22,9 @@ from graphmode.engine.llm import LLM
 from graphmode.graph import get_backend
 from graphmode.graph.errors import InputError
 from graphmode.models.bundled_model import bundled_model
+from graphmode.models.checkpoint import Checkpoint, find_checkpoint
 from graphmode.models.errors import ModelError
+from graphmode.models.rotary import context_length
 from graphmode.observe.bench.contestants import Contestant, Ours, Transformers, graph_free
 from graphmode.observe.bench.results import Figure, Row, of_many, of_runs
 from graphmode.observe.bench.roofline import ModelCost, Roofline, Work, measure_roofline, model_cost
@@ -169,14 +171,11 @@ def resolve(plan: Plan, folder: str | Path) -> Plan:
     repeats = plan.repeats if plan.repeats is not None else 20 if latency else 3
     if repeats < 1:
         raise InputError(f"repeats is {repeats}; it must be at least 1")
-    try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: config.json cannot be loaded: {type(error).__name__}: {error}") from error
-    positions = config.max_position_embeddings
-    options = {"max_model_len": min(_MODEL_LEN, positions), "enable_prefix_caching": False, **given}
+    options = {"enable_prefix_caching": False, **given}
     if plan.model in RANDOM_MODELS:
         options.setdefault("load_format", "dummy")
+    positions = context_length(_checkpoint(folder, options).read(AutoConfig.from_pretrained, "config.json"))[0]
+    options.setdefault("max_model_len", min(_MODEL_LEN, positions))
     limits = resolve_limits(EngineOptions(**options), positions, get_backend(options.get("device", "auto")).device)
     longest = 2 * tokens if offline else PROMPT_TOKENS + tokens
     if longest > limits.max_model_len:
@@ -200,6 +199,14 @@ def resolve(plan: Plan, folder: str | Path) -> Plan:
             "or raise max_num_seqs"
         )
     return replace(plan, compare=compare, tokens=tokens, repeats=repeats, batches=batches, options=options)
+
+
+def _checkpoint(folder: str | Path, options: Mapping[str, Any]) -> Checkpoint:
+    return find_checkpoint(
+        folder,
+        load_format=options.get("load_format", "auto"),
+        trust_remote_code=options.get("trust_remote_code", False),
+    )
 
 
 @dataclass(frozen=True)
@@ -237,7 +244,7 @@ def _run_mode(
     if mode == "transformers":
         assert scale is not None
         load_format = plan.options.get("load_format", "auto")
-        contestant = Transformers(folder, load_format, scale.device, scale.dtype)
+        contestant = Transformers(_checkpoint(folder, plan.options), load_format, scale.device, scale.dtype)
     else:
         options = graph_free(plan.options) if mode == "eager" else plan.options
         llm = LLM(folder, progress=progress, **options)
