@@ -32,6 +32,9 @@ class SamplingParams:
         presence_penalty: taken from the logits of the tokens that the answer holds; 0 is off. From -2 to 2.
         frequency_penalty: the same for each time that the answer holds them; 0 is off. From -2 to 2.
         logit_bias: what is added to the logits of tokens, by token id, at most 300 of them; from -100 to 100.
+        allowed_token_ids: the only tokens that are drawn; None allows all.
+        bad_words: texts that no answer holds: of the tokens that make one, at the beginning of a text or after a space,
+            the last is not drawn where the answer ends with the others.
         max_tokens: most tokens to make, at least 1; None: as many as the model's limit leaves room for.
         min_tokens: tokens to make before the end-of-text token, ``stop_token_ids`` and ``stop`` count; the tokens
             are not drawn before.
@@ -60,6 +63,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Collection[int] | None = None
+    bad_words: str | Sequence[str] = ()
     max_tokens: int | None = 16
     min_tokens: int = 0
     seed: int | None = None
@@ -85,6 +90,12 @@ class SamplingParams:
         self._number("presence_penalty", least=-2, most=2, also=", 0 is off")
         self._number("frequency_penalty", least=-2, most=2, also=", 0 is off")
         self._set("logit_bias", _biases(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            allowed = checks.token_ids("allowed_token_ids", self.allowed_token_ids, also=", or None")
+            if not allowed:
+                raise InputError("allowed_token_ids is empty, which allows nothing; give a token at least, or None")
+            self._set("allowed_token_ids", tuple(allowed))
+        self._set("bad_words", checks.texts("bad_words", self.bad_words))
         self._integer("n", least=1, most=MAX_COMPLETIONS)
         if self.max_tokens is not None:
             self._integer("max_tokens", least=1, most=checks.LARGEST, also=", or None")
@@ -122,6 +133,11 @@ class SamplingParams:
     def filters(self) -> bool:
         """Whether tokens are sampled from a part of the vocabulary."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def restricts(self) -> bool:
+        """Whether tokens are forbidden."""
+        return self.allowed_token_ids is not None or bool(self.bad_words)
 
     @property
     def penalises(self) -> bool:

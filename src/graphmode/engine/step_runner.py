@@ -137,7 +137,8 @@ class StepRunner:
         self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=backend.device)
         self._one_each = torch.arange(limits.max_num_seqs + 1, dtype=torch.int32, device=backend.device)
         self._log = torch.zeros(limits.decode_steps, limits.max_num_seqs, dtype=torch.int64, device=backend.device)
-        self.sampler = Sampler(backend, limits, loaded.shape.vocab_size, loaded.shape.eos_token_ids)
+        shape = loaded.shape
+        self.sampler = Sampler(backend, limits, shape.vocab_size, shape.eos_token_ids, loaded.tokenizer)
         # Two batches are under way at most: one being read, one computed.
         report_bytes = 2 * limits.max_num_seqs * self.sampler.reports.shape[1] * 4
         self._results = StagingRing(self._log.nbytes + report_bytes, 3, backend.host_buffer, backend.event)
