@@ -142,8 +142,8 @@ def test_no_processor_makes_code_run(folder: Path, marker: Path, auto: Any, file
     auto_map = {auto.__name__: [reference, reference] if auto is AutoTokenizer else reference}
     change(folder / "config.json", model_type="own", auto_map={})
     change(folder / file, auto_map=auto_map)
-    with pytest.raises(ModelError, match=r"--trust-remote-code|a slow tokenizer"):
-        find_checkpoint(folder).read(auto.from_pretrained, "it")
+    with pytest.raises(ModelError, match=r"--trust-remote-code|a slow tokenizer|requires the Torchvision"):
+        find_checkpoint(folder).read(auto, "it")
     assert not marker.exists()
 
 

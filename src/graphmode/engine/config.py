@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from graphmode.engine.scheduler import Family, Limits
 from graphmode.graph import Backend, CaptureFailure, make_buckets
 from graphmode.graph.buckets import check_buckets
 from graphmode.graph.errors import InputError
+from graphmode.models.generation_config import GENERATION_CONFIG
 
 GraphMode = Literal["none", "piecewise", "full", "full_decode_only", "full_and_piecewise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -36,6 +38,8 @@ class EngineOptions:
             Python a ``torch.dtype``; ``auto`` takes the checkpoint's, on a CPU float32.
         load_format: ``auto`` reads the weights, ``dummy`` makes random ones.
         trust_remote_code: run Python code that comes with the model (``auto_map``). Without it none runs.
+        generation_config: where the sampling parameters of requests without any come from: ``auto`` is the model's
+            generation_config.json, ``vllm`` takes our own defaults; else a folder with such a file.
         enable_graph: whether steps replay graphs. Default: yes.
         enforce_eager: the opposite of ``enable_graph``: run every step eagerly.
         graph_mode: ``full`` (one graph a step, the default), ``piecewise`` (attention outside the graphs),
@@ -67,6 +71,7 @@ class EngineOptions:
     dtype: Dtype = "auto"
     load_format: LoadFormat = "auto"
     trust_remote_code: bool = False
+    generation_config: str | Path = "auto"
     enable_graph: bool | None = None
     enforce_eager: bool | None = None
     graph_mode: GraphMode | None = None
@@ -91,6 +96,12 @@ class EngineOptions:
         self._set("dtype", checks.choice("dtype", _dtype_name(self.dtype), get_args(Dtype)))
         checks.choice("load_format", self.load_format, get_args(LoadFormat))
         checks.choice("fuse", self.fuse, get_args(Fuse))
+        if not isinstance(self.generation_config, (str, Path)) or (
+            self.generation_folder is not None and not (self.generation_folder / GENERATION_CONFIG).is_file()
+        ):
+            raise unfit(
+                "generation_config", self.generation_config, f"auto, vllm or a folder with a {GENERATION_CONFIG}"
+            )
         if self.graph_mode is not None:
             checks.choice("graph_mode", self.graph_mode, get_args(GraphMode), also=", or None")
         for name in ("enable_graph", "enforce_eager"):
@@ -142,6 +153,12 @@ class EngineOptions:
                     raise InputError(f"{name} is {getattr(self, name)}, but graphs are off; leave one of the two out")
         if self.graph_sizes is not None and self.max_graph_tokens is not None:
             raise InputError("graph_sizes and max_graph_tokens both set the largest graph; give one of them")
+
+    @property
+    def generation_folder(self) -> Path | None:
+        """The folder whose generation_config.json stands in for the model's."""
+        named = self.generation_config
+        return None if named in ("auto", "vllm") else Path(named).expanduser()
 
     @property
     def resolved_graph_mode(self) -> GraphMode:

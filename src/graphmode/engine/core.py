@@ -129,6 +129,7 @@ class Engine:
             dtype=resolve_dtype(options.dtype),
             load_format=options.load_format,
             trust_remote_code=options.trust_remote_code,
+            generation_config=options.generation_folder,
         )
         shape, dtype = self.loaded.shape, self.loaded.model.dtype
         bursts = attention.host_lengths is None  # lengths on the host are those of one step

@@ -20,7 +20,7 @@ from graphmode.engine.core import Engine, EngineStats
 from graphmode.engine.multimodal import VisionPrompt
 from graphmode.engine.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, TokenLogprobs
 from graphmode.engine.prompts import Prompt, PromptParts, PromptReader, as_prompts
-from graphmode.engine.sampling_params import SamplingParams
+from graphmode.engine.sampling_params import SamplingParams, checkpoint_defaults
 from graphmode.engine.sequence import Sequence as TokenSequence
 from graphmode.graph.errors import InputError
 from graphmode.models.bundled_model import bundled_model
@@ -52,13 +52,20 @@ class LLM:
             raise checks.unfit("model", model, "a folder, a file or a hub name, or None for the bundled model")
         checks.flag("progress", progress)
         self.engine = Engine(bundled_model() if model is None else model, EngineOptions(**options), progress)
-        self._tokenizer = self.engine.loaded.tokenizer
-        self._reader = PromptReader(self.engine.loaded)
+        loaded = self.engine.loaded
+        takes_defaults = self.engine.options.generation_config != "vllm"
+        self._default_params = checkpoint_defaults(loaded.generation if takes_defaults else {})
+        self._tokenizer = loaded.tokenizer
+        self._reader = PromptReader(loaded)
 
     @property
     def stats(self) -> EngineStats:
         """What the steps did and cost."""
         return self.engine.stats
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters of requests that bring none: what the model's generation_config.json asks for."""
+        return self._default_params
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer.
@@ -83,7 +90,7 @@ class LLM:
         Args:
             prompts: texts, lists of token ids, ``{"prompt_token_ids": [...]}``, or with images or videos
                 :class:`~graphmode.engine.prompts.PromptParts`; one or a list.
-            sampling_params: for all prompts, or one for each.
+            sampling_params: for all prompts, or one for each. None: :meth:`get_default_sampling_params`.
             progress: whether to show a progress bar; None: as the engine was made.
             **others: other names, as :mod:`graphmode.engine.aliases` has them.
 
@@ -193,7 +200,7 @@ class LLM:
             InputError: one cannot, or parameters are none.
         """
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
+            params = [sampling_params or self._default_params] * len(prompts)
         elif isinstance(sampling_params, (list, tuple)):
             params = list(sampling_params)
             for each in params:

@@ -213,7 +213,7 @@ class PromptReader:
     @cached_property
     def _image_processor(self) -> Any:
         _require("PIL", "images", "pip install 'graphmode[vision]'")
-        return self._loaded.checkpoint.read(AutoImageProcessor.from_pretrained, "the processor of images")
+        return self._loaded.checkpoint.read(AutoImageProcessor, "the processor of images")
 
     @cached_property
     def _processor(self) -> Any:
@@ -221,7 +221,7 @@ class PromptReader:
         _require(
             "torchvision", "videos", "pip install torchvision, in the version made for the torch that is installed"
         )
-        return self._loaded.checkpoint.read(AutoProcessor.from_pretrained, "the processor of videos")
+        return self._loaded.checkpoint.read(AutoProcessor, "the processor of videos")
 
 
 def _as_list(media: Any) -> list[Any]:

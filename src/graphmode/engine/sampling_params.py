@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from graphmode.engine import aliases, checks
 from graphmode.graph.errors import InputError
+
+log = logging.getLogger(__name__)
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
@@ -143,6 +146,27 @@ class SamplingParams:
     def penalises(self) -> bool:
         """Whether the tokens so far change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def checkpoint_defaults(generation: Mapping[str, Any]) -> SamplingParams:
+    """Return the sampling parameters that a checkpoint asks for where a request brings none.
+
+    Args:
+        generation: what its generation_config.json holds, by the names that transformers uses there. Values that are
+            not allowed are reported and left out.
+    """
+    names = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    given: dict[str, Any] = {}
+    for theirs, ours in {**names, "max_new_tokens": "max_tokens"}.items():
+        try:
+            SamplingParams(**dict[str, Any]({ours: generation.get(theirs)}))
+        except InputError as error:
+            log.warning("generation_config.json: %s; it is left out", error)
+        else:
+            given |= {} if generation.get(theirs) is None else {ours: generation[theirs]}
+    if generation.get("do_sample") is False:
+        given["temperature"] = 0
+    return SamplingParams(**given)
 
 
 def _biases(biases: object) -> dict[int, float]:

@@ -174,7 +174,7 @@ def resolve(plan: Plan, folder: str | Path) -> Plan:
     options = {"enable_prefix_caching": False, **given}
     if plan.model in RANDOM_MODELS:
         options.setdefault("load_format", "dummy")
-    positions = context_length(_checkpoint(folder, options).read(AutoConfig.from_pretrained, "config.json"))[0]
+    positions = context_length(_checkpoint(folder, options).read(AutoConfig, "config.json"))[0]
     options.setdefault("max_model_len", min(_MODEL_LEN, positions))
     limits = resolve_limits(EngineOptions(**options), positions, get_backend(options.get("device", "auto")).device)
     longest = 2 * tokens if offline else PROMPT_TOKENS + tokens
