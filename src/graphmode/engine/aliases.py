@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from graphmode.engine.checks import flag, shown, unfit
@@ -138,11 +138,10 @@ def _compilation_config(value: Any) -> Mapping[str, Any]:
     return named("compilation_config", value, [], COMPILATION)
 
 
-_ONE_DEVICE = Refusal("an engine runs on one device, and several are to come; leave it out", harmless=(None, 1, False))
+_ONE_DEVICE = Refusal("an engine runs on one device, and several are to come; leave it out", harmless=(None, 1))
 _SPECULATION = Refusal("there is no speculative decoding yet; leave it out", harmless=(None, 0))
 _LORA = Refusal(
     "LoRA adapters are not applied yet; merge the adapter into the model's weights and load those",
-    harmless=(None, False),
 )
 _OFFLOAD = Refusal(
     "weights and KV blocks stay on the device, and a sequence that gives up its blocks is computed again; leave it out",
@@ -193,7 +192,7 @@ ENGINE: Names = {
     "pipeline_parallel_size": _ONE_DEVICE,
     "data_parallel_size": _ONE_DEVICE,
     "decode_context_parallel_size": _ONE_DEVICE,
-    "enable_expert_parallel": _ONE_DEVICE,
+    "enable_expert_parallel": replace(_ONE_DEVICE, harmless=(None, False)),
     "distributed_executor_backend": Refusal(
         "the engine runs in the process that makes it; leave it out", harmless=(None, "uni")
     ),
@@ -201,7 +200,7 @@ ENGINE: Names = {
     "speculative_model": _SPECULATION,
     "num_speculative_tokens": _SPECULATION,
     "draft_model": _SPECULATION,
-    "enable_lora": _LORA,
+    "enable_lora": replace(_LORA, harmless=(None, False)),
     "lora_modules": _LORA,
     "max_loras": _LORA,
     "max_lora_rank": _LORA,

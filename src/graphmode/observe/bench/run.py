@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,23 +72,6 @@ class Plan:
     tokens: int | None = None
     repeats: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def parse_option(text: str) -> tuple[str, Any]:
-    """Return name and value of an engine option written ``name=value``: a number, true, false, a list, or a text.
-
-    Raises:
-        InputError: it has no value, or a text where the option is none.
-    """
-    name, equals, written = text.partition("=")
-    if not equals:
-        raise InputError(f"option {text!r} has no value; write NAME=VALUE, such as max_num_seqs=64")
-    try:
-        return name, json.loads(written)
-    except json.JSONDecodeError:
-        if name not in ("device", "dtype", "load_format", "graph_mode", "fuse"):
-            raise InputError(f"{name} is {written!r}; it takes a number, true, false or a list [1,2]") from None
-        return name, written
 
 
 def bench(plan: Plan, found: Callable[[Row], None] = lambda row: None, *, progress: bool = False) -> list[Row]:
