@@ -138,6 +138,22 @@ def _compilation_config(value: Any) -> Mapping[str, Any]:
     return named("compilation_config", value, [], COMPILATION)
 
 
+def _limit_mm_per_prompt(value: Any) -> Mapping[str, Any]:
+    allowed = "a dict such as {'image': 4, 'video': 1}"
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise unfit("limit_mm_per_prompt", value, allowed)
+    limits = {}
+    for kind, limit in value.items():
+        count = limit.get("count") if isinstance(limit, Mapping) else limit
+        if kind in ("image", "video"):
+            limits[f"max_{kind}s_per_prompt"] = count
+        elif count != 0:
+            raise unfit("limit_mm_per_prompt", value, f"{allowed}; prompts hold nothing else")
+    return limits
+
+
 _ONE_DEVICE = Refusal("an engine runs on one device, and several are to come; leave it out", harmless=(None, 1))
 _SPECULATION = Refusal("there is no speculative decoding yet; leave it out", harmless=(None, 0))
 _LORA = Refusal(
@@ -164,6 +180,7 @@ ENGINE: Names = {
     "max_tokens_for_graph_mode": Alias("max_graph_tokens"),
     "cudagraph_mode": Alias(options=_cuda_graph_mode),
     "compilation_config": Alias(options=_compilation_config),
+    "limit_mm_per_prompt": Alias(options=_limit_mm_per_prompt),
     # What is always so, or has nothing to act on.
     "enable_chunked_prefill": Refusal(
         "prompts longer than a step are always computed in chunks; raise max_num_batched_tokens to max_model_len, and "

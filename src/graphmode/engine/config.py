@@ -61,6 +61,9 @@ class EngineOptions:
         on_capture_failure: called with each graph that cannot be captured, a
             :class:`~graphmode.graph.CaptureFailure`; ``stats.capture_failures`` keeps them.
         warmup_iterations: how often a step runs before each capture of it.
+        max_images_per_prompt: images in a prompt.
+        max_videos_per_prompt: videos in a prompt.
+        max_image_pixels: pixels of an image, or of a frame of a video. A larger one is refused before it is decoded.
 
     Raises:
         InputError: a value of another type or out of range, a contradiction, or a name that is not known or cannot be
@@ -89,6 +92,9 @@ class EngineOptions:
     strict: bool = False
     on_capture_failure: Callable[[CaptureFailure], object] | None = None
     warmup_iterations: int = 1
+    max_images_per_prompt: int = 64
+    max_videos_per_prompt: int = 8
+    max_image_pixels: int = 64 << 20
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, (str, torch.device, Backend)) or self.device == "":
@@ -128,7 +134,13 @@ class EngineOptions:
         ):
             if getattr(self, name) is not None:
                 self._set(name, checks.integer(name, getattr(self, name), least=1, also=", or None"))
-        self._set("warmup_iterations", checks.integer("warmup_iterations", self.warmup_iterations, least=1))
+        for name, least in (
+            ("warmup_iterations", 1),
+            ("max_images_per_prompt", 0),
+            ("max_videos_per_prompt", 0),
+            ("max_image_pixels", 1),
+        ):
+            self._set(name, checks.integer(name, getattr(self, name), least=least))
         if self.on_capture_failure is not None and not callable(self.on_capture_failure):
             raise unfit("on_capture_failure", self.on_capture_failure, "a function of a CaptureFailure, or None")
         self._check_graphs()

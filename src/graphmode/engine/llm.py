@@ -17,6 +17,7 @@ from graphmode.engine import aliases, checks
 from graphmode.engine.chat import ChatTemplate, Conversation, conversations
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine, EngineStats
+from graphmode.engine.media import MediaLimits
 from graphmode.engine.multimodal import VisionPrompt
 from graphmode.engine.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, TokenLogprobs
 from graphmode.engine.prompts import Prompt, PromptParts, PromptReader, as_prompts
@@ -52,11 +53,16 @@ class LLM:
             raise checks.unfit("model", model, "a folder, a file or a hub name, or None for the bundled model")
         checks.flag("progress", progress)
         self.engine = Engine(bundled_model() if model is None else model, EngineOptions(**options), progress)
-        loaded = self.engine.loaded
-        takes_defaults = self.engine.options.generation_config != "vllm"
-        self._default_params = checkpoint_defaults(loaded.generation if takes_defaults else {})
+        loaded, own = self.engine.loaded, self.engine.options
+        self._default_params = checkpoint_defaults(loaded.generation if own.generation_config != "vllm" else {})
         self._tokenizer = loaded.tokenizer
-        self._reader = PromptReader(loaded)
+        limits = MediaLimits(
+            images=own.max_images_per_prompt,
+            videos=own.max_videos_per_prompt,
+            pixels=own.max_image_pixels,
+            tokens=self.engine.limits.max_model_len - 1,
+        )
+        self._reader = PromptReader(loaded, limits)
 
     @property
     def stats(self) -> EngineStats:
