@@ -28,6 +28,7 @@ STATS = {
     "graphs",
     "capture_seconds",
     "graph_bytes",
+    "capture_peak_bytes",
     "capture_failures",
     "vision_runs",
     "vision_misses",
