@@ -93,7 +93,10 @@ class Checkpoint:
                     f"{self.name}: {part} needs Python code that comes with the model (auto_map), which is not run "
                     "unasked. Read it, and if you trust it give trust_remote_code=True (--trust-remote-code)"
                 ) from error
-            raise ModelError(f"{self.name}: {part} cannot be loaded: {type(error).__name__}: {error}") from error
+            gguf = " from the GGUF file, which is damaged or of a kind that transformers does not read"
+            raise ModelError(
+                f"{self.name}: {part} cannot be loaded{gguf if self.gguf_file else ''}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def find_checkpoint(

@@ -6,8 +6,9 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -101,7 +102,7 @@ def load_model(
         ModelError: it cannot be read, or graphmode cannot run it.
     """
     checkpoint = find_checkpoint(name, load_format=load_format, trust_remote_code=trust_remote_code)
-    config = checkpoint.read(AutoConfig, "config.json")
+    config = checkpoint.read(AutoConfig, "config.json" if checkpoint.gguf_file is None else "the configuration")
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
     architecture = (config.architectures or [config.model_type])[0]
@@ -127,9 +128,11 @@ def load_model(
         vision = VisionTower(model) if auto is AutoModelForImageTextToText else None
         if vision is not None:
             check_features_apart(model, vision.embed(*vision.spoiled_features()))
-    generation = read_generation_config(generation_config or checkpoint.folder)
+    own = checkpoint.folder if checkpoint.gguf_file is None else None
+    source = generation_config or own
+    generation = None if source is None else read_generation_config(source)
     shape = checkpoint.attempt("the shape of its KV cache", _shape, checkpoint, model, caches, generation)
-    tokenizer = checkpoint.read(AutoTokenizer, "the tokenizer") if checkpoint.has_tokenizer else None
+    tokenizer = _tokenizer(checkpoint, config) if checkpoint.has_tokenizer else None
     return LoadedModel(model, shape, checkpoint, generation or {}, tokenizer, vision)
 
 
@@ -178,7 +181,8 @@ def load_weights(
     checkpoint.check_weights()
     if checkpoint.gguf_file is not None:
         options = {**options, "quantization_config": GgufConfig(dequantize=True)}
-        log.info("%s: its weights are dequantized to %s", checkpoint.name, options["dtype"])
+        dtype = str(options["dtype"]).removeprefix("torch.")
+        log.info("%s: its weights are dequantized to %s, which takes more memory than the file", checkpoint.name, dtype)
     model, report = checkpoint.read(
         auto,
         "the weights",
@@ -212,6 +216,23 @@ def load_weights(
             "training went wrong. Download it again, or give an earlier checkpoint"
         )
     return model
+
+
+def _tokenizer(checkpoint: Checkpoint, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    if checkpoint.gguf_file is None:
+        return checkpoint.read(AutoTokenizer, "the tokenizer")  # type: ignore[no-any-return]
+    # transformers reads files of other tokenizers that lie beside, so it is shown the file alone.
+    with TemporaryDirectory() as folder:
+        (Path(folder) / checkpoint.gguf_file).symlink_to((checkpoint.folder / checkpoint.gguf_file).resolve())
+        tokenizer: PreTrainedTokenizerBase = replace(checkpoint, folder=Path(folder)).read(
+            AutoTokenizer, "the tokenizer"
+        )
+    # The file names its special tokens by their ids, which transformers before 5.24 does not hand on.
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = getattr(config, f"{name}_id", None)
+        if isinstance(token, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
+    return tokenizer
 
 
 def _hold_nan(model: PreTrainedModel) -> list[str]:
