@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from graphmode.engine.outputs import TokenLogprobs
 from graphmode.engine.restrictions import MAX_WORDS, WINDOW, restrictions
 from graphmode.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from graphmode.engine.scheduler import Batch, Limits, Row
@@ -23,6 +22,7 @@ from graphmode.graph import Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.errors import InputError
 from graphmode.graph.inputs import STAGING_SLOTS, InputBuffers
+from graphmode.graph.memory import free_memory, in_words
 from graphmode.graph.staging import StagingRing
 from graphmode.kernels import (
     Adjustments,
@@ -58,6 +58,8 @@ class SamplingLevel(IntEnum):
     """Allowed tokens and bad words."""
     SCORED = 4
     """Log-probabilities of the prompt."""
+    VOCABULARY = 5
+    """Log-probabilities of all tokens."""
 
 
 class _Floats(NamedTuple, Generic[Column]):
@@ -118,6 +120,8 @@ class _Bans(NamedTuple):
 def level_of(row: Row) -> SamplingLevel:
     """Return the least level that serves a row."""
     params = row.sequence.params
+    if params.logprobs == -1 or (row.scored and params.prompt_logprobs == -1):
+        return SamplingLevel.VOCABULARY
     if row.scored:
         return SamplingLevel.SCORED
     if params.restricts:
@@ -170,6 +174,8 @@ class Sampler:
         self.history = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         # Log-probabilities of a step: those of its rows, then those of the prompt tokens that it scores.
         self.reports = torch.zeros(0, 2 + 2 * self._top_n, dtype=torch.int32, device=device)
+        # The logits of the same, where any row wants the log-probabilities of all tokens.
+        self.logits = torch.zeros(0, vocab_size, device=device)
 
     def check(self, params: SamplingParams) -> None:
         """Check that the model can sample so.
@@ -189,6 +195,15 @@ class Sampler:
             )
         if params.restricts:
             restrictions(params, self._vocab_size, self._tokenizer, barred)
+        if -1 in (params.logprobs, params.prompt_logprobs) and not len(self.logits):
+            rows = 2 * self._limits.max_num_seqs
+            needed, free = 4 * rows * self._vocab_size, free_memory(self._backend.device)
+            if needed > free:
+                raise InputError(
+                    f"log-probabilities of all tokens need {in_words(needed)}, the logits of {rows} rows of "
+                    f"{self._vocab_size} tokens; {self._backend.device} has {in_words(free)} free. Ask for "
+                    f"{MAX_LOGPROBS} at most, or lower max_num_seqs or kv_cache_memory"
+                )
 
     def _barred(self, params: SamplingParams) -> list[int]:
         """Return the tokens that may not be drawn before there is the minimum of tokens."""
@@ -203,6 +218,8 @@ class Sampler:
             self._allocate()
         if level >= SamplingLevel.RESTRICTED and self._bans is None:
             self._bans = self._without_bans()
+        if level is SamplingLevel.VOCABULARY and not len(self.logits):
+            self.logits = torch.zeros(2 * self._limits.max_num_seqs, self._vocab_size, device=self._backend.device)
         sequences = batch.admitted
         if not sequences:
             return
@@ -327,10 +344,11 @@ class Sampler:
             scored_slots: int64 ``[scored]``: of their sequences; 0 for padding.
 
         Returns:
-            The sampled tokens, int64 ``[seqs]``. Log-probabilities are left in ``reports``.
+            The sampled tokens, int64 ``[seqs]``. Log-probabilities are left in ``reports``, and at the highest level
+            logits in ``logits``.
         """
         rows = len(logits_rows)
-        if level is SamplingLevel.SCORED:
+        if level >= SamplingLevel.SCORED:
             all_logits = logits_of(torch.cat([logits_rows, scored_rows]))
             logits, scored = all_logits[:rows], all_logits[rows:]
         else:
@@ -368,11 +386,14 @@ class Sampler:
         count_tokens(self.history, integers.history_slot, tokens)
         wanted = integers.logprobs.to(torch.int32)
         self.reports[:rows].copy_(_packed(log_probabilities(logits, tokens, wanted, self._top_n)))
-        if level is SamplingLevel.SCORED:
+        if level >= SamplingLevel.SCORED:
             wanted = self._integers[-1].index_select(0, scored_slots).to(torch.int32)
             packed = _packed(log_probabilities(scored, scored_tokens, wanted, self._top_n))
             at = self._limits.max_num_seqs
             self.reports[at : at + len(packed)].copy_(packed)
+        if level is SamplingLevel.VOCABULARY:
+            self.logits[:rows].copy_(logits)
+            self.logits[at : at + len(scored)].copy_(scored)
         return tokens
 
 
@@ -403,8 +424,9 @@ def _integers(sequence: TokenSequence) -> _Integers[int]:
         list_slot=slot if params.logit_bias or params.min_tokens else 0,
         ban_slot=slot if params.restricts else 0,
         stop_from=len(sequence.prompt_token_ids) + params.min_tokens,
-        logprobs=-1 if params.logprobs is None else params.logprobs,
-        prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+        # Where all are wanted, the host makes them of the logits.
+        logprobs=-1 if params.logprobs is None else max(params.logprobs, 0),
+        prompt_logprobs=-1 if params.prompt_logprobs is None else max(params.prompt_logprobs, 0),
     )
 
 
@@ -421,7 +443,7 @@ def _packed(logs: LogProbabilities) -> torch.Tensor:
     )
 
 
-def unpacked(reports: torch.Tensor, tokens: Sequence[int]) -> list[TokenLogprobs]:
+def unpacked(reports: torch.Tensor, tokens: Sequence[int]) -> list[dict[int, tuple[float, int]]]:
     """Read the reports of some rows on the host.
 
     Args:

@@ -48,7 +48,7 @@ class SamplingParams:
         stop_token_ids: tokens that end the answer; they stay in it.
         n: completions of the prompt, at most 16384. The first has ``seed``, the others have seeds derived from it.
         logprobs: return the log-probability of each token and of that many most likely ones, from 0 to 20, by the
-            model's own logits; None returns none.
+            model's own logits; -1 of all tokens, None of none.
         prompt_logprobs: the same for the tokens of the prompt. Its prefix is then not taken from the cache.
         truncate_prompt_tokens: take the last tokens of the prompt, that many; -1: as many as the model's limit allows
             beside an answer's first token. None takes all.
@@ -114,7 +114,7 @@ class SamplingParams:
         self._set("stop_token_ids", tuple(checks.token_ids("stop_token_ids", self.stop_token_ids)))
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                self._integer(name, least=0, most=MAX_LOGPROBS, also=", or None")
+                self._integer(name, least=-1, most=MAX_LOGPROBS, also=", -1 is the whole vocabulary, or None")
 
         if self.truncate_prompt_tokens is not None:
             self._integer("truncate_prompt_tokens", least=-1, most=checks.LARGEST, also=" other than 0, or None")

@@ -72,12 +72,15 @@ class StepUnderWay:
         tokens: where its sampled tokens arrive, int64 ``[steps, max_num_seqs]`` on the host.
         reports: the same for log-probabilities, int32 ``[rows + scored, columns]`` of ``Sampler.reports``; None where
             none are wanted.
+        logits: float32 ``[vocab]`` of those that want the log-probabilities of all tokens, by their place in
+            ``reports``.
         event: when they have.
     """
 
     batch: Batch
     tokens: torch.Tensor
     reports: torch.Tensor | None
+    logits: Mapping[int, torch.Tensor]
     event: Event
 
     def result(self) -> StepResult:
@@ -87,9 +90,11 @@ class StepUnderWay:
         tokens: list[list[int]] = self.tokens[:, :rows].tolist()
         if self.reports is None:
             return StepResult(tokens, None, [])
-        return StepResult(
-            tokens, unpacked(self.reports[:rows], tokens[0]), unpacked(self.reports[rows:], scored_tokens(self.batch))
-        )
+        chosen = tokens[0] + scored_tokens(self.batch)
+        logprobs: list[TokenLogprobs] = [*unpacked(self.reports, chosen)]
+        for at, logits in self.logits.items():
+            logprobs[at] = logits.numpy()
+        return StepResult(tokens, logprobs[:rows], logprobs[rows:])
 
 
 class StepRunner:
@@ -210,7 +215,20 @@ class StepRunner:
             reports[:rows].copy_(source[:rows], non_blocking=True)
             reports[rows:].copy_(source[self._max_seqs : self._max_seqs + scored], non_blocking=True)
         self._results.release(slot)
-        return StepUnderWay(batch, tokens, reports, slot.event)
+        logits = self._logits(batch) if level is SamplingLevel.VOCABULARY else {}
+        return StepUnderWay(batch, tokens, reports, logits, slot.event)
+
+    def _logits(self, batch: Batch) -> dict[int, torch.Tensor]:
+        """Wait for a step and return the logits of :class:`StepUnderWay`: they are too many to be held for two."""
+        rows, source = len(batch.rows), self.sampler.logits
+        places = {at: at for at, row in enumerate(batch.rows) if row.samples and row.sequence.params.logprobs == -1}
+        owners = [row.sequence for row in batch.rows for _ in row.scored]
+        places |= {
+            rows + at: self._max_seqs + at
+            for at, sequence in enumerate(owners)
+            if sequence.params.prompt_logprobs == -1
+        }
+        return {at: source[place].to("cpu", copy=True) for at, place in places.items()}
 
     def capture(self, *, progress: bool) -> None:
         """Capture the graphs of all sizes; those that read images or do more than plain sampling wait for their use."""
