@@ -79,7 +79,8 @@ def as_prompts(prompts: object) -> list[str | PromptParts]:
     """
     if isinstance(prompts, (str, Mapping)) or _is_tokens(prompts):
         return [_as_prompt("the prompt", prompts)]
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, Set)):
+    # A tensor of no dimension says that it can be iterated.
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, Set)) or _is_number(prompts):
         raise checks.unfit("prompts", prompts, f"a prompt or a list of prompts: {_KINDS}")
     return [_as_prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
 
@@ -92,6 +93,10 @@ def _as_prompt(name: str, prompt: Any) -> str | PromptParts:
     if isinstance(prompt, (list, tuple)) or _is_tokens(prompt):
         return {"prompt_token_ids": checks.token_ids(name, prompt)}
     raise checks.unfit(name, prompt, _KINDS)
+
+
+def _is_number(prompt: Any) -> bool:
+    return isinstance(prompt, (np.ndarray, torch.Tensor)) and prompt.ndim == 0
 
 
 def _is_tokens(prompt: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from graphmode.engine.checks import shown
-from graphmode.engine.sampling_params import SamplingParams
 from graphmode.graph.errors import InputError
 
 MAX_WORDS = 256  # sequences of more than one token that one request may ban
@@ -38,30 +37,33 @@ class Restrictions:
 
 
 def restrictions(
-    params: SamplingParams,
+    allowed_token_ids: Sequence[int] | None,
+    bad_words: Sequence[str],
+    barred: Collection[int],
+    *,
     vocab_size: int,
     tokenizer: PreTrainedTokenizerBase | None,
-    barred: Collection[int] = (),
 ) -> Restrictions:
     """Return what a request may not draw.
 
     Args:
-        params: its parameters.
+        allowed_token_ids: its parameter.
+        bad_words: its parameter.
+        barred: tokens that it may not draw for another reason, at least at first.
         vocab_size: tokens that the model has.
         tokenizer: makes tokens of bad words; None where the model comes without one.
-        barred: tokens that it may not draw for another reason, at least at first.
 
     Raises:
         InputError: a token that the model does not have, a bad word that no tokens make or too many do, or nothing is
             left to draw.
     """
     forbidden = np.zeros(vocab_size, dtype=np.bool_)
-    if params.allowed_token_ids is not None:
-        if (most := max(params.allowed_token_ids)) >= vocab_size:
+    if allowed_token_ids is not None:
+        if (most := max(allowed_token_ids)) >= vocab_size:
             raise InputError(f"allowed_token_ids names token {most}; the model's ids are 0 to {vocab_size - 1}")
         forbidden[:] = True
-        forbidden[list(params.allowed_token_ids)] = False
-    sequences = {tokens for word in params.bad_words for tokens in _tokenized(word, vocab_size, tokenizer)}
+        forbidden[list(allowed_token_ids)] = False
+    sequences = {tokens for word in bad_words for tokens in _tokenized(word, vocab_size, tokenizer)}
     forbidden[[tokens[0] for tokens in sequences if len(tokens) == 1]] = True
     words = tuple(sorted(tokens for tokens in sequences if len(tokens) > 1))
     if len(words) > MAX_WORDS:

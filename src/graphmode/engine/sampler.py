@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import lru_cache, partial
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from graphmode.engine.restrictions import MAX_WORDS, WINDOW, restrictions
+from graphmode.engine.restrictions import MAX_WORDS, WINDOW, Restrictions, restrictions
 from graphmode.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from graphmode.engine.scheduler import Batch, Limits, Row
 from graphmode.engine.sequence import Sequence as TokenSequence
@@ -154,7 +155,8 @@ class Sampler:
         self._limits = limits
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._tokenizer = tokenizer
+        # Requests often share them.
+        self._restrictions = lru_cache(8)(partial(restrictions, vocab_size=vocab_size, tokenizer=tokenizer))
         slots, device = limits.max_num_seqs + 1, backend.device
         # The host keeps all slots too: where a step admits sequences, they go to the device as they are, in one copy.
         nbytes = slots * (8 * len(_NOBODY_INTEGERS) + 4 * len(_NOBODY_FLOATS))
@@ -194,7 +196,7 @@ class Sampler:
                 f"can bar {MAX_BARRED}. Give fewer stop_token_ids"
             )
         if params.restricts:
-            restrictions(params, self._vocab_size, self._tokenizer, barred)
+            self._restrictions_of(params)
         if -1 in (params.logprobs, params.prompt_logprobs) and not len(self.logits):
             rows = 2 * self._limits.max_num_seqs
             needed, free = 4 * rows * self._vocab_size, free_memory(self._backend.device)
@@ -211,6 +213,10 @@ class Sampler:
             return []
         stops = set(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         return sorted(token for token in stops if 0 <= token < self._vocab_size)
+
+    def _restrictions_of(self, params: SamplingParams) -> Restrictions:
+        allowed = None if params.allowed_token_ids is None else tuple(params.allowed_token_ids)
+        return self._restrictions(allowed, tuple(params.bad_words), tuple(self._barred(params)))
 
     def admit(self, batch: Batch, level: SamplingLevel) -> None:
         """Write the parameters of a batch's new sequences, before the step on the same stream."""
@@ -300,7 +306,7 @@ class Sampler:
         return _Bans(bans, InputBuffers(inputs, {}, self._backend))
 
     def _admit_bans(self, bans: _Bans, sequence: TokenSequence) -> None:
-        found = restrictions(sequence.params, self._vocab_size, self._tokenizer)
+        found = self._restrictions_of(sequence.params)
         prefixes = np.full((1, max(len(found.words), 1), WINDOW), -1, dtype=np.int32)
         for at, word in enumerate(found.words):
             prefixes[0, at, : len(word) - 1] = word[-2::-1]
