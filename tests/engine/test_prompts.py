@@ -1,6 +1,8 @@
 """Prompts with images: raw ones go through transformers' processors, prepared ones as they are, bad ones nowhere."""
 
+import base64
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +56,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 def test_raw_images_are_prepared_by_transformers_own_processor(llm: LLM) -> None:
     pil = pytest.importorskip("PIL.Image")
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(llm.engine.model)
-    except ImportError as error:
-        pytest.skip(f"this transformers prepares no image here: {error}")
+    processor = prompts.AutoImageProcessor.from_pretrained(llm.engine.model)
     generator = torch.Generator().manual_seed(0)
     images = [
         pil.fromarray(torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).numpy())
@@ -101,6 +98,10 @@ def test_images_are_parts_of_messages(llm: LLM) -> None:
     assert output.prompt == expected.prompt
     assert output.prompt_token_ids == expected.prompt_token_ids
     assert output.outputs == expected.outputs
+    image.save(file := BytesIO(), "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    content[1] = {"type": "image_url", "image_url": {"url": url}}
+    assert llm.chat([{"role": "user", "content": content}], GREEDY, chat_template=template)[0].outputs == output.outputs
 
 
 def test_a_picture_gives_the_same_answer_in_any_form(llm: LLM, tmp_path: Path) -> None:

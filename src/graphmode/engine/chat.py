@@ -16,7 +16,7 @@ Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 # What a part of a message may be, and the kind of medium that it holds.
-_MEDIA = {"image": "image", "image_pil": "image", "video": "video"}
+_MEDIA = {"image": "image", "image_pil": "image", "image_url": "image", "video": "video"}
 _PARTS = ("text", *_MEDIA)
 
 
@@ -133,7 +133,10 @@ class ChatTemplate:
             return {**part, "text": checks.text(f"{where}['text']", part["text"])}
         if not self.takes_images:
             raise InputError(f"{where} is {_MEDIA[kind]}, but the model takes text alone")
-        media.setdefault(_MEDIA[kind], []).append(part[kind])
+        medium = part[kind]
+        if kind == "image_url" and isinstance(medium, Mapping):
+            medium = medium.get("url")
+        media.setdefault(_MEDIA[kind], []).append(medium)
         return {"type": _MEDIA[kind]}
 
 

@@ -12,7 +12,10 @@ from typing import Any, TypedDict, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
+
+# Where torchvision is missing, transformers 5.17 has no such name at its top, though its processors need only Pillow.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from graphmode.engine import aliases, checks
 from graphmode.engine.checks import shown
