@@ -390,6 +390,11 @@ def test_results_that_cannot_be_written_are_an_error_of_one_line(monkeypatch: py
     assert "error: nowhere/page.md cannot be written" in output
 
 
+def test_help_does_not_wait_for_transformers() -> None:
+    code = "import sys, graphmode.cli; print({'transformers', 'triton', 'numba'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def test_sweep_prints_json_and_writes_a_page(tmp_path: Path) -> None:
     page = tmp_path / "models.md"
     output = run("sweep", "--json", "--model-type", "llama", "--model-type", "mamba", "--markdown", str(page))

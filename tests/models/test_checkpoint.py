@@ -334,6 +334,8 @@ def test_shards_that_are_missing_are_named(folder: Path) -> None:
         ("7", "holds a int, not an object"),
         ("{}", "has no model_type"),
         ('{"model_type": 5}', "has no model_type"),
+        ('{"model_type": "llama", "architectures": 5}', "architectures is 5; it must be a list of names"),
+        ('{"model_type": "llama", "architectures": [7]}', r"architectures is \[7\]"),
         ('{"model_type": "nonesuch"}', "nonesuch"),
         ('{"model_type": "qwen3", "hidden_size": "large"}', r"config\.json cannot be loaded"),
     ],

@@ -163,6 +163,12 @@ _OFFLOAD = Refusal(
     "weights and KV blocks stay on the device, and a sequence that gives up its blocks is computed again; leave it out",
     harmless=(None, 0, 0.0),
 )
+_TEXT_ALONE = Refusal(
+    "an engine generates text; there are no embeddings or scores", harmless=(None, "auto", "generate", "none")
+)
+_TOKENIZER = Refusal("the tokenizer is the one in the model's folder; put another one there")
+_REVISION = Refusal("the newest revision is taken; download another one, and give its folder as the model")
+_CONFIG_FILE = Refusal("a model's configuration is its config.json; change it there", harmless=(None, {}))
 _NOTHING_TO_SET = Refusal("it changes nothing here; leave it out", harmless=(None, True, False))
 
 ENGINE: Names = {
@@ -231,16 +237,34 @@ ENGINE: Names = {
         "levels of vLLM's compiler have no counterpart; graph_mode chooses the graphs, and fuse='compile' has layers "
         "compiled by Inductor",
     ),
-    "task": Refusal("an engine generates text; there are no embeddings or scores", harmless=(None, "auto", "generate")),
-    "runner": Refusal(
-        "an engine generates text; there are no embeddings or scores", harmless=(None, "auto", "generate")
+    "task": _TEXT_ALONE,
+    "runner": _TEXT_ALONE,
+    "convert": _TEXT_ALONE,
+    "pooler_config": _TEXT_ALONE,
+    "guided_decoding_backend": replace(_GUIDED, harmless=(None, "auto")),
+    "structured_outputs_config": _GUIDED,
+    "logits_processors": SAMPLING["logits_processors"],
+    "model_impl": Refusal("models are always transformers' own", harmless=(None, "auto", "transformers")),
+    "tokenizer": _TOKENIZER,
+    "tokenizer_mode": replace(_TOKENIZER, harmless=(None, "auto")),
+    "skip_tokenizer_init": Refusal(
+        "a tokenizer that is there is loaded; prompts may be tokens all the same", harmless=(None, False)
     ),
-    "tokenizer": Refusal("the tokenizer is the one in the model's folder; put another one there"),
-    "hf_overrides": Refusal("a model's configuration is its config.json; change it there", harmless=(None, {})),
-    "rope_scaling": Refusal(
-        "rotary embeddings are those of the model's config.json; change it there", harmless=(None, {})
-    ),
-    "rope_theta": Refusal("rotary embeddings are those of the model's config.json; change it there"),
+    "revision": _REVISION,
+    "code_revision": _REVISION,
+    "tokenizer_revision": _REVISION,
+    "hf_token": Refusal("transformers takes the token that huggingface_hub keeps: log in with it, or set HF_TOKEN"),
+    "download_dir": Refusal("models come to the cache of huggingface_hub; set HF_HOME to move it"),
+    "hf_overrides": _CONFIG_FILE,
+    "rope_scaling": _CONFIG_FILE,
+    "rope_theta": _CONFIG_FILE,
+    "override_generation_config": Refusal("give SamplingParams, or a folder as generation_config", harmless=(None, {})),
+    "chat_template": Refusal("give it to LLM.chat"),
+    "mm_processor_kwargs": Refusal("give them with the prompt that they are for", harmless=(None, {})),
+    "attention_backend": Refusal("attention is graphmode's own, chosen by the device", harmless=(None, "auto")),
+    "attention_config": Refusal("attention is graphmode's own, chosen by the device", harmless=(None, {})),
+    "kv_transfer_config": Refusal("the KV cache stays in this engine", harmless=(None, {})),
+    "additional_config": Refusal("nothing here would read it", harmless=(None, {})),
 }
 """Of vLLM's ``LLM`` and its command line, and of xLLM's flags."""
 

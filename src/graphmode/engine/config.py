@@ -15,7 +15,6 @@ from graphmode.engine.scheduler import Family, Limits
 from graphmode.graph import Backend, CaptureFailure, make_buckets
 from graphmode.graph.buckets import check_buckets
 from graphmode.graph.errors import InputError
-from graphmode.models.generation_config import GENERATION_CONFIG
 
 GraphMode = Literal["none", "piecewise", "full", "full_decode_only", "full_and_piecewise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -103,10 +102,10 @@ class EngineOptions:
         checks.choice("load_format", self.load_format, get_args(LoadFormat))
         checks.choice("fuse", self.fuse, get_args(Fuse))
         if not isinstance(self.generation_config, (str, Path)) or (
-            self.generation_folder is not None and not (self.generation_folder / GENERATION_CONFIG).is_file()
+            self.generation_folder is not None and not (self.generation_folder / "generation_config.json").is_file()
         ):
             raise unfit(
-                "generation_config", self.generation_config, f"auto, vllm or a folder with a {GENERATION_CONFIG}"
+                "generation_config", self.generation_config, "auto, vllm or a folder with a generation_config.json"
             )
         if self.graph_mode is not None:
             checks.choice("graph_mode", self.graph_mode, get_args(GraphMode), also=", or None")

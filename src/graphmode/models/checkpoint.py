@@ -197,6 +197,9 @@ def _check_folder(name: str, folder: Path) -> None:
             f'{config} has no model_type, such as "llama", which says what kind of model it is; save the model again '
             "with save_pretrained, or add it"
         )
+    architectures = settings.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        raise ModelError(f"{config}: architectures is {architectures!r}; it must be a list of names, or left out")
 
 
 def _check_weights(name: str, folder: Path, settings: Mapping[str, Any]) -> None:
