@@ -131,10 +131,13 @@ class Instruction:
     Attributes:
         run: makes the call.
         memory: keys of the memory made while recording that it reads or writes.
+        bind: for an operator that says how (its attribute ``bind``, a function of its arguments): returns a call that
+            does the same with less work, as long as the memory stays where it is.
     """
 
     run: Callable[[], object]
     memory: frozenset[int]
+    bind: Callable[[], Callable[[], object]] | None = None
 
 
 @dataclass
@@ -177,8 +180,10 @@ class Tape:
     _calls: list[Callable[[], object]] = field(default_factory=list)
 
     def seal(self) -> None:
-        """Make ready to replay."""
-        self._calls = [instruction.run for instruction in self.instructions]
+        """Make ready to replay, when all memory has its final place."""
+        self._calls = [
+            instruction.run if instruction.bind is None else instruction.bind() for instruction in self.instructions
+        ]
 
     def replay(self) -> None:
         for call in self._calls:
@@ -220,6 +225,8 @@ class CpuRecording:
             for tensor in mode.made[key].tensors():
                 start = offset // tensor.dtype.itemsize
                 tensor.set_(storage, tensor.storage_offset() + start, tensor.size(), tensor.stride())
+        for tape in self._tapes:
+            tape.seal()
         mode.made.clear()
         if nbytes >= _TRIM_AFTER:
             _trim_heap()
@@ -276,7 +283,9 @@ class _TapeMode(TorchDispatchMode):
         run = _instruction(func, self._owned_in(args), self._owned_in(kwargs), results, fresh)
         if run is not None:
             memory = frozenset(key for key in known | {_key(tensor) for tensor in fresh} if key in self.made)
-            tape.instructions.append(Instruction(run, memory))
+            bind = getattr(func, "bind", None)
+            bind = None if bind is None else partial(bind, *self._owned_in(args), **self._owned_in(kwargs))
+            tape.instructions.append(Instruction(run, memory, bind))
             self._last_use.update(dict.fromkeys(memory, self._position))
             self._position += 1
         self.peak = max(self.peak, self.nbytes)
@@ -331,7 +340,6 @@ class _TapeMode(TorchDispatchMode):
         """End the open tape. Memory that Python holds now may be read before the next one, so it lives until then."""
         tape, self.tape = self.tape, None
         assert tape is not None
-        tape.seal()
         self._give_back()
         held = [key for key in self.made if self._held(key)]
         self._last_use.update(dict.fromkeys(held, self._position))
