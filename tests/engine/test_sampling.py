@@ -1,14 +1,16 @@
 """What sampling parameters say is what comes out, each row by its own, in one graph with the others."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from graphmode import LLM, SamplingParams
-from graphmode.engine.outputs import RequestOutput
+from graphmode.engine.outputs import RequestOutput, VocabularyLogprobs
 from graphmode.graph import InputError
 from graphmode.graph.memory import in_words
 from tests.kernels.distributions import check_drawn_from
@@ -181,6 +183,16 @@ def test_logprobs_of_the_whole_vocabulary(tiny: Path, device: str, model: torch.
         if each.logprobs == -1:
             total = sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(answer.token_ids))
             assert answer.cumulative_logprob == pytest.approx(total, abs=1e-3)
+
+
+def test_logprobs_of_all_tokens_are_a_mapping_in_order() -> None:
+    logits = np.array([1.0, -np.inf, np.nan, 1.0, 3.0], dtype=np.float32)
+    logprobs = VocabularyLogprobs(logits, str)
+    assert list(logprobs) == [4, 0, 3, 1, 2]  # among equals, lower ids come first
+    assert [each.rank for each in logprobs.values()] == [1, 2, 3, 4, 5]
+    assert sum(math.exp(each.logprob) for each in logprobs.values()) == pytest.approx(1)
+    assert logprobs[3].decoded_token == "3"
+    assert all(other not in logprobs for other in (-1, 5, "3", None))
 
 
 def test_logprobs_of_the_whole_vocabulary_take_memory_that_is_there(

@@ -150,6 +150,13 @@ def test_a_name_that_nobody_knows_is_refused_with_those_that_there_are() -> None
         SamplingParams(0.5)  # type: ignore[misc]
 
 
+def test_other_names_mean_the_same() -> None:
+    given_ = SamplingParams(max_new_tokens=3, num_return_sequences=2, num_beams=1)  # type: ignore[call-arg]
+    assert given_ == SamplingParams(max_tokens=3, n=2)
+    with pytest.raises(InputError, match="max_new_tokens=3 and max_tokens=4 contradict"):
+        SamplingParams(max_new_tokens=3, max_tokens=4)  # type: ignore[call-arg]
+
+
 def test_other_names_become_ours() -> None:
     names = {
         "other": Alias("ours"),

@@ -48,11 +48,24 @@ class Refusal:
 Names = Mapping[str, Alias | Refusal]
 
 _GUIDED = Refusal("answers cannot be held to a grammar or schema; allowed_token_ids and bad_words choose tokens")
-_BEAMS = Refusal("there is no beam search; n gives several sampled answers", harmless=(None, False))
+_BEAMS = Refusal("there is no beam search; n gives several sampled answers", harmless=(None, False, 1))
 
 SAMPLING: Names = {
-    "structured_outputs": _GUIDED,
-    "guided_decoding": _GUIDED,
+    "max_new_tokens": Alias("max_tokens"),
+    "max_completion_tokens": Alias("max_tokens"),
+    "num_return_sequences": Alias("n"),
+    **dict.fromkeys(
+        (
+            "structured_outputs",
+            "guided_decoding",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "response_format",
+        ),
+        _GUIDED,
+    ),
     "logits_processors": Refusal(
         "a graph cannot run Python code at each token; logit_bias, allowed_token_ids, bad_words and the penalties are "
         "computed inside the graph",
@@ -63,6 +76,7 @@ SAMPLING: Names = {
         "answers are not ranked; ask for n with logprobs and choose by cumulative_logprob", harmless=(None, 1)
     ),
     "use_beam_search": _BEAMS,
+    "num_beams": _BEAMS,
     "length_penalty": Refusal("there is no beam search, whose scores it would change", harmless=(None, 1.0)),
     "early_stopping": Refusal("there is no beam search, which it would end", harmless=(None, False)),
     "flat_logprobs": Refusal(
@@ -195,6 +209,10 @@ ENGINE: Names = {
     ),
     "async_scheduling": Refusal("steps are always scheduled one ahead of the device", harmless=(None, True)),
     "enable_schedule_overlap": Refusal("steps are always scheduled one ahead of the device", harmless=(None, True)),
+    "max_logprobs": Refusal(
+        "20 most likely tokens, or the whole vocabulary, may be asked for by any request; leave it out",
+        harmless=(None, -1, 20),
+    ),
     "max_seq_len_to_capture": Refusal(
         "graphs serve sequences of every length; leave it out. max_graph_tokens bounds a step that has one"
     ),

@@ -10,6 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from graphmode.engine.checks import is_integer
+
 FinishReason = Literal["stop", "length"]
 TokenLogprobs = dict[int, tuple[float, int]] | npt.NDArray[np.float32]
 """Log-probability and rank of a token and of the most likely ones in its place, by token id; or the logits of all."""
@@ -45,7 +47,7 @@ class VocabularyLogprobs(Mapping[int, Logprob]):
         self._decode = decode
 
     def __getitem__(self, token: int) -> Logprob:
-        if not 0 <= token < len(self._logits):
+        if not (is_integer(token) and 0 <= token < len(self._logits)):
             raise KeyError(token)
         return Logprob(float(self._logs[token]), int(self._ranks[token]), self._decode(token))
 
