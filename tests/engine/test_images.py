@@ -58,6 +58,7 @@ FILES: dict[str, bytes] = {
         Image.fromarray(RGB), "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     ),
     "16 bits": saved(Image.fromarray(GREY.astype(np.uint16) << 8)),
+    "16 bits turned": saved(Image.fromarray(GREY.astype(np.uint16) << 8), "TIFF", tiffinfo={274: 6}),
     "palette": saved(Image.fromarray(RGB).quantize(16), transparency=3),
     "CMYK": saved(Image.fromarray(RGB).convert("CMYK"), "TIFF"),
 }
@@ -132,8 +133,14 @@ def test_floats_from_0_to_1_are_scaled_once(dtype: Any) -> None:
         source = torch.from_numpy(values).to(dtype) if is_torch else values.astype(dtype)
         coarse = 1 if dtype in (np.float16, torch.bfloat16) else 0
         assert np.abs(read(source).astype(int) - GREY_AS_RGB).max() <= coarse
+        rounded = source * (1 + 1e-6) - 1e-6
+        assert np.abs(read(rounded).astype(int) - GREY_AS_RGB).max() <= coarse, "what rounding leaves beyond is cut"
     if dtype is np.float32:
         assert np.array_equal(read(Image.fromarray((GREY / 255).astype(dtype))), GREY_AS_RGB), "Pillow's mode F"
+
+
+def test_integers_of_pillow_are_taken_for_8_bits_where_none_is_larger() -> None:
+    assert np.array_equal(read(Image.fromarray(GREY).convert("I")), GREY_AS_RGB)
 
 
 def test_an_array_may_have_its_channels_on_either_side() -> None:
@@ -235,9 +242,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "one dimension": (np.zeros(5), r"shape \[5\]"),
     "no channels": (np.zeros((6, 9, 5), np.uint8), r"shape \[6, 9, 5\].*1 to 4 channels"),
     "five dimensions": (np.zeros((1, 1, 6, 9, 3)), "shape"),
+    "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 6\n%%EndComments\n", "cannot be read as an image"),
     "NaN": (np.full((6, 9), np.nan), "NaN or infinity"),
     "infinity": (torch.full((3, 6, 9), torch.inf), "NaN or infinity"),
     "normalized pixels": (torch.randn(3, 64, 64), "float32 from -.*from 0 to 1, or from 0 to 255"),
+    "floats that overshoot": (np.linspace(-0.1, 1, 54).reshape(6, 9), "from -0.1 to 1; .*Clip them"),
+    "floats of either range": (np.linspace(0, 1.1, 54).reshape(6, 9), "from 0 to 1.1; .*Clip them"),
+    "floats beyond 255": (np.linspace(0, 256, 54).reshape(6, 9), "from 0 to 256"),
     "negative integers": (np.full((6, 9), -1), "int64 from -1 to -1; they must be from 0 to 255"),
     "large integers": (np.full((6, 9), 70_000), "from 70000 to 70000"),
     "Pillow's integers beyond 16 bits": (Image.fromarray(np.full((6, 9), 70_000, np.int32)), "from 0 to 65535"),

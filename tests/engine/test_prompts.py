@@ -271,6 +271,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "image 1 stands for .* tokens; with max_model_len=128",
     ),
     "options as text": (raw(ARRAY, options="x"), "mm_processor_kwargs is 'x'; it must be a dict"),
+    "options as text beside text": ({"prompt": "a", "mm_processor_kwargs": "x"}, "mm_processor_kwargs is 'x'"),
+    "sparse pixels": (changed(pixel_values=PIXELS.to_sparse()), "are tensors of pixel_values"),
     "an option that is settled": (raw(ARRAY, return_tensors="np"), "return_tensors='np', but the engine takes tensors"),
     "images among the options": (
         raw(ARRAY, {"images": [1]}),

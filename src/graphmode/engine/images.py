@@ -28,6 +28,8 @@ ACCEPTED = (
     "a path, the bytes of a file, a data URL (data:image/png;base64,...), an image of Pillow, or an array or tensor "
     "[height, width], [height, width, channels] or [channels, height, width]"
 )
+_ROUNDING = 1e-3
+_PROGRAMS = ("EPS",)  # Pillow has Ghostscript run them
 _CHANNELS = (1, 2, 3, 4)  # grey, grey with alpha, RGB, RGBA
 
 
@@ -108,7 +110,8 @@ def _opened(source: Any, name: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit of pixels is ours
         try:
-            return Image.open(file)
+            Image.init()
+            return Image.open(file, formats=[each for each in Image.ID if each not in _PROGRAMS])
         except FileNotFoundError:
             raise InputError(f"{name} is not there; give {ACCEPTED}") from None
         except Image.DecompressionBombError as error:
@@ -135,10 +138,13 @@ def _decoded(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8
     """Return an image upright, as 8-bit RGB."""
     _check_size(*image.size, name, max_pixels)
     try:
-        image.load()
+        _load(image)
         image = _upright(image, name)
-        if image.mode.startswith("I"):  # I;16 and its kin; I holds 16-bit grey in 32 bits
-            image = Image.fromarray(_of_depth(np.asarray(image), np.uint16, name))
+        if image.mode.startswith("I"):
+            values = np.asarray(image)
+            # I;16 and its kin have 16 bits. I has 32, of which a file means 16 and a conversion from grey 8.
+            eight_bits = image.mode == "I" and values.max() <= 255
+            image = Image.fromarray(_of_depth(values, np.uint8 if eight_bits else np.uint16, name))
         elif image.mode == "F":
             image = Image.fromarray(_of_floats(np.asarray(image), name))
         if image.has_transparency_data:
@@ -151,6 +157,19 @@ def _decoded(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8
             f"{name} ({image.format or 'an image'}, {image.mode}, {image.width} x {image.height}) cannot be decoded: "
             f"it may be damaged or cut off ({_words(error)}). Save it anew"
         ) from error
+
+
+def _load(image: Image.Image) -> None:
+    """Read the pixels of a file, without mapping it into memory: so Pillow takes rows of a turned TIFF for columns."""
+    filename = getattr(image, "filename", None)
+    if not filename:
+        image.load()
+        return
+    image.filename = ""  # type: ignore[attr-defined]
+    try:
+        image.load()
+    finally:
+        image.filename = filename  # type: ignore[attr-defined]
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
@@ -208,16 +227,18 @@ def _of_depth(values: NDArray[Any], depth: type[np.uint8] | type[np.uint16], nam
 
 
 def _of_floats(values: NDArray[Any], name: str) -> NDArray[np.uint8]:
-    """Return floats from 0 to 1, or where one is larger from 0 to 255, as 8 bits."""
+    """Return floats from 0 to 1, or from 0 to 255, as 8 bits; what rounding has left beyond is cut."""
     if not np.isfinite(values).all():
         raise InputError(f"{name} holds NaN or infinity; pixels are from 0 to 1, or from 0 to 255")
     least, most = float(values.min()), float(values.max())
-    if least < 0 or most > 255:
+    scale = 255 if most <= 1 + _ROUNDING else 1
+    # From 1 to 2 it could be from 0 to 1 and have overshot when it was resized, or from 0 to 255 and be black.
+    if (scale == 1 and (most < 2 or most > 255 + _ROUNDING)) or least < -_ROUNDING:
         raise InputError(
             f"{name} holds {values.dtype} from {least:.6g} to {most:.6g}; pixels are from 0 to 1, or from 0 to 255. "
-            "The model's processor normalizes them: give them as they were before"
+            "Clip them; if they are normalized, give them as they were before: the model's processor does that"
         )
-    return np.rint(values.astype(np.float64) * (255 if most <= 1 else 1)).astype(np.uint8)
+    return np.clip(np.rint(values.astype(np.float64) * scale), 0, 255).astype(np.uint8)
 
 
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:

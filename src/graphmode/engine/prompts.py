@@ -149,6 +149,7 @@ class PromptReader:
             return token_ids, []
         media = sorted_media(prompt.get("multi_modal_data"))
         if not media:
+            processor_options(prompt.get("mm_processor_kwargs"), None)
             items = [item for kind in _PREPARED for item in self._prepared(kind, prompt)]
             return token_ids, items
         if given := sorted(prompt.keys() & {name for names in _PREPARED.values() for name in names}):
@@ -230,7 +231,7 @@ class PromptReader:
         if tower is None:
             raise InputError(f"the prompt has a {kind}, but the model takes text alone")
         names = _PREPARED[kind]
-        if not isinstance(pixels, torch.Tensor) or grids is None:
+        if not isinstance(pixels, torch.Tensor) or pixels.layout != torch.strided or grids is None:
             raise InputError(
                 f"prepared {kind}s are tensors of {' and '.join(names)}; the prompt holds {sorted(values)}"
             )
