@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,12 @@ def test_every_option_can_be_written_and_says_what_it_does() -> None:
         assert {each.name for each in fields(options)} - texts.keys() <= only_python
         assert all(texts[each.name].help for each in fields(options) if each.name in texts)
     assert ENGINE.keys() > aliases.ENGINE.keys()
+
+
+def test_the_guide_lists_every_option() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    for options in (EngineOptions, SamplingParams):
+        assert [each.name for each in fields(options) if f"`{each.name}`" not in guide] == []
 
 
 @pytest.mark.parametrize(

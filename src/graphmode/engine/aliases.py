@@ -192,6 +192,7 @@ ENGINE: Names = {
     "max_seqs_per_batch": Alias("max_num_seqs"),
     "max_tokens_per_batch": Alias("max_num_batched_tokens"),
     "enable_prefix_cache": Alias("enable_prefix_caching"),
+    "devices": Alias("device"),
     "num_scheduler_steps": Alias("decode_steps"),
     "enable_aclgraph": Alias("enable_graph"),
     "cudagraph_capture_sizes": Alias("graph_sizes"),
