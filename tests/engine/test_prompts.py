@@ -114,6 +114,9 @@ def test_a_picture_gives_the_same_answer_in_any_form(llm: LLM, tmp_path: Path) -
     answers = [output.outputs[0].token_ids for output in outputs]
     assert answers == [answers[0]] * 6
     assert llm.generate(raw(255 - pixels), GREEDY)[0].outputs[0].token_ids != answers[0]
+    for resize in (False, True):  # 24 x 40 are whole patches
+        (kept,) = llm.generate(raw(pixels[:, :24], do_resize=resize), GREEDY)
+        assert kept.prompt_token_ids.count(IMAGE) == 5 * 3
 
 
 def test_frames_reach_the_processor_as_one_array_of_rgb(llm: LLM) -> None:
@@ -266,6 +269,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         raw([ARRAY, np.zeros((17, 25, 3), np.uint8)], do_resize=False),
         r"image 1 is 30 x 20 and is not resized; its sides must be multiples of 8, 2 patches of 4 pixels",
     ),
+    "patches of no size": (raw(ARRAY, do_resize=False, patch_size=0), "patch_size is 0; it must be an integer"),
+    "resizing that is neither on nor off": (raw(ARRAY, do_resize=None), "do_resize is None; it must be True or False"),
     "an image scaled up beyond the context": (
         raw(ARRAY, size={"shortest_edge": 10**12, "longest_edge": 10**13}),
         "image 1 stands for .* tokens; with max_model_len=128",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphmode.engine.checks import flag, shown, unfit
+from graphmode.engine.checks import flag, integer, shown, unfit
 from graphmode.engine.multimodal import TOKEN_TYPES, Kind
 from graphmode.graph.errors import InputError
 
@@ -142,14 +142,22 @@ def check_whole_patches(name: str, size: tuple[int, int], processor: Any, option
     Raises:
         InputError: it would not be.
     """
-    if flag("do_resize", options.get("do_resize", True)) and getattr(processor, "do_resize", True):
+    if _is_resized(processor, options):
         return
-    patch, merged = (options.get(of, getattr(processor, of, 1)) for of in ("patch_size", "merge_size"))
+    patch, merged = (
+        integer(of, options.get(of, getattr(processor, of, 1)), least=1) for of in ("patch_size", "merge_size")
+    )
     if any(side % (patch * merged) for side in size):
         raise InputError(
             f"{name} is {size[0]} x {size[1]} and is not resized; its sides must be multiples of {patch * merged}, "
             f"{merged} patches of {patch} pixels. Scale it, or leave do_resize out"
         )
+
+
+def _is_resized(processor: Any, options: Mapping[str, Any]) -> bool:
+    if "do_resize" in options:
+        return flag("do_resize", options["do_resize"])
+    return bool(getattr(processor, "do_resize", True))
 
 
 def estimated_tokens(size: tuple[int, int], processor: Any, options: Mapping[str, Any]) -> int:
@@ -158,7 +166,7 @@ def estimated_tokens(size: tuple[int, int], processor: Any, options: Mapping[str
     Arguments as of :func:`check_whole_patches`.
     """
     count = getattr(processor, "get_number_of_image_patches", None)
-    if count is None or not options.get("do_resize", True):
+    if count is None or not _is_resized(processor, options):
         return 0
     limits = options.get("size")
     given = dict(options)
