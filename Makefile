@@ -1,16 +1,29 @@
-# Every target sets up .venv by itself. Where there is no NVIDIA GPU, torch is constrained to its CPU build.
+# Every target sets up the environment that it needs, with the exact versions in requirements.lock.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Tests share one GPU where there is one. A module's tests stay in one process, which makes what they share once.
+PYTEST := -m pytest $(if $(shell command -v nvidia-smi 2>/dev/null),,--numprocesses 2 --dist loadscope)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-oldest test-latest lint format lock clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
+
+# What hangs on transformers, with the oldest version that is supported and all else as in .venv.
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python $(PYTEST) -m versions
+
+# Everything, with the newest releases of what graphmode requires, tested or not.
+test-latest: $(VENV)/.ready
+	$(call over_venv,.venv-latest)
+	.venv-latest/bin/python $(PIP_INSTALL) --upgrade $$($(BIN)/python scripts/newest_requirements.py)
+	.venv-latest/bin/python -m pip list
+	.venv-latest/bin/python $(PYTEST)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -22,12 +35,35 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+# Find the versions in the lock files again: the newest within the ranges of pyproject.toml, for Python 3.11 and later, any
+# platform, with and without a GPU; then what differs with the oldest transformers.
+COMPILE := .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python $(PIP_INSTALL) uv
+	$(COMPILE) pyproject.toml --extra dev --group real-model --output-file requirements.lock --upgrade
+	sed -n 's/.*"transformers>=\([0-9.]*\),.*/transformers==\1.0/p' pyproject.toml | $(COMPILE) - \
+		| grep --invert-match --line-regexp --fixed-strings --file requirements.lock > requirements-oldest.lock
 
-$(VENV)/.ready: pyproject.toml constraints-cpu.txt
+clean:
+	rm -rf .venv .venv-* build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/.ready: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "graphmode needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/python $(PIP_INSTALL) --constraint requirements.lock setuptools
+	$(BIN)/python $(PIP_INSTALL) --constraint requirements.lock --no-build-isolation --editable '.[dev]'
 	touch $@
+
+.venv-oldest/.ready: $(VENV)/.ready requirements-oldest.lock
+	$(call over_venv,.venv-oldest)
+	.venv-oldest/bin/python $(PIP_INSTALL) --no-deps --requirement requirements-oldest.lock
+	touch $@
+
+# Make an environment in the folder $(1) that has all that .venv has, except for what is installed into it.
+define over_venv
+	rm -rf $(1)
+	$(BIN)/python -m venv $(1)
+	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/all_of_venv.pth
+endef

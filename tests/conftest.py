@@ -9,6 +9,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
+    torch.set_num_threads(1)
+
 # Time decides no test: a busy machine must not fail one.
 settings.register_profile("graphmode", parent=settings(), deadline=None)
 settings.load_profile("graphmode")

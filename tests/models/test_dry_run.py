@@ -29,6 +29,8 @@ from graphmode.models.dry_run import cache_shapes, check_class
 from graphmode.models.errors import ModelError
 from graphmode.models.experts import EXPERTS_NAME, share_real_rows
 
+pytestmark = pytest.mark.versions
+
 SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -27,6 +27,8 @@ from graphmode.graph import GraphRunner, Input
 from graphmode.models.errors import ModelError
 from graphmode.models.experts import FusedRouter, fuse_routers, grouped_product, routed_experts, share_real_rows
 
+pytestmark = pytest.mark.versions
+
 NAN = float("nan")
 
 

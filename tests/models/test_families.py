@@ -14,6 +14,8 @@ from graphmode.engine.scheduler import Batch, Row
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import step_inputs
 
+pytestmark = pytest.mark.versions
+
 WINDOW = 8
 SMALL = {
     "hidden_size": 32,

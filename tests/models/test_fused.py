@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from graphmode.models.attention import ATTENTION_NAME, AttentionBatch, LayerCache
 from graphmode.models.fused import fuse, keeps_rows
 
+pytestmark = pytest.mark.versions
+
 CONFIG: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -18,6 +18,8 @@ from graphmode.models.latent import keep_latents
 from graphmode.models.sparse import use_indexers
 from tests.models.test_families import LATENT, PROMPTS, SMALL, SPARSE, continue_greedily
 
+pytestmark = pytest.mark.versions
+
 RANK, ROPE = LATENT["kv_lora_rank"], LATENT["qk_rope_head_dim"]
 LATENT_CACHE = CacheShape(1, RANK + ROPE, RANK, values_in_keys=True)
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 64}

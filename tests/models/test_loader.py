@@ -20,6 +20,8 @@ from graphmode import LLM, SamplingParams, bundled_model
 from graphmode.models.errors import ModelError
 from graphmode.models.loader import load_model
 
+pytestmark = pytest.mark.versions
+
 CPU = torch.device("cpu")
 SMALL = {
     "hidden_size": 32,

@@ -13,6 +13,8 @@ from graphmode.graph.errors import InputError
 from graphmode.models.errors import ModelError
 from graphmode.models.rotary import context_length
 
+pytestmark = pytest.mark.versions
+
 BEFORE = 16  # tokens that the models were made for before their extension to 64
 SHORT, LONG = [1.0, 1.1, 1.2, 1.3], [1.0, 3.0, 7.0, 20.0]
 LONGROPE = {

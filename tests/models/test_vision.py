@@ -12,6 +12,8 @@ from graphmode.models.loader import load_model
 from graphmode.models.vision import VISION_ATTENTION_NAME, VisionTower
 from tests.multimodal import GLM, PATCH, TYPES, make_model, save_model
 
+pytestmark = pytest.mark.versions
+
 GRIDS = torch.tensor([[1, 4, 6], [2, 8, 4], [1, 2, 10]])
 
 

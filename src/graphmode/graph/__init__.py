@@ -13,7 +13,6 @@ from graphmode.graph.dispatch import Decision, GraphKey, Mode, Reason
 from graphmode.graph.errors import (
     BackendError,
     CaptureError,
-    CaptureMemoryError,
     GraphModeError,
     InputError,
     StaleAddressError,
@@ -31,7 +30,6 @@ __all__ = [
     "Capabilities",
     "CaptureError",
     "CaptureFailure",
-    "CaptureMemoryError",
     "Decision",
     "GraphKey",
     "GraphModeError",

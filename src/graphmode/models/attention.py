@@ -16,15 +16,13 @@ from graphmode.kernels.parts import Parts, share_keys
 from graphmode.models.errors import ModelError
 from graphmode.models.latent import absorb_keys, expand_values, keeps_latents
 from graphmode.models.sparse import BatchAsMask
+from graphmode.models.transformers_versions import SPARSE_LAYER_TYPES
 
 ATTENTION_NAME = "graphmode"
 
 # What models pass to their attention that changes nothing here: positions are in the queries and keys already, and
 # dropout is for training.
 _WITHOUT_EFFECT = frozenset({"dropout", "position_ids", "output_router_logits", "logits_to_keep"})
-
-# The type of layers whose keys an indexer picks, by its name in newer and older versions of transformers.
-_SPARSE = ("indexed_attention", "deepseek_sparse_attention")
 
 
 @dataclass(frozen=True)
@@ -316,7 +314,7 @@ def attention_hook(
 
 def is_sparse(module: Any) -> bool:
     """Return whether the configuration says that the layer attends to picked keys alone."""
-    return _layer_type(module) in _SPARSE
+    return _layer_type(module) in SPARSE_LAYER_TYPES
 
 
 def _layer_type(module: Any) -> str | None:
@@ -330,12 +328,12 @@ def sliding_window(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> int | 
     Most models pass it. Some only build masks by it, which this attention does not get: then the configuration says.
     """
     layer_type = _layer_type(module)
-    if layer_type not in (None, "full_attention", "sliding_attention", *_SPARSE):
+    if layer_type not in (None, "full_attention", "sliding_attention", *SPARSE_LAYER_TYPES):
         raise _refusal(module, f"is of type {layer_type!r}")
     window: int | None
     if "sliding_window" in kwargs:
         window = kwargs["sliding_window"]
-    elif layer_type in ("full_attention", *_SPARSE):
+    elif layer_type in ("full_attention", *SPARSE_LAYER_TYPES):
         window = None
     else:
         window = getattr(getattr(module, "config", None), "sliding_window", None)

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 from graphmode.models.attention import CacheShape, is_sparse, sliding_window
 from graphmode.models.errors import ModelError
 from graphmode.models.latent import expand, keeps_latents
 from graphmode.models.multimodal_positions import has_grid_positions
 from graphmode.models.sparse import BatchAsMask
+from graphmode.models.transformers_versions import layers_that_forget
 
 DRY_RUN_NAME = "graphmode_dry_run"
 
@@ -233,10 +234,7 @@ def _check_calls(model: PreTrainedModel) -> tuple[CacheShape, ...]:
         raise ModelError(f"{len(missing)} of its {layers} layers keep a state of another kind than keys and values")
     if called != list(range(layers)):
         raise ModelError(f"its layers call attention in the order {called}, not once each")
-    # Last layers that share the keys and values of earlier ones have no cache in older versions of transformers.
-    sliding = DynamicCache(config=config).is_sliding
-    sliding += [False] * (layers - len(sliding))
-    for call, forgets in zip(calls, sliding, strict=True):
+    for call, forgets in zip(calls, layers_that_forget(config, layers), strict=True):
         if not call.causal:
             raise ModelError("its attention is not causal")
         if call.mask is not None and (call.window is None or (call.mask != call.window).any()):

@@ -26,6 +26,7 @@ from graphmode.kernels import Routing, choose_experts, gated_experts, linear
 from graphmode.kernels._triton import runs_triton
 from graphmode.kernels.few_rows import runs_few_rows
 from graphmode.models.errors import ModelError
+from graphmode.models.transformers_versions import post_expert_norm
 
 EXPERTS_NAME = "graphmode"
 _CHECK_TOKENS = 64
@@ -78,7 +79,7 @@ def share_real_rows(model: PreTrainedModel) -> None:
 
 def _is_swiglu(module: Any) -> bool:
     """Return whether each of a module's experts is ``(silu(gate) * up) @ down.T``, of merged weights without biases."""
-    if not module.has_gate or module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False):
+    if not module.has_gate or module.has_bias or module.is_transposed or post_expert_norm(module) is not None:
         return False
     if not (module.gate_up_proj.is_contiguous() and module.down_proj.is_contiguous()):
         return False
@@ -261,8 +262,8 @@ def routed_experts(
         else module.act_fn(project(rows, "up_proj"))
     )
     rows = project(rows, "down_proj")
-    if getattr(module, "has_post_expert_norm", False):  # transformers 5.17 has none
-        rows = module.post_expert_norm(rows)
+    if (norm := post_expert_norm(module)) is not None:
+        rows = norm(rows)
     pairs = torch.empty_like(rows).index_copy_(0, order, rows).view(tokens, k, -1)
     # Rows of no group hold whatever was in memory: chosen away, not multiplied by 0, which NaN would survive.
     weighted = torch.where(routed.unsqueeze(-1), pairs * top_k_weights.unsqueeze(-1), 0)
