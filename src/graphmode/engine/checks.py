@@ -112,8 +112,8 @@ def text(name: str, value: object) -> str:
 
 def texts(name: str, value: object, *, also: str = "") -> tuple[str, ...]:
     """Return texts that are not empty: one, or a list of them; anything else is an InputError."""
-    given = (value,) if isinstance(value, str) else value
-    if not isinstance(given, Collection) or isinstance(given, (Mapping, bytes, bytearray)):
+    given = [value] if isinstance(value, str) else _listed(value)
+    if given is None:
         raise unfit(name, value, f"a text or a list of texts{also}")
     if any(not isinstance(each, str) or not each for each in given):
         raise unfit(name, value, f"a list of texts that are not empty{also}")
@@ -128,10 +128,9 @@ def token_ids(name: str, value: object, *, also: str = "") -> list[int]:
     Raises:
         InputError: it is something else.
     """
-    given: Any = value.tolist() if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 1 else value
-    if not isinstance(given, Collection) or isinstance(given, (Mapping, str, bytes, bytearray)):
+    ids = None if isinstance(value, str) else _listed(value)
+    if ids is None:
         raise unfit(name, value, f"a list of token ids{also}")
-    ids = list(given)
     # The types of a long prompt are few, and its ids are looked at where the vocabulary is known.
     if set(map(type, ids)) - {int}:
         for each in ids:
@@ -146,6 +145,15 @@ def token_ids(name: str, value: object, *, also: str = "") -> list[int]:
 def is_integer(value: object) -> bool:
     """Return whether a value counts as an integer: numpy's do, a bool does not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _listed(value: object) -> list[Any] | None:
+    """Return what a collection holds; None where it is no list, set or tensor of one dimension."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.tolist() if value.ndim == 1 else None
+    if not isinstance(value, Collection) or isinstance(value, (Mapping, str, bytes, bytearray)):
+        return None
+    return list(value)
 
 
 def _range(least: float | None, most: float | None) -> str:
