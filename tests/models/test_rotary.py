@@ -153,3 +153,8 @@ def test_an_embedding_that_cannot_be_fixed_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, "phimoe", rope, num_local_experts=2)
     with pytest.raises(ModelError, match="PhimoeRotaryEmbedding rotates a token by the length of other sequences"):
         LLM(folder, device="cpu")
+
+
+def test_a_configuration_without_a_length_is_refused() -> None:
+    with pytest.raises(ModelError, match="vit model has no max_position_embeddings"):
+        context_length(AutoConfig.for_model("vit"))

@@ -17,9 +17,17 @@ def context_length(config: PretrainedConfig) -> tuple[int, int]:
     LongRoPE and Llama 3 name the stretched length as ``max_position_embeddings``. Dynamic NTK stretches them only
     beyond that length, so that up to there all tokens are what they are without it; further on, an engine has to choose
     frequencies once and for all its sequences, which is left to the user. Where the layers differ, the least counts.
+
+    Raises:
+        ModelError: the configuration names no length.
     """
     config = config.get_text_config()
-    positions: int = config.max_position_embeddings
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise ModelError(
+            f"the configuration of this {config.model_type} model has no max_position_embeddings, so the length of a "
+            "sequence is not known; add it to config.json if it is a language model"
+        )
     ropes = getattr(config, "rope_parameters", None) or {}
     if "rope_type" in ropes:
         ropes = {None: ropes}
