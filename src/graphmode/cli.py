@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from graphmode import __version__
-from graphmode.graph.errors import GraphModeError
+from graphmode.cli_options import Command, takes
+from graphmode.engine import aliases, checks
+from graphmode.engine.config import EngineOptions
+from graphmode.engine.option_text import named_value, text_options
+from graphmode.engine.sampling_params import SamplingParams
+from graphmode.graph.errors import GraphModeError, InputError
 
 app = typer.Typer(
     name="graphmode",
@@ -22,6 +30,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+ENGINE = text_options(EngineOptions, aliases.ENGINE)
+SAMPLING = text_options(SamplingParams, aliases.SAMPLING)
+DEFAULTS = {"temperature": 0.0, "max_tokens": 128}
+_BYTE_ORDER_MARK = "\ufeff"
 DEFAULT_PROMPT = "ROMEO.\nBut soft! What light through yonder window breaks?\n"
 
 
@@ -40,7 +52,9 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
+@takes("The engine", "engine", ENGINE)
+@takes("Sampling", "sampling", SAMPLING, **DEFAULTS)
 def generate(
     model: Annotated[
         str | None,
@@ -52,113 +66,42 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="A file with one prompt a line.", exists=True, dir_okay=False)
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each prompt.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; higher is more varied.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from that many of the most likely tokens; 0 takes all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens that reach this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Sample from tokens at least this share as likely as the best.")] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens of prompt and answer become less likely.")
-    ] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Taken from the logits of the answer's tokens.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that a token came.")] = 0.0,
-    min_tokens: Annotated[int, typer.Option(help="Tokens before which nothing ends an answer.")] = 0,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="A text that ends an answer; may be given several times.", show_default=False),
-    ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of each prompt's random numbers.", show_default=False)] = None,
-    enable_graph: Annotated[
-        bool | None,
-        typer.Option(
-            "--enable-graph/--no-enable-graph", help="Whether steps replay graphs. [default: yes]", show_default=False
-        ),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model (auto_map).")
-    ] = False,
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="The same as --no-enable-graph.")] = False,
-    graph_mode: Annotated[
-        str | None,
-        typer.Option(
-            help="full, piecewise, full_decode_only, full_and_piecewise or none. [default: full]", show_default=False
-        ),
-    ] = None,
-    graph_sizes: Annotated[
-        str | None, typer.Option(help="Sizes that get a graph, in tokens of a step: 1,2,4.", show_default=False)
-    ] = None,
-    max_graph_tokens: Annotated[
-        int | None,
-        typer.Option(help="Steps of more tokens run eagerly. [default: no step is larger]", show_default=False),
-    ] = None,
-    max_padding_ratio: Annotated[
-        float | None, typer.Option(help="Steps with a larger share of padding run eagerly.", show_default=False)
-    ] = None,
-    fuse: Annotated[
-        str,
-        typer.Option(help="layers: known layers take fewer kernels; compile: others by Inductor too; none."),
-    ] = "layers",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ... or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    *,
+    engine: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> None:
     """Continue texts, every step one replay of a graph."""
-    prompts = _prompts(prompt, prompt_file, bundled=model is None)
-    if enforce_eager and enable_graph:
-        raise typer.BadParameter("--enable-graph and --enforce-eager contradict each other; choose one")
+    if model == "":
+        raise typer.BadParameter("--model is empty; give a folder or a hub name, or leave it out for the bundled model")
+    texts = _prompts(prompt, prompt_file, bundled=model is None)
+    if not as_json and (sampling.keys() & {"logprobs", "prompt_logprobs"}):
+        raise typer.BadParameter("log-probabilities are printed with --json alone; add it")
     from transformers.utils.logging import disable_progress_bar
 
     from graphmode.engine.llm import LLM
-    from graphmode.engine.sampling_params import SamplingParams
 
     disable_progress_bar()
-    interactive = not as_json and sys.stderr.isatty()
-    try:
-        params = SamplingParams(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            stop=stop or (),
-            ignore_eos=ignore_eos,
-            seed=seed,
-        )
-        llm = LLM(
-            model,
-            progress=interactive,
-            trust_remote_code=trust_remote_code,
-            enforce_eager=enforce_eager or enable_graph is False,
-            graph_mode=graph_mode,
-            graph_sizes=_numbers("--graph-sizes", graph_sizes),
-            max_graph_tokens=max_graph_tokens,
-            max_padding_ratio=max_padding_ratio,
-            fuse=fuse,
-            device=device,
-            dtype=dtype,
-        )
+    with _errors_in_one_line():
+        prompts = [checks.text("a prompt", text) for text in texts]
+        params = SamplingParams(**sampling)
+        llm = LLM(model, progress=not as_json and sys.stderr.isatty(), **engine)
         start = time.perf_counter()
         if as_json:
             outputs = llm.generate(prompts, params)
             typer.echo(json.dumps(_report(outputs, llm.stats)))
             return
-        if len(prompts) == 1:
+        if len(prompts) == params.n == 1:
             _stream(llm, prompts[0], params)
         else:
             for output in llm.generate(prompts, params):
-                typer.echo(f"--- {output.prompt!r} ({output.outputs[0].finish_reason})\n{output.outputs[0].text}\n")
+                for answer in output.outputs:
+                    typer.echo(f"--- {output.prompt!r} ({answer.finish_reason})\n{answer.text}\n")
         typer.echo(_summary(llm.stats, time.perf_counter() - start))
-    except GraphModeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
-@app.command()
+@app.command(cls=Command)
+@takes("The engine", "engine", ENGINE)
 def bench(
     workload: Annotated[str, typer.Argument(help="decode, prefill, offline or latency.", metavar="WORKLOAD")],
     model: Annotated[
@@ -170,27 +113,24 @@ def bench(
     compare: Annotated[
         str | None,
         typer.Option(
-            help='Measure these beside graphs: eager,transformers. [default: by latency eager, "" for none]',
+            help='Measure these beside graphs: eager,transformers. Default: by latency eager; "" for none.',
             show_default=False,
         ),
     ] = None,
     batch: Annotated[
         str | None,
-        typer.Option(
-            help="Requests submitted together: 1,8,64. [default: 1,8,64,256; offline 256]", show_default=False
-        ),
+        typer.Option(help="Requests submitted together: 1,8,64. Default: 1,8,64,256; offline 256.", show_default=False),
     ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of an answer; offline the longest prompt and answer. [default: 129; offline 1024]",
+            help="Tokens of an answer; offline the longest prompt and answer. Default: 129; offline 1024.",
             show_default=False,
         ),
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(help="Timed runs. [default: 3; latency 20 requests]", show_default=False)
+        int | None, typer.Option(help="Timed runs. Default: 3; latency 20 requests.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, npu, ... or auto.")] = "auto",
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -206,20 +146,24 @@ def bench(
         typer.Option("--json", help="Write the rows to this file; - prints them instead of the table.", dir_okay=False),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Write step time against batch to this SVG file.", dir_okay=False)
+        Path | None, typer.Option(help="Write step time against batch to this SVG file.", dir_okay=False, writable=True)
     ] = None,
+    *,
+    engine: dict[str, Any],
 ) -> None:
     """Measure a model by graphs, beside eager runs, transformers and the floor of the device."""
     from transformers.utils.logging import disable_progress_bar
 
     from graphmode.observe.bench.plot import step_plot
     from graphmode.observe.bench.results import Row, as_json, comparable, read_rows, tables
-    from graphmode.observe.bench.run import Plan, parse_option
+    from graphmode.observe.bench.run import Plan
     from graphmode.observe.bench.run import bench as measure
     from graphmode.observe.bench.workloads import Workload
 
     if workload not in list(Workload):
         raise typer.BadParameter(f"there is no workload {workload!r}; give {', '.join(Workload)}")
+    if model == "":
+        raise typer.BadParameter("--model is empty; leave it out for the bundled model")
     if plot is not None and workload != Workload.DECODE:
         raise typer.BadParameter(f"--plot draws decode steps; {workload} has none to draw")
     for file in (json_file, plot):
@@ -231,7 +175,7 @@ def bench(
         figures = ", ".join(f"{figure.name} {figure.median:.3f}" for figure in row.figures)
         typer.echo(f"{row.mode}, batch {row.batch}: {figures}", err=True)
 
-    try:
+    with _errors_in_one_line():
         known = [] if peers is None else read_rows(peers)
         plan = Plan(
             Workload(workload),
@@ -240,20 +184,17 @@ def bench(
             batches=_numbers("--batch", batch),
             tokens=tokens,
             repeats=repeats,
-            options={"device": device} | dict(parse_option(each) for each in option or []),
+            options=engine | dict(named_value(each, ENGINE) for each in option or []),
         )
         rows = measure(plan, show, progress=sys.stderr.isatty())
-    except GraphModeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    if json_file is not None and str(json_file) != "-":
-        json_file.write_text(as_json(rows), encoding="utf-8")
-    if plot is not None:
-        plot.write_text(step_plot([*rows, *comparable(known, rows)]), encoding="utf-8")
+        if json_file is not None and str(json_file) != "-":
+            _write(json_file, as_json(rows))
+        if plot is not None:
+            _write(plot, step_plot([*rows, *comparable(known, rows)]))
     typer.echo(as_json(rows) if str(json_file) == "-" else tables(rows, known), nl=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Show the devices that are here, what each can do, versions, and how every device is supported."""
     found = _info()
@@ -273,7 +214,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
             typer.echo(f"  {name:11} {words}")
 
 
-@app.command()
+@app.command(cls=Command)
 def sweep(
     model_type: Annotated[
         list[str] | None,
@@ -299,7 +240,8 @@ def sweep(
         model_type or list(sweeping.MODEL_TYPES), workers=workers, found=_nothing if as_json else show
     )
     if markdown is not None:
-        markdown.write_text(sweeping.as_markdown(findings), encoding="utf-8")
+        with _errors_in_one_line():
+            _write(markdown, sweeping.as_markdown(findings))
     if as_json:
         typer.echo(json.dumps({"models": [asdict(finding) for finding in findings]}))
     else:
@@ -312,13 +254,49 @@ def _nothing(finding: object) -> None:
     pass
 
 
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """End the command with 1 and a line that says why, where graphmode refuses something."""
+    try:
+        yield
+    except GraphModeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror}; name another file") from error
+
+
 def _prompts(prompts: list[str] | None, file: Path | None, *, bundled: bool) -> list[str]:
     texts = list(prompts or [])
     if file is not None:
-        texts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts += _lines(file)
     if not texts and not bundled:
         raise typer.BadParameter("nothing to continue; give --prompt TEXT or --prompt-file FILE")
-    return texts or [DEFAULT_PROMPT]
+    return [text.removeprefix(_BYTE_ORDER_MARK) for text in texts] or [DEFAULT_PROMPT]
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a file that are not blank. Only newlines end a line, as in no other reader of Python's."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"--prompt-file {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(
+            f"--prompt-file {file} is not a text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}; "
+            "convert it"
+        ) from error
+    if "\0" in text:
+        raise typer.BadParameter(f"--prompt-file {file} is not a text: it holds zero bytes")
+    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip().strip(_BYTE_ORDER_MARK)]
+    if not lines:
+        raise typer.BadParameter(f"--prompt-file {file} holds no prompt; write one a line, or leave it out")
+    return lines
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -337,21 +315,24 @@ def _stream(llm: Any, prompt: str, params: Any) -> None:
     for output in llm.stream(prompt, params):
         text = output.outputs[0].text
         typer.echo(text[shown:], nl=False)
-        sys.stdout.flush()
         shown = len(text)
     typer.echo("\n")
 
 
 def _report(outputs: Any, stats: Any) -> dict[str, Any]:
-    rows = [
-        {
-            "prompt": output.prompt,
-            "text": output.outputs[0].text,
-            "token_ids": output.outputs[0].token_ids,
-            "finish_reason": output.outputs[0].finish_reason,
-        }
-        for output in outputs
-    ]
+    rows = []
+    for output in outputs:
+        for answer in output.outputs:
+            row = {
+                "prompt": output.prompt,
+                "text": answer.text,
+                "token_ids": answer.token_ids,
+                "finish_reason": answer.finish_reason,
+            }
+            for name, known in (("logprobs", answer.logprobs), ("prompt_logprobs", output.prompt_logprobs)):
+                if known is not None:
+                    row[name] = [each and {token: asdict(found) for token, found in each.items()} for each in known]
+            rows.append(row)
     return {"outputs": rows, "stats": stats.as_dict()}
 
 
@@ -367,6 +348,8 @@ def _summary(stats: Any, seconds: float) -> str:
             f"{stats.graphs} graphs captured in {stats.capture_seconds:.1f} s, {stats.graph_bytes / 2**20:.1f} MiB; "
             f"hit rate {stats.hit_rate:.3f}, {stats.padding_ratio:.0%} padding"
         )
+    if stats.capture_failures:
+        graphs += f"; {len(stats.capture_failures)} could not be captured"
     misses = ", ".join(f"{count} {reason}" for reason, count in stats.misses.items())
     return f"{speed}; {graphs}; misses: {misses or 'none'}"
 
@@ -395,8 +378,12 @@ def _info() -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end an answer
     try:
         app()
     except GraphModeError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, for example; a reader that has gone is the application's
+        sys.exit(f"error: {error}")

@@ -134,7 +134,10 @@ class Record:
 
 
 class _DeviceTape(_TapeMode):
-    """The device's own recording. With ``records``, operators in ``updatable`` become task groups."""
+    """The device's own recording, which replays in the memory of the capture.
+
+    With ``records``, operators in ``updatable`` become task groups.
+    """
 
     def __init__(self, updatable: frozenset[str], records: list[Record] | None) -> None:
         super().__init__()
@@ -142,6 +145,9 @@ class _DeviceTape(_TapeMode):
         self._updatable = updatable
         self._records = records
         self.tape = Tape()
+
+    def _give_back(self) -> None:
+        pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._records is None or func.__name__ not in self._updatable:
@@ -352,6 +358,15 @@ class FakeDevice:
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         return (1 << 30, 1 << 31)
+
+    def memory_reserved(self, device: Any = None) -> int:
+        return 1 << 20
+
+    def max_memory_reserved(self, device: Any = None) -> int:
+        return 1 << 20
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        self.refuse_during_capture("reset_peak_memory_stats")
 
     def graph(self, *args: Any, **kwargs: Any) -> Capture:
         if len(args) > 3:

@@ -1,9 +1,12 @@
 """Prompts with images: raw ones go through transformers' processors, prepared ones as they are, bad ones nowhere."""
 
+import base64
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -53,12 +56,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 def test_raw_images_are_prepared_by_transformers_own_processor(llm: LLM) -> None:
     pil = pytest.importorskip("PIL.Image")
-    from graphmode.models.transformers_versions import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(llm.engine.model)
-    except ImportError as error:
-        pytest.skip(f"this transformers prepares no image here: {error}")
+    processor = prompts.AutoImageProcessor.from_pretrained(llm.engine.model)
     generator = torch.Generator().manual_seed(0)
     images = [
         pil.fromarray(torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).numpy())
@@ -100,6 +98,77 @@ def test_images_are_parts_of_messages(llm: LLM) -> None:
     assert output.prompt == expected.prompt
     assert output.prompt_token_ids == expected.prompt_token_ids
     assert output.outputs == expected.outputs
+    image.save(file := BytesIO(), "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    content[1] = {"type": "image_url", "image_url": {"url": url}}
+    assert llm.chat([{"role": "user", "content": content}], GREEDY, chat_template=template)[0].outputs == output.outputs
+
+
+def test_a_picture_gives_the_same_answer_in_any_form(llm: LLM, tmp_path: Path) -> None:
+    pil = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    pil.fromarray(pixels).save(tmp_path / "picture.png")
+    forms = [pixels, pixels / 255, torch.from_numpy(pixels).permute(2, 0, 1) / 255, tmp_path / "picture.png"]
+    with pil.open(tmp_path / "picture.png") as opened:
+        outputs = llm.generate([raw(each) for each in (*forms, opened, pixels[None])], GREEDY)
+    answers = [output.outputs[0].token_ids for output in outputs]
+    assert answers == [answers[0]] * 6
+    assert llm.generate(raw(255 - pixels), GREEDY)[0].outputs[0].token_ids != answers[0]
+    for resize in (False, True):  # 24 x 40 are whole patches
+        (kept,) = llm.generate(raw(pixels[:, :24], do_resize=resize), GREEDY)
+        assert kept.prompt_token_ids.count(IMAGE) == 5 * 3
+
+
+def test_frames_reach_the_processor_as_one_array_of_rgb(llm: LLM) -> None:
+    """Grey frames as well; and of a list, what are videos of their own is told from frames."""
+    pytest.importorskip("PIL")
+    reader = prompts.PromptReader(llm.engine.loaded)
+    seen: list[Any] = []
+
+    def processor(text: list[str], images: Any, videos: list[Any], return_tensors: str, **options: Any) -> Any:
+        seen.append((videos, options))
+        tokens = [VISION_START, *[VIDEO] * 6 * len(videos), VISION_END]
+        pixels = torch.zeros(24 * len(videos), PATCH)
+        grids = torch.tensor([[1, 4, 6]] * len(videos))
+        return {"input_ids": torch.tensor([tokens]), "pixel_values_videos": pixels, "video_grid_thw": grids}
+
+    reader.__dict__["_processor"] = processor
+    grey = np.full((16, 24), 7, np.uint8)
+    frames = np.full((2, 16, 24, 3), 7, np.uint8)
+    for video, count in (([grey, grey], 1), (frames, 1), ([frames], 1), ([list(frames)], 1)):
+        prompt: Any = {"prompt": "a", "multi_modal_data": {"video": video}, "mm_processor_kwargs": {"fps": 2}}
+        _, vision = reader.read(prompt)
+        assert vision is not None
+        videos, options = seen.pop()
+        assert [each.shape for each in videos] == [(2, 3, 16, 24)] * count
+        assert all((each == 7).all() for each in videos)
+        assert options == {"fps": 2}
+    reader.read({"prompt": "a", "multi_modal_data": {"video": "clip.mp4"}})
+    assert seen.pop()[0] == ["clip.mp4"], "a file is the processor's to read"
+
+
+def test_limits_of_media_are_options_of_the_engine(llm: LLM) -> None:
+    limits = {"limit_mm_per_prompt": {"image": 1, "video": {"count": 0}, "audio": 0}, "max_image_pixels": 600}
+    strict = LLM(llm.engine.model, device="cpu", enforce_eager=True, max_num_seqs=2, max_model_len=64, **limits)
+    assert (strict.engine.options.max_images_per_prompt, strict.engine.options.max_videos_per_prompt) == (1, 0)
+    assert strict.generate(raw(ARRAY), GREEDY)[0].finished
+    for prompt, words in (
+        (raw([ARRAY, ARRAY]), "2 images; it may have 1"),
+        (raw(np.zeros((20, 31, 3), np.uint8)), "31 x 20, 620 pixels; it may have 600"),
+        (make_prompt("qwen2_5_vl", [("video", [1, 2, 2])], 0), "1 videos; it may have 0"),
+        (make_prompt("qwen2_5_vl", [("image", [1, 16, 16])], 0), "64 tokens; with max_model_len=64"),
+    ):
+        with pytest.raises(InputError, match=words):
+            strict.generate(prompt, GREEDY)
+    for name, value in (
+        ("limit_mm_per_prompt", 3),
+        ("limit_mm_per_prompt", {"audio": 1}),
+        ("limit_mm_per_prompt", {"image": -1}),
+        ("max_images_per_prompt", 1.5),
+        ("max_image_pixels", 0),
+    ):
+        with pytest.raises(InputError, match=r"limit_mm_per_prompt|max_images_per_prompt|max_image_pixels"):
+            LLM(llm.engine.model, **{name: value})
 
 
 @pytest.mark.parametrize(("media", "package"), [("image", "PIL"), ("video", "torchvision")])
@@ -116,7 +185,13 @@ def changed(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in {**prompt, **changes}.items() if value is not None}
 
 
+def raw(images: Any, options: Any = None, **named: Any) -> dict[str, Any]:
+    kwargs = {"mm_processor_kwargs": options or named} if options or named else {}
+    return {"prompt": PLACEHOLDER, "multi_modal_data": {"image": images}, **kwargs}
+
+
 PIXELS = torch.zeros(24, PATCH)
+ARRAY = np.zeros((20, 30, 3), np.uint8)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no image": (changed(pixel_values=None, image_grid_thw=None), "6 placeholders of images.*0 images need 0"),
     "an image too many": (
@@ -143,7 +218,77 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "sound": (changed(multi_modal_data={"audio": [1]}), "audio"),
     "a name that is not known": (changed(pixels=1), "no pixels;.* It has prompt"),
     "a raw video beside tokens": ({"prompt_token_ids": [1], "multi_modal_data": {"video": [1]}}, "give the prompt as"),
-    "longer than a sequence": (make_prompt("qwen2_5_vl", [("image", [1, 24, 24])], 0), "146 tokens.*max_model_len=128"),
+    "longer than a sequence": (
+        make_prompt("qwen2_5_vl", [("image", [1, 24, 24])], 0),
+        "image 1 stands for 144 tokens; with max_model_len=128 a prompt may have 127",
+    ),
+    "together longer than a sequence": (
+        make_prompt("qwen2_5_vl", [("image", [1, 16, 16]), ("image", [1, 16, 18])], 0),
+        "image 2 stands for 72 tokens, beside 64 of those before it",
+    ),
+    "more images than the limit": (
+        make_prompt("qwen2_5_vl", [("image", [1, 2, 2])] * 65, 0),
+        "65 images; it may have 64.*max_images_per_prompt",
+    ),
+    "NaN among the pixels": (
+        changed(pixel_values=torch.cat([PIXELS[:23], torch.full((1, PATCH), torch.nan)])),
+        "pixels of image 1 hold NaN",
+    ),
+    "pixels beyond the dtype": (changed(pixel_values=PIXELS.double() + 1e300), "infinity in torch.float32"),
+    "integer pixels": (changed(pixel_values=PIXELS.int()), "pixel_values has dtype torch.int32; it must be floats"),
+    "pixels in a list": (changed(pixel_values=PIXELS.tolist()), "are tensors of pixel_values"),
+    "a ragged grid": (changed(image_grid_thw=[[1, 4, 6], [1, 4]]), "image_grid_thw is .*integers in rows of three"),
+    "a grid of texts": (changed(image_grid_thw=["a"]), "integers in rows of three"),
+    "a grid of floats": (changed(image_grid_thw=torch.tensor([[1.0, 4.0, 6.0]])), "dtype torch.float32"),
+    "a grid of bools": (changed(image_grid_thw=torch.ones(1, 3, dtype=torch.bool)), "dtype torch.bool"),
+    "a grid that overflows": (
+        changed(pixel_values=PIXELS[:0], image_grid_thw=torch.tensor([[1 << 20, 1 << 30, 1 << 30]])),
+        "holds 0 patches.*asks for 1208925819614629174706176",
+    ),
+    "seconds that are texts": (
+        {**make_prompt("qwen2_5_vl", [("video", [2, 4, 4])], 0), "second_per_grid_ts": ["a"]},
+        r"second_per_grid_ts is \['a'\]; it must be a list of numbers",
+    ),
+    "seconds that are none": (
+        {**make_prompt("qwen2_5_vl", [("video", [2, 4, 4])], 0), "second_per_grid_ts": [float("nan")]},
+        "each must be a positive number",
+    ),
+    "media as text": ({"prompt": PLACEHOLDER, "multi_modal_data": "x"}, "multi_modal_data is 'x'; it must be a dict"),
+    "media as an array": ({"prompt": PLACEHOLDER, "multi_modal_data": torch.zeros(3)}, "it must be a dict"),
+    "media of a number": ({"prompt": PLACEHOLDER, "multi_modal_data": {3: 1, "audio": 1}}, "holds 'audio', 3; it may"),
+    "an image that is a number": (raw(5), "image 1 is int 5; give a path"),
+    "a second image that is a text": (raw([ARRAY, "nowhere.png"]), "image 2 .'nowhere.png'. is not there"),
+    "an array of 0 x 0": (raw(np.zeros((0, 0, 3))), "image 1 is 0 x 0"),
+    "too many raw images": (raw([ARRAY] * 65), "65 images; it may have 64"),
+    "too many raw videos": ({"prompt": "a", "multi_modal_data": {"video": [[ARRAY]] * 9}}, "9 videos; it may have 8"),
+    "an image of no width": (
+        raw([ARRAY, np.zeros((1, 400, 3), np.uint8)]),
+        r"image 2 \(400 x 1\): the model's processor cannot prepare it.*aspect ratio",
+    ),
+    "parts of patches": (
+        raw([ARRAY, np.zeros((17, 25, 3), np.uint8)], do_resize=False),
+        r"image 1 is 30 x 20 and is not resized; its sides must be multiples of 8, 2 patches of 4 pixels",
+    ),
+    "patches of no size": (raw(ARRAY, do_resize=False, patch_size=0), "patch_size is 0; it must be an integer"),
+    "resizing that is neither on nor off": (raw(ARRAY, do_resize=None), "do_resize is None; it must be True or False"),
+    "an image scaled up beyond the context": (
+        raw(ARRAY, size={"shortest_edge": 10**12, "longest_edge": 10**13}),
+        "image 1 stands for .* tokens; with max_model_len=128",
+    ),
+    "options as text": (raw(ARRAY, options="x"), "mm_processor_kwargs is 'x'; it must be a dict"),
+    "options as text beside text": ({"prompt": "a", "mm_processor_kwargs": "x"}, "mm_processor_kwargs is 'x'"),
+    "sparse pixels": (changed(pixel_values=PIXELS.to_sparse()), "are tensors of pixel_values"),
+    "an option that is settled": (raw(ARRAY, return_tensors="np"), "return_tensors='np', but the engine takes tensors"),
+    "images among the options": (
+        raw(ARRAY, {"images": [1]}),
+        "holds images=.*put images and videos into multi_modal_data",
+    ),
+    "scaling": (raw(ARRAY, do_rescale=False), "do_rescale=False, but images are decoded to 8 bits"),
+    "an option that is not known": (raw(ARRAY, sizes=3), "'sizes', which the model's processor does not know; it may"),
+    "an option without a name": (raw(ARRAY, options={3: 4}), "mm_processor_kwargs holds 3, which"),
+    "an option of another type": (raw(ARRAY, size="large"), "image 1 .30 x 20.: the model's processor cannot prepare"),
+    "patches of another model": (raw(ARRAY, patch_size=2), "pixels of image 1 have shape"),
+    "a deviation of 0": (raw(ARRAY, image_std=[0.0, 0.0, 0.0]), "pixels of image 1 hold NaN or infinity"),
 }
 
 

@@ -1,15 +1,18 @@
 """What sampling parameters say is what comes out, each row by its own, in one graph with the others."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from graphmode import LLM, SamplingParams
-from graphmode.engine.outputs import RequestOutput
+from graphmode.engine.outputs import RequestOutput, VocabularyLogprobs
 from graphmode.graph import InputError
+from graphmode.graph.memory import in_words
 from tests.kernels.distributions import check_drawn_from
 
 PROMPTS = [[5, 9, 5, 17, 30, 5], [1, 2, 3], list(range(40)), [7] * 20]
@@ -142,6 +145,69 @@ def test_logprobs_are_the_models_own(tiny: Path, device: str, model: torch.nn.Mo
         if answer.logprobs is not None:
             total = sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(answer.token_ids))
             assert answer.cumulative_logprob == pytest.approx(total, abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["full", "none"])
+def test_logprobs_of_the_whole_vocabulary(tiny: Path, device: str, model: torch.nn.Module, mode: str) -> None:
+    """Of answers and prompts, whole and in chunks, beside rows that want few or none; the tokens stay the same."""
+    llm = LLM(tiny, device=device, dtype="float32", max_num_seqs=4, max_num_batched_tokens=16, graph_mode=mode)
+    params = [
+        replace(GREEDY, logprobs=-1),
+        replace(GREEDY, logprobs=3, prompt_logprobs=1),
+        SamplingParams(temperature=1.2, seed=1, max_tokens=6, logprobs=-1, prompt_logprobs=-1, frequency_penalty=0.3),
+        replace(GREEDY, prompt_logprobs=-1, logprobs=0),
+        GREEDY,
+    ]
+    prompts = [*PROMPTS, PROMPTS[0]]
+    outputs = run(llm, prompts, params)
+    plain = [replace(each, logprobs=None, prompt_logprobs=None) for each in params]
+    assert tokens_of(outputs) == tokens_of(run(llm, prompts, plain))
+    for output, prompt, each in zip(outputs, prompts, params, strict=True):
+        answer = output.outputs[0]
+        logs = logits_after(model, prompt + answer.token_ids).log_softmax(1)
+        got = [
+            (each.logprobs, answer.logprobs, answer.token_ids, logs[len(prompt) - 1 : -1]),
+            (each.prompt_logprobs, (output.prompt_logprobs or [])[1:], prompt[1:], logs[: len(prompt) - 1]),
+        ]
+        for wanted, entries, tokens, rows in got:
+            if wanted != -1:
+                assert all(entry is not None and len(entry) <= 4 for entry in entries or [])
+                continue
+            for entry, token, row in zip(entries or [], tokens, rows, strict=True):
+                assert entry is not None
+                assert entry.keys() == set(range(199))
+                assert [each.rank for each in entry.values()] == list(range(1, 200))
+                found = torch.tensor([entry[other].logprob for other in range(199)], dtype=torch.float64)
+                torch.testing.assert_close(found, row, rtol=0, atol=1e-4)
+                assert entry[token].rank == int((row > row[token]).sum()) + 1
+        if each.logprobs == -1:
+            total = sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(answer.token_ids))
+            assert answer.cumulative_logprob == pytest.approx(total, abs=1e-3)
+
+
+def test_logprobs_of_all_tokens_are_a_mapping_in_order() -> None:
+    logits = np.array([1.0, -np.inf, np.nan, 1.0, 3.0], dtype=np.float32)
+    logprobs = VocabularyLogprobs(logits, str)
+    assert list(logprobs) == [4, 0, 3, 1, 2]  # among equals, lower ids come first
+    assert [each.rank for each in logprobs.values()] == [1, 2, 3, 4, 5]
+    assert sum(math.exp(each.logprob) for each in logprobs.values()) == pytest.approx(1)
+    assert logprobs[3].decoded_token == "3"
+    assert all(other not in logprobs for other in (-1, 5, "3", None))
+
+
+def test_logprobs_of_the_whole_vocabulary_take_memory_that_is_there(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(tiny, device="cpu", enforce_eager=True, max_num_seqs=4)
+    # 2 rows of 4 sequences for prompts and answers, 4 bytes a token; then 20 bytes a token of 16384 answers.
+    for module, free in (("sampler", 2 * 4 * 199 * 4 - 1), ("llm", 20 * 199 * 16384 * 5 - 1)):
+        monkeypatch.setattr(f"graphmode.engine.{module}.free_memory", lambda device, free=free: free)
+        with pytest.raises(
+            InputError, match=rf"of all (199 )?tokens .*need .*{in_words(free)} free. Ask for 20 at most"
+        ):
+            llm.generate([[1], [2]], [GREEDY, SamplingParams(logprobs=-1, max_tokens=5, n=16384)])
+        monkeypatch.undo()
+    assert llm.stats.steps == 0
 
 
 def test_logprobs_name_their_tokens_and_come_with_each_token_of_a_stream(bundled: Path) -> None:

@@ -45,8 +45,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("logit_bias", {-1: 1}, "a token of logit_bias is -1"),
     ("logit_bias", [3], r"logit_bias is \[3\]; it must be a mapping"),
     ("logit_bias", dict.fromkeys(range(301), 1.0), "logit_bias names 301 tokens; it may name 300"),
-    ("logprobs", 1.5, "logprobs is 1.5; it must be an integer from 0 to 20, or None"),
-    ("logprobs", 21, "logprobs is 21; it must be an integer from 0 to 20, or None"),
+    ("logprobs", 1.5, "logprobs is 1.5; it must be an integer from -1 to 20, -1 is the whole vocabulary, or None"),
+    ("logprobs", 21, "logprobs is 21; it must be an integer from -1 to 20"),
     ("prompt_logprobs", -2, "prompt_logprobs is -2; it must be an integer from"),
     ("seed", 1.9, "seed is 1.9; it must be an integer"),
     ("seed", 2**63, "seed is 9223372036854775808"),
@@ -68,6 +68,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("stop_token_ids", [1.0], "stop_token_ids holds 1.0"),
     ("stop_token_ids", [True], "stop_token_ids holds True"),
     ("stop_token_ids", [-1], "stop_token_ids holds -1; token ids are 0 or more"),
+    ("allowed_token_ids", [], "allowed_token_ids is empty, which allows nothing"),
+    ("allowed_token_ids", 7, "allowed_token_ids is 7; it must be a list of token ids, or None"),
+    ("allowed_token_ids", ["a"], "allowed_token_ids holds 'a'"),
+    ("bad_words", ["a", ""], "that are not empty"),
+    ("bad_words", [["a"]], r"bad_words is \[\['a'\]\]; it must be a list of texts"),
     ("n", 0, "n is 0; it must be an integer from 1 to 16384"),
     ("n", 10**9, "n is 1000000000; it must be an integer from 1 to 16384"),
     ("n", 1.0, "n is 1.0"),
@@ -146,6 +151,13 @@ def test_a_name_that_nobody_knows_is_refused_with_those_that_there_are() -> None
         SamplingParams(temprature=1.0)  # type: ignore[call-arg]
     with pytest.raises(InputError, match=r"given 0\.5 without a name"):
         SamplingParams(0.5)  # type: ignore[misc]
+
+
+def test_other_names_mean_the_same() -> None:
+    given_ = SamplingParams(max_new_tokens=3, num_return_sequences=2, num_beams=1)  # type: ignore[call-arg]
+    assert given_ == SamplingParams(max_tokens=3, n=2)
+    with pytest.raises(InputError, match="max_new_tokens=3 and max_tokens=4 contradict"):
+        SamplingParams(max_new_tokens=3, max_tokens=4)  # type: ignore[call-arg]
 
 
 def test_other_names_become_ours() -> None:

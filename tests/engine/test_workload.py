@@ -38,6 +38,7 @@ def make_requests(rng: random.Random) -> list[tuple[list[int], SamplingParams]]:
             min_tokens=rng.choice([0, 0, 0, max_tokens // 2]),
             logprobs=rng.choice([None, None, None, 0, 3]),
             prompt_logprobs=rng.choice([None, None, None, None, 2]),
+            allowed_token_ids=range(number % 3, 199, 3) if number % 11 == 0 else None,
             stop_token_ids=[rng.randrange(199) for _ in range(rng.choice([0, 0, 5]))],
         )
         requests.append((prompt, params))

@@ -1,13 +1,23 @@
 """A capture that fails says what and where, leaves the device usable, and that size runs eagerly."""
 
 import logging
+import weakref
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from graphmode.graph import CaptureError, CaptureFailure, GraphRunner, Input, InputError, Reason, UnsupportedOpError
+from graphmode.graph import (
+    CaptureError,
+    CaptureFailure,
+    CaptureMemoryError,
+    GraphRunner,
+    Input,
+    InputError,
+    Reason,
+    UnsupportedOpError,
+)
 
 INPUT = [Input("x", torch.float32, ("rows", 4), padding=1)]
 
@@ -164,3 +174,74 @@ def test_a_function_warms_up_as_often_as_asked_before_each_capture(device: str) 
     assert runs == [2] * 4 + [1] * 4
     with pytest.raises(InputError, match="warmup_iterations is 0"):
         GraphRunner(fn, INPUT, [1], backend=device, warmup_iterations=0)
+
+
+OUT_OF_MEMORY: dict[str, Callable[[torch.Tensor], object]] = {
+    "host": lambda x: torch.empty(1 << 45),
+    "python": lambda x: _raise(MemoryError("no room for a list")),
+    "device": lambda x: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")),
+    "driver": lambda x: _raise(RuntimeError("CUDA error: out of memory")),
+}
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("name", OUT_OF_MEMORY)
+def test_running_out_of_memory_says_so_and_the_other_sizes_go_on(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    failing = [8]
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        if len(x) in failing:
+            OUT_OF_MEMORY[name](x)
+        return x * 2
+
+    runner = GraphRunner(fn, INPUT, [2, 4, 8], backend="cpu")
+    runner.capture()
+    assert "out of memory" in caplog.text
+    assert "graph_sizes" in caplog.text
+    assert "free on cpu" in caplog.text
+    assert "outside_graph" not in caplog.text
+    assert list(runner.failed.values()) == [Reason.OUT_OF_MEMORY]
+    failing.clear()
+    for size in (1, 2, 3, 4, 8):
+        assert torch.equal(runner(x=torch.ones(size, 4)), torch.ones(size, 4) * 2)
+    assert runner.stats.misses == {Reason.OUT_OF_MEMORY: 1}
+    assert runner.stats.replays == 4
+
+
+def test_a_smaller_size_without_memory_takes_the_next_larger_graph() -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 4:
+            raise MemoryError
+        return x * 2
+
+    runner = GraphRunner(fn, INPUT, [2, 4, 8], backend="cpu")
+    runner.capture()
+    assert torch.equal(runner(x=torch.ones(3, 4)), torch.ones(3, 4) * 2)
+    assert (runner.stats.replays, runner.stats.hit_rate) == (1, 1.0)
+
+
+def test_running_out_of_memory_is_an_error_of_its_own_where_the_runner_is_strict() -> None:
+    runner = GraphRunner(lambda x: x + torch.empty(1 << 45), INPUT, [2], backend="cpu", strict=True)
+    with pytest.raises(CaptureMemoryError, match=r"140737488355328 bytes[^@]*test_failure.py[^@]*graph_sizes") as error:
+        runner.capture()
+    assert error.value.operator == "aten::empty.memory_format"
+
+
+def test_memory_of_a_capture_that_ran_out_is_free_for_the_next() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        if len(x) == 8:
+            made.append(weakref.ref(y))
+            raise MemoryError
+        assert all(ref() is None for ref in made)
+        return y
+
+    runner = GraphRunner(fn, INPUT, [2, 8], backend="cpu")
+    runner.capture()
+    assert made
+    assert runner.stats.captures == 1

@@ -27,19 +27,27 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def implementation_or_cpu(request: pytest.FixtureRequest, kernel_device: str) -> str:
+    """As ``implementation``, for functions that have a loop or an operator of their own for the CPU."""
+    if request.param == "cpu" and kernel_device != "cpu":
+        pytest.skip("tensors lie on the GPU")
+    return request.param
+
+
 @pytest.fixture
 def write_kv(implementation: str):
     return getattr(kv_cache, f"write_kv_{implementation}")
 
 
 @pytest.fixture
-def paged_attention(implementation: str):
-    return getattr(attention, f"paged_attention_{implementation}")
+def paged_attention(implementation_or_cpu: str):
+    return getattr(attention, f"paged_attention_{implementation_or_cpu}")
 
 
 @pytest.fixture
-def sample(implementation: str):
-    return getattr(sampling, f"sample_{implementation}")
+def sample(implementation_or_cpu: str):
+    return getattr(sampling, f"sample_{implementation_or_cpu}")
 
 
 @pytest.fixture

@@ -4,12 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from graphmode.kernels import paged_attention as public_paged_attention
 from graphmode.kernels.attention import (
     _choose_blocks,
     _find_blocks,
     _num_keys,
+    paged_attention_cpu,
     paged_attention_reference,
     paged_attention_triton,
 )
@@ -156,8 +159,10 @@ def test_block_sizes(paged_attention, kernel_device: str, block_size: int, lens)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lens", BATCHES.values(), ids=BATCHES)
 @pytest.mark.usefixtures("nan_memory")
-def test_half_precision(paged_attention, implementation: str, kernel_device: str, dtype: torch.dtype, lens) -> None:
-    if (implementation, kernel_device, dtype) == ("triton", "cpu", torch.bfloat16):
+def test_half_precision(
+    paged_attention, implementation_or_cpu: str, kernel_device: str, dtype: torch.dtype, lens
+) -> None:
+    if (implementation_or_cpu, kernel_device, dtype) == ("triton", "cpu", torch.bfloat16):
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices wrongly")
     query_lens, kv_lens, tokens, seqs = lens
     batch = make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, head_dim=64, dtype=dtype, device=kernel_device)
@@ -368,9 +373,48 @@ def test_reference_reads_nothing_on_the_host(max_query_len: int) -> None:
     assert output.shape == tensors[0].shape
 
 
-def test_public_function_takes_the_reference_on_cpu() -> None:
+def test_public_function_takes_the_operator_on_cpu() -> None:
     for batch in (make_batch([1, 1], [30, 5]), make_batch([4, 1], [30, 5], tokens=8, **EXTRAS["all"])):
-        assert torch.equal(run(public_paged_attention, batch), run(paged_attention_reference, batch))
+        assert torch.equal(run(public_paged_attention, batch), run(paged_attention_cpu, batch))
+
+
+@pytest.mark.parametrize("query_lens", [[1, 1, 1], [2, 1, 70]])
+def test_on_a_cpu_room_for_longer_sequences_costs_nothing(query_lens: list[int], monkeypatch) -> None:
+    """The operator's largest tensor follows the lengths that are there, and so does what it computes."""
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            largest[-1] = max([largest[-1], *(each.numel() for each in tree_leaves(result) if not is_view_of(each))])
+            return result
+
+    def is_view_of(tensor: torch.Tensor) -> bool:
+        return tensor._is_view()
+
+    for max_len in (128, 8192):
+        batch = make_batch(query_lens, [90, 33, 80], max_len=max_len)
+        out = torch.empty(*batch.q.shape)
+        arguments = (*batch.inputs(), batch.scale, max(query_lens), None, None, None, None, out)
+        call = torch.ops.graphmode.attend_on_cpu.default.bind(*arguments)
+        largest.append(0)
+        with Sizes():
+            call()
+    assert largest[0] == largest[1]
+
+
+@pytest.mark.parametrize("lens", [[3000, 5, 4000], [0, 9000]])
+def test_threads_change_nothing_on_a_cpu(lens: list[int]) -> None:
+    batch = make_batch([1] * len(lens), lens, max_len=9008)
+    threads = torch.get_num_threads()
+    try:
+        outputs = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outputs.append(run(paged_attention_cpu, batch))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 @pytest.mark.parametrize(

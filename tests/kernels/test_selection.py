@@ -21,8 +21,8 @@ BATCHES = {  # new tokens and lengths of real sequences, padded tokens, padded s
 
 
 @pytest.fixture
-def select(implementation: str):
-    return getattr(selection, f"select_keys_{implementation}")
+def select(implementation_or_cpu: str):
+    return getattr(selection, f"select_keys_{implementation_or_cpu}")
 
 
 def make(

@@ -144,8 +144,8 @@ def test_no_processor_makes_code_run(folder: Path, marker: Path, auto: Any, file
     auto_map = {auto.__name__: [reference, reference] if auto is AutoTokenizer else reference}
     change(folder / "config.json", model_type="own", auto_map={})
     change(folder / file, auto_map=auto_map)
-    with pytest.raises(ModelError, match=r"--trust-remote-code|a slow tokenizer"):
-        find_checkpoint(folder).read(auto.from_pretrained, "it")
+    with pytest.raises(ModelError, match=r"--trust-remote-code|a slow tokenizer|requires the Torchvision"):
+        find_checkpoint(folder).read(auto, "it")
     assert not marker.exists()
 
 
@@ -336,6 +336,8 @@ def test_shards_that_are_missing_are_named(folder: Path) -> None:
         ("7", "holds a int, not an object"),
         ("{}", "has no model_type"),
         ('{"model_type": 5}', "has no model_type"),
+        ('{"model_type": "llama", "architectures": 5}', "architectures is 5; it must be a list of names"),
+        ('{"model_type": "llama", "architectures": [7]}', r"architectures is \[7\]"),
         ('{"model_type": "nonesuch"}', "nonesuch"),
         ('{"model_type": "qwen3", "hidden_size": "large"}', r"config\.json cannot be loaded"),
     ],

@@ -22,7 +22,7 @@ from graphmode.models.errors import ModelError
 from graphmode.observe.bench.plot import step_plot
 from graphmode.observe.bench.results import Figure, Row, as_json, comparable, of_many, of_runs, read_rows, tables
 from graphmode.observe.bench.roofline import ModelCost, Roofline, Work, model_cost
-from graphmode.observe.bench.run import Plan, bench, decode_ms, latency_ms, parse_option, resolve
+from graphmode.observe.bench.run import Plan, bench, decode_ms, latency_ms, resolve
 from graphmode.observe.bench.workloads import (
     PROMPT_TOKENS,
     Request,
@@ -335,16 +335,6 @@ def test_a_model_that_is_not_there() -> None:
         bench(Plan(Workload.DECODE, "qwen3-7b"))
 
 
-def test_options_are_read_as_values() -> None:
-    assert parse_option("graph_sizes=[1,2]") == ("graph_sizes", [1, 2])
-    assert parse_option("strict=true") == ("strict", True)
-    assert parse_option("fuse=none") == ("fuse", "none")
-    assert parse_option("dtype=bfloat16") == ("dtype", "bfloat16")
-    for wrong in ("fuse", "max_num_seqs=many"):
-        with pytest.raises(InputError):
-            parse_option(wrong)
-
-
 # The command
 
 
@@ -408,6 +398,11 @@ def test_small_figures_keep_their_digits() -> None:
         (["decode", "--model", "./nowhere"], 1, "there is no model './nowhere'"),
         (["decode", "--device", "cpu", "--batch", "1,64"], 1, "batch 64 is more than max_num_seqs=32"),
         (["decode", "--option", "fuse"], 1, "has no value"),
+        (["decode", "--option", "max_num_seqs=many"], 1, "max_num_seqs is 'many'; it must be an integer"),
+        (["decode", "--max-num-seqs", "many"], 1, "max_num_seqs is 'many'; it must be an integer"),
+        (["decode", "--option", "quantization=awq"], 1, "quantization='awq' cannot be honoured"),
+        (["decode", "--option", "max-seqs=2"], 1, "did you mean max_num_seqs?"),
+        (["decode", "--enable_graph=false"], 1, "--compare eager"),
         (["encode"], 2, "encode"),
         (["decode", "--batch", "a"], 2, "--batch"),
         (["prefill", "--plot", "x.svg"], 2, "--plot"),

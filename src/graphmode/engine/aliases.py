@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from graphmode.engine.checks import flag, shown, unfit
@@ -48,11 +48,24 @@ class Refusal:
 Names = Mapping[str, Alias | Refusal]
 
 _GUIDED = Refusal("answers cannot be held to a grammar or schema; allowed_token_ids and bad_words choose tokens")
-_BEAMS = Refusal("there is no beam search; n gives several sampled answers", harmless=(None, False))
+_BEAMS = Refusal("there is no beam search; n gives several sampled answers", harmless=(None, False, 1))
 
 SAMPLING: Names = {
-    "structured_outputs": _GUIDED,
-    "guided_decoding": _GUIDED,
+    "max_new_tokens": Alias("max_tokens"),
+    "max_completion_tokens": Alias("max_tokens"),
+    "num_return_sequences": Alias("n"),
+    **dict.fromkeys(
+        (
+            "structured_outputs",
+            "guided_decoding",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "response_format",
+        ),
+        _GUIDED,
+    ),
     "logits_processors": Refusal(
         "a graph cannot run Python code at each token; logit_bias, allowed_token_ids, bad_words and the penalties are "
         "computed inside the graph",
@@ -63,6 +76,7 @@ SAMPLING: Names = {
         "answers are not ranked; ask for n with logprobs and choose by cumulative_logprob", harmless=(None, 1)
     ),
     "use_beam_search": _BEAMS,
+    "num_beams": _BEAMS,
     "length_penalty": Refusal("there is no beam search, whose scores it would change", harmless=(None, 1.0)),
     "early_stopping": Refusal("there is no beam search, which it would end", harmless=(None, False)),
     "flat_logprobs": Refusal(
@@ -138,16 +152,37 @@ def _compilation_config(value: Any) -> Mapping[str, Any]:
     return named("compilation_config", value, [], COMPILATION)
 
 
-_ONE_DEVICE = Refusal("an engine runs on one device, and several are to come; leave it out", harmless=(None, 1, False))
+def _limit_mm_per_prompt(value: Any) -> Mapping[str, Any]:
+    allowed = "a dict such as {'image': 4, 'video': 1}"
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise unfit("limit_mm_per_prompt", value, allowed)
+    limits = {}
+    for kind, limit in value.items():
+        count = limit.get("count") if isinstance(limit, Mapping) else limit
+        if kind in ("image", "video"):
+            limits[f"max_{kind}s_per_prompt"] = count
+        elif count != 0:
+            raise unfit("limit_mm_per_prompt", value, f"{allowed}; prompts hold nothing else")
+    return limits
+
+
+_ONE_DEVICE = Refusal("an engine runs on one device, and several are to come; leave it out", harmless=(None, 1))
 _SPECULATION = Refusal("there is no speculative decoding yet; leave it out", harmless=(None, 0))
 _LORA = Refusal(
     "LoRA adapters are not applied yet; merge the adapter into the model's weights and load those",
-    harmless=(None, False),
 )
 _OFFLOAD = Refusal(
     "weights and KV blocks stay on the device, and a sequence that gives up its blocks is computed again; leave it out",
     harmless=(None, 0, 0.0),
 )
+_TEXT_ALONE = Refusal(
+    "an engine generates text; there are no embeddings or scores", harmless=(None, "auto", "generate", "none")
+)
+_TOKENIZER = Refusal("the tokenizer is the one in the model's folder; put another one there")
+_REVISION = Refusal("the newest revision is taken; download another one, and give its folder as the model")
+_CONFIG_FILE = Refusal("a model's configuration is its config.json; change it there", harmless=(None, {}))
 _NOTHING_TO_SET = Refusal("it changes nothing here; leave it out", harmless=(None, True, False))
 
 ENGINE: Names = {
@@ -157,6 +192,7 @@ ENGINE: Names = {
     "max_seqs_per_batch": Alias("max_num_seqs"),
     "max_tokens_per_batch": Alias("max_num_batched_tokens"),
     "enable_prefix_cache": Alias("enable_prefix_caching"),
+    "devices": Alias("device"),
     "num_scheduler_steps": Alias("decode_steps"),
     "enable_aclgraph": Alias("enable_graph"),
     "cudagraph_capture_sizes": Alias("graph_sizes"),
@@ -165,6 +201,7 @@ ENGINE: Names = {
     "max_tokens_for_graph_mode": Alias("max_graph_tokens"),
     "cudagraph_mode": Alias(options=_cuda_graph_mode),
     "compilation_config": Alias(options=_compilation_config),
+    "limit_mm_per_prompt": Alias(options=_limit_mm_per_prompt),
     # What is always so, or has nothing to act on.
     "enable_chunked_prefill": Refusal(
         "prompts longer than a step are always computed in chunks; raise max_num_batched_tokens to max_model_len, and "
@@ -173,6 +210,10 @@ ENGINE: Names = {
     ),
     "async_scheduling": Refusal("steps are always scheduled one ahead of the device", harmless=(None, True)),
     "enable_schedule_overlap": Refusal("steps are always scheduled one ahead of the device", harmless=(None, True)),
+    "max_logprobs": Refusal(
+        "20 most likely tokens, or the whole vocabulary, may be asked for by any request; leave it out",
+        harmless=(None, -1, 20),
+    ),
     "max_seq_len_to_capture": Refusal(
         "graphs serve sequences of every length; leave it out. max_graph_tokens bounds a step that has one"
     ),
@@ -193,7 +234,7 @@ ENGINE: Names = {
     "pipeline_parallel_size": _ONE_DEVICE,
     "data_parallel_size": _ONE_DEVICE,
     "decode_context_parallel_size": _ONE_DEVICE,
-    "enable_expert_parallel": _ONE_DEVICE,
+    "enable_expert_parallel": replace(_ONE_DEVICE, harmless=(None, False)),
     "distributed_executor_backend": Refusal(
         "the engine runs in the process that makes it; leave it out", harmless=(None, "uni")
     ),
@@ -201,7 +242,7 @@ ENGINE: Names = {
     "speculative_model": _SPECULATION,
     "num_speculative_tokens": _SPECULATION,
     "draft_model": _SPECULATION,
-    "enable_lora": _LORA,
+    "enable_lora": replace(_LORA, harmless=(None, False)),
     "lora_modules": _LORA,
     "max_loras": _LORA,
     "max_lora_rank": _LORA,
@@ -215,16 +256,34 @@ ENGINE: Names = {
         "levels of vLLM's compiler have no counterpart; graph_mode chooses the graphs, and fuse='compile' has layers "
         "compiled by Inductor",
     ),
-    "task": Refusal("an engine generates text; there are no embeddings or scores", harmless=(None, "auto", "generate")),
-    "runner": Refusal(
-        "an engine generates text; there are no embeddings or scores", harmless=(None, "auto", "generate")
+    "task": _TEXT_ALONE,
+    "runner": _TEXT_ALONE,
+    "convert": _TEXT_ALONE,
+    "pooler_config": _TEXT_ALONE,
+    "guided_decoding_backend": replace(_GUIDED, harmless=(None, "auto")),
+    "structured_outputs_config": _GUIDED,
+    "logits_processors": SAMPLING["logits_processors"],
+    "model_impl": Refusal("models are always transformers' own", harmless=(None, "auto", "transformers")),
+    "tokenizer": _TOKENIZER,
+    "tokenizer_mode": replace(_TOKENIZER, harmless=(None, "auto")),
+    "skip_tokenizer_init": Refusal(
+        "a tokenizer that is there is loaded; prompts may be tokens all the same", harmless=(None, False)
     ),
-    "tokenizer": Refusal("the tokenizer is the one in the model's folder; put another one there"),
-    "hf_overrides": Refusal("a model's configuration is its config.json; change it there", harmless=(None, {})),
-    "rope_scaling": Refusal(
-        "rotary embeddings are those of the model's config.json; change it there", harmless=(None, {})
-    ),
-    "rope_theta": Refusal("rotary embeddings are those of the model's config.json; change it there"),
+    "revision": _REVISION,
+    "code_revision": _REVISION,
+    "tokenizer_revision": _REVISION,
+    "hf_token": Refusal("transformers takes the token that huggingface_hub keeps: log in with it, or set HF_TOKEN"),
+    "download_dir": Refusal("models come to the cache of huggingface_hub; set HF_HOME to move it"),
+    "hf_overrides": _CONFIG_FILE,
+    "rope_scaling": _CONFIG_FILE,
+    "rope_theta": _CONFIG_FILE,
+    "override_generation_config": Refusal("give SamplingParams, or a folder as generation_config", harmless=(None, {})),
+    "chat_template": Refusal("give it to LLM.chat"),
+    "mm_processor_kwargs": Refusal("give them with the prompt that they are for", harmless=(None, {})),
+    "attention_backend": Refusal("attention is graphmode's own, chosen by the device", harmless=(None, "auto")),
+    "attention_config": Refusal("attention is graphmode's own, chosen by the device", harmless=(None, {})),
+    "kv_transfer_config": Refusal("the KV cache stays in this engine", harmless=(None, {})),
+    "additional_config": Refusal("nothing here would read it", harmless=(None, {})),
 }
 """Of vLLM's ``LLM`` and its command line, and of xLLM's flags."""
 

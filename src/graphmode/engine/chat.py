@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from graphmode.engine import checks
@@ -17,7 +16,7 @@ Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 # What a part of a message may be, and the kind of medium that it holds.
-_MEDIA = {"image": "image", "image_pil": "image", "video": "video"}
+_MEDIA = {"image": "image", "image_pil": "image", "image_url": "image", "video": "video"}
 _PARTS = ("text", *_MEDIA)
 
 
@@ -89,7 +88,7 @@ class ChatTemplate:
                 **self.options,
             )
         # A template is a program of the model's: what it raises on messages that it does not expect can be anything.
-        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        except Exception as error:
             raise InputError(
                 f"the chat template cannot render the conversation: {type(error).__name__}: {error}; give "
                 "messages such as it expects, or another chat_template"
@@ -129,14 +128,15 @@ class ChatTemplate:
             part = {"type": "text", "text": part}
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in _PARTS or kind not in part:
-            raise checks.unfit(
-                where, part, f"a text or a dict with a 'type' and what it names: {', '.join(_PARTS)}; images are PIL's"
-            )
+            raise checks.unfit(where, part, f"a text or a dict with a 'type' and what it names: {', '.join(_PARTS)}")
         if kind == "text":
             return {**part, "text": checks.text(f"{where}['text']", part["text"])}
         if not self.takes_images:
             raise InputError(f"{where} is {_MEDIA[kind]}, but the model takes text alone")
-        media.setdefault(_MEDIA[kind], []).append(part[kind])
+        medium = part[kind]
+        if kind == "image_url" and isinstance(medium, Mapping):
+            medium = medium.get("url")
+        media.setdefault(_MEDIA[kind], []).append(medium)
         return {"type": _MEDIA[kind]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,6 +37,8 @@ class EngineOptions:
             Python a ``torch.dtype``; ``auto`` takes the checkpoint's, on a CPU float32.
         load_format: ``auto`` reads the weights, ``dummy`` makes random ones.
         trust_remote_code: run Python code that comes with the model (``auto_map``). Without it none runs.
+        generation_config: where the sampling parameters of requests without any come from: ``auto`` is the model's
+            generation_config.json, ``vllm`` takes our own defaults; else a folder with such a file.
         enable_graph: whether steps replay graphs. Default: yes.
         enforce_eager: the opposite of ``enable_graph``: run every step eagerly.
         graph_mode: ``full`` (one graph a step, the default), ``piecewise`` (attention outside the graphs),
@@ -57,6 +60,9 @@ class EngineOptions:
         on_capture_failure: called with each graph that cannot be captured, a
             :class:`~graphmode.graph.CaptureFailure`; ``stats.capture_failures`` keeps them.
         warmup_iterations: how often a step runs before each capture of it.
+        max_images_per_prompt: images in a prompt.
+        max_videos_per_prompt: videos in a prompt.
+        max_image_pixels: pixels of an image, or of a frame of a video. A larger one is refused before it is decoded.
 
     Raises:
         InputError: a value of another type or out of range, a contradiction, or a name that is not known or cannot be
@@ -67,6 +73,7 @@ class EngineOptions:
     dtype: Dtype = "auto"
     load_format: LoadFormat = "auto"
     trust_remote_code: bool = False
+    generation_config: str | Path = "auto"
     enable_graph: bool | None = None
     enforce_eager: bool | None = None
     graph_mode: GraphMode | None = None
@@ -84,6 +91,9 @@ class EngineOptions:
     strict: bool = False
     on_capture_failure: Callable[[CaptureFailure], object] | None = None
     warmup_iterations: int = 1
+    max_images_per_prompt: int = 64
+    max_videos_per_prompt: int = 8
+    max_image_pixels: int = 64 << 20
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, (str, torch.device, Backend)) or self.device == "":
@@ -91,6 +101,12 @@ class EngineOptions:
         self._set("dtype", checks.choice("dtype", _dtype_name(self.dtype), get_args(Dtype)))
         checks.choice("load_format", self.load_format, get_args(LoadFormat))
         checks.choice("fuse", self.fuse, get_args(Fuse))
+        if not isinstance(self.generation_config, (str, Path)) or (
+            self.generation_folder is not None and not (self.generation_folder / "generation_config.json").is_file()
+        ):
+            raise unfit(
+                "generation_config", self.generation_config, "auto, vllm or a folder with a generation_config.json"
+            )
         if self.graph_mode is not None:
             checks.choice("graph_mode", self.graph_mode, get_args(GraphMode), also=", or None")
         for name in ("enable_graph", "enforce_eager"):
@@ -117,7 +133,13 @@ class EngineOptions:
         ):
             if getattr(self, name) is not None:
                 self._set(name, checks.integer(name, getattr(self, name), least=1, also=", or None"))
-        self._set("warmup_iterations", checks.integer("warmup_iterations", self.warmup_iterations, least=1))
+        for name, least in (
+            ("warmup_iterations", 1),
+            ("max_images_per_prompt", 0),
+            ("max_videos_per_prompt", 0),
+            ("max_image_pixels", 1),
+        ):
+            self._set(name, checks.integer(name, getattr(self, name), least=least))
         if self.on_capture_failure is not None and not callable(self.on_capture_failure):
             raise unfit("on_capture_failure", self.on_capture_failure, "a function of a CaptureFailure, or None")
         self._check_graphs()
@@ -142,6 +164,12 @@ class EngineOptions:
                     raise InputError(f"{name} is {getattr(self, name)}, but graphs are off; leave one of the two out")
         if self.graph_sizes is not None and self.max_graph_tokens is not None:
             raise InputError("graph_sizes and max_graph_tokens both set the largest graph; give one of them")
+
+    @property
+    def generation_folder(self) -> Path | None:
+        """The folder whose generation_config.json stands in for the model's."""
+        named = self.generation_config
+        return None if named in ("auto", "vllm") else Path(named).expanduser()
 
     @property
     def resolved_graph_mode(self) -> GraphMode:

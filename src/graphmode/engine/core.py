@@ -52,7 +52,8 @@ class EngineStats:
         padding_ratio: share of the replayed rows that were padding.
         graphs: graphs held.
         capture_seconds: time spent in capture.
-        graph_bytes: memory that capture took.
+        graph_bytes: device memory that the graphs keep.
+        capture_peak_bytes: the most device memory that one capture took at a time.
         capture_failures: the graphs that could not be captured, each with the reason; their steps run eagerly.
         decode_ms_per_step: mean wall time of a decode step, scheduling and sampling included; None before the first.
         generated_tokens: tokens generated.
@@ -70,6 +71,7 @@ class EngineStats:
     graphs: int
     capture_seconds: float
     graph_bytes: int
+    capture_peak_bytes: int
     capture_failures: list[CaptureFailure]
     decode_ms_per_step: float | None
     generated_tokens: int
@@ -129,6 +131,7 @@ class Engine:
             dtype=resolve_dtype(options.dtype),
             load_format=options.load_format,
             trust_remote_code=options.trust_remote_code,
+            generation_config=options.generation_folder,
         )
         shape, dtype = self.loaded.shape, self.loaded.model.dtype
         bursts = attention.host_lengths is None  # lengths on the host are those of one step
@@ -245,6 +248,7 @@ class Engine:
             graphs=graphs.graphs + vision.graphs,
             capture_seconds=graphs.capture_seconds + vision.capture_seconds,
             graph_bytes=graphs.graph_bytes + vision.graph_bytes,
+            capture_peak_bytes=max(graphs.capture_peak_bytes, vision.capture_peak_bytes),
             capture_failures=graphs.capture_failures + vision.capture_failures,
             decode_ms_per_step=1e3 * clock.seconds / clock.steps if clock.steps else None,
             generated_tokens=clock.tokens,

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +19,21 @@ from graphmode.engine import aliases, checks
 from graphmode.engine.chat import ChatTemplate, Conversation, conversations
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine, EngineStats
+from graphmode.engine.media import MediaLimits
 from graphmode.engine.multimodal import VisionPrompt
-from graphmode.engine.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, TokenLogprobs
+from graphmode.engine.outputs import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    RequestOutput,
+    TokenLogprobs,
+    VocabularyLogprobs,
+)
 from graphmode.engine.prompts import Prompt, PromptParts, PromptReader, as_prompts
-from graphmode.engine.sampling_params import SamplingParams
+from graphmode.engine.sampling_params import MAX_LOGPROBS, SamplingParams, checkpoint_defaults
 from graphmode.engine.sequence import Sequence as TokenSequence
 from graphmode.graph.errors import InputError
+from graphmode.graph.memory import free_memory, in_words
 from graphmode.models.bundled_model import bundled_model
 
 
@@ -52,13 +63,25 @@ class LLM:
             raise checks.unfit("model", model, "a folder, a file or a hub name, or None for the bundled model")
         checks.flag("progress", progress)
         self.engine = Engine(bundled_model() if model is None else model, EngineOptions(**options), progress)
-        self._tokenizer = self.engine.loaded.tokenizer
-        self._reader = PromptReader(self.engine.loaded)
+        loaded, own = self.engine.loaded, self.engine.options
+        self._default_params = checkpoint_defaults(loaded.generation if own.generation_config != "vllm" else {})
+        self._tokenizer = loaded.tokenizer
+        limits = MediaLimits(
+            images=own.max_images_per_prompt,
+            videos=own.max_videos_per_prompt,
+            pixels=own.max_image_pixels,
+            tokens=self.engine.limits.max_model_len - 1,
+        )
+        self._reader = PromptReader(loaded, limits)
 
     @property
     def stats(self) -> EngineStats:
         """What the steps did and cost."""
         return self.engine.stats
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters of requests that bring none: what the model's generation_config.json asks for."""
+        return self._default_params
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer.
@@ -83,7 +106,7 @@ class LLM:
         Args:
             prompts: texts, lists of token ids, ``{"prompt_token_ids": [...]}``, or with images or videos
                 :class:`~graphmode.engine.prompts.PromptParts`; one or a list.
-            sampling_params: for all prompts, or one for each.
+            sampling_params: for all prompts, or one for each. None: :meth:`get_default_sampling_params`.
             progress: whether to show a progress bar; None: as the engine was made.
             **others: other names, as :mod:`graphmode.engine.aliases` has them.
 
@@ -193,7 +216,7 @@ class LLM:
             InputError: one cannot, or parameters are none.
         """
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
+            params = [sampling_params or self._default_params] * len(prompts)
         elif isinstance(sampling_params, (list, tuple)):
             params = list(sampling_params)
             for each in params:
@@ -211,7 +234,26 @@ class LLM:
                 requests.append(_Request(prompt, each, *self._checked(prompt, each)))
             except InputError as error:
                 raise error if len(prompts) == 1 else InputError(f"prompts[{index}]: {error}") from error
+        self._check_room_for_logprobs(requests)
         return requests
+
+    def _check_room_for_logprobs(self, requests: Sequence[_Request]) -> None:
+        """Refuse log-probabilities of all tokens that would fill the host's memory."""
+        wanted = 0
+        for request in requests:
+            prompt, params = len(request.token_ids), request.params
+            if params.logprobs == -1:
+                longest = self.engine.limits.max_model_len - prompt
+                wanted += params.n * (longest if params.max_tokens is None else min(params.max_tokens, longest))
+            if params.prompt_logprobs == -1:
+                wanted += prompt - 1
+        vocab = self.engine.loaded.shape.vocab_size
+        needed = wanted * vocab * VocabularyLogprobs.bytes_per_token
+        if wanted and needed > (free := free_memory(torch.device("cpu"))):
+            raise InputError(
+                f"log-probabilities of all {vocab} tokens at up to {wanted} places need {in_words(needed)}; there are "
+                f"{in_words(free)} free. Ask for {MAX_LOGPROBS} at most, for fewer tokens, or in several calls"
+            )
 
     def _generate(
         self,
@@ -348,8 +390,8 @@ class _Answer:
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._searched = 0  # a stop text may begin here: what the minimum of tokens made is not searched
-        self._logprobs: list[dict[int, Logprob]] = []
-        self._prompt_logprobs: list[dict[int, Logprob] | None] = [None]
+        self._logprobs: list[Mapping[int, Logprob]] = []
+        self._prompt_logprobs: list[Mapping[int, Logprob] | None] = [None]
 
     @property
     def num_read(self) -> int:
@@ -417,12 +459,12 @@ class _Answer:
             known = sequence.logprobs[: len(token_ids)]
             self._logprobs += [self._named(each) for each in known[len(self._logprobs) :]]
             output.logprobs = list(self._logprobs)
-            chosen = zip(token_ids, known, strict=True)
-            output.cumulative_logprob = sum(each[token][0] for token, each in chosen)
+            chosen = zip(token_ids, self._logprobs, strict=True)
+            output.cumulative_logprob = sum(each[token].logprob for token, each in chosen)
         return output
 
     @property
-    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+    def prompt_logprobs(self) -> list[Mapping[int, Logprob] | None] | None:
         """Those of the prompt, as far as they are computed; None where they were not asked for."""
         if self.sequence.params.prompt_logprobs is None:
             return None
@@ -430,11 +472,13 @@ class _Answer:
         self._prompt_logprobs += [self._named(each) for each in known[len(self._prompt_logprobs) - 1 :]]
         return list(self._prompt_logprobs)
 
-    def _named(self, logprobs: TokenLogprobs) -> dict[int, Logprob]:
-        return {
-            token: Logprob(log, rank, None if self._tokenizer is None else str(self._tokenizer.decode([token])))
-            for token, (log, rank) in logprobs.items()
-        }
+    def _named(self, logprobs: TokenLogprobs) -> Mapping[int, Logprob]:
+        def decode(token: int) -> str | None:
+            return None if self._tokenizer is None else str(self._tokenizer.decode([token]))
+
+        if isinstance(logprobs, np.ndarray):
+            return VocabularyLogprobs(logprobs, decode)
+        return {token: Logprob(log, rank, decode(token)) for token, (log, rank) in logprobs.items()}
 
     def _shown(self) -> str:
         """Return the text, without an end that may become a stop text."""

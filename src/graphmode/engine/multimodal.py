@@ -90,32 +90,41 @@ class VisionPrompt:
 
 
 def make_item(
-    tower: VisionTower, kind: Kind, pixels: torch.Tensor, grid: Sequence[int], seconds_per_grid: float | None = None
+    tower: VisionTower,
+    name: str,
+    kind: Kind,
+    pixels: torch.Tensor,
+    grid: Sequence[int],
+    seconds_per_grid: float | None = None,
 ) -> VisionItem:
     """Return an item.
 
     Args:
         tower: the model's.
+        name: of the item, for errors: ``"image 2"``.
         kind: image or video.
-        pixels: ``[patches, patch_size]``, any dtype.
+        pixels: ``[patches, patch_size]``, floats.
         grid: patches in time, height and width, positive.
         seconds_per_grid: as of :class:`VisionItem`.
 
     Raises:
-        InputError: pixels and grid do not fit each other or the tower.
+        InputError: pixels and grid do not fit each other or the tower, or a pixel is no number.
     """
     frames, height, width = (int(size) for size in grid)
     if height % tower.merge_size or width % tower.merge_size:
         raise InputError(
-            f"the grid of a {kind} is {[frames, height, width]}; its height and width must be multiples of "
+            f"the grid of {name} is {[frames, height, width]}; its height and width must be multiples of "
             f"{tower.merge_size}, the side of the patches that are merged"
         )
     if tuple(pixels.shape) != (frames * height * width, tower.patch_size):
         raise InputError(
-            f"the pixels of a {kind} have shape {tuple(pixels.shape)}; its grid {[frames, height, width]} asks for "
+            f"the pixels of {name} have shape {tuple(pixels.shape)}; its grid {[frames, height, width]} asks for "
             f"{(frames * height * width, tower.patch_size)}"
         )
-    return VisionItem(kind, pixels.to("cpu", tower.dtype), (frames, height, width), seconds_per_grid)
+    pixels = pixels.detach().to("cpu", tower.dtype)
+    if not pixels.isfinite().all():
+        raise InputError(f"the pixels of {name} hold NaN or infinity in {tower.dtype}; give finite numbers")
+    return VisionItem(kind, pixels, (frames, height, width), seconds_per_grid)
 
 
 def make_vision_prompt(
@@ -142,7 +151,7 @@ def make_vision_prompt(
     }
     spans: list[Span] = []
     for kind, token_type in TOKEN_TYPES.items():
-        units = [len(item.pixels) // tower.patches_per_unit for item in of_kind[kind]]
+        units = [tower.units(item.pixels) for item in of_kind[kind]]
         found = types.count(token_type)
         if found != sum(units):
             token = tower.image_token_id if kind == "image" else tower.video_token_id

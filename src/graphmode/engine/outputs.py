@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from graphmode.engine.checks import is_integer
+
 FinishReason = Literal["stop", "length"]
-TokenLogprobs = dict[int, tuple[float, int]]
-"""Log-probability and rank of a token and of the most likely ones in its place, by token id."""
+TokenLogprobs = dict[int, tuple[float, int]] | npt.NDArray[np.float32]
+"""Log-probability and rank of a token and of the most likely ones in its place, by token id; or the logits of all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Logprob:
     """How likely a token was.
 
@@ -23,6 +30,50 @@ class Logprob:
     logprob: float
     rank: int
     decoded_token: str | None
+
+
+class VocabularyLogprobs(Mapping[int, Logprob]):
+    """How likely each token of the vocabulary was, from the most likely on. It is computed when it is first looked at.
+
+    Args:
+        logits: float32 ``[vocab]``. NaN counts as -inf; among equals, lower ids come first.
+        decode: gives the text of a token.
+    """
+
+    bytes_per_token = 4 + 8 + 4 + 4  # logits, log-probabilities, order and ranks
+
+    def __init__(self, logits: npt.NDArray[np.float32], decode: Callable[[int], str | None]) -> None:
+        self._logits = logits
+        self._decode = decode
+
+    def __getitem__(self, token: int) -> Logprob:
+        if not (is_integer(token) and 0 <= token < len(self._logits)):
+            raise KeyError(token)
+        return Logprob(float(self._logs[token]), int(self._ranks[token]), self._decode(token))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order.tolist())
+
+    def __len__(self) -> int:
+        return len(self._logits)
+
+    @cached_property
+    def _logs(self) -> npt.NDArray[np.float64]:
+        bound = float(np.finfo(np.float32).max)
+        values = np.minimum(self._logits.astype(np.float64), bound)
+        values[np.isnan(values)] = -np.inf
+        peak = values.max(initial=-bound)
+        return np.asarray(values - (np.log(np.exp(values - peak).sum()) + peak), dtype=np.float64)
+
+    @cached_property
+    def _order(self) -> npt.NDArray[np.int32]:
+        return np.argsort(-self._logs, kind="stable").astype(np.int32)
+
+    @cached_property
+    def _ranks(self) -> npt.NDArray[np.int32]:
+        ranks = np.empty(len(self._order), dtype=np.int32)
+        ranks[self._order] = np.arange(1, len(ranks) + 1, dtype=np.int32)
+        return ranks
 
 
 @dataclass
@@ -42,7 +93,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[Mapping[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
 
 
@@ -66,5 +117,5 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0

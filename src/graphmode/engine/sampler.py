@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import lru_cache, partial
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from graphmode.engine.outputs import TokenLogprobs
+from graphmode.engine.restrictions import MAX_WORDS, WINDOW, Restrictions, restrictions
 from graphmode.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from graphmode.engine.scheduler import Batch, Limits, Row
 from graphmode.engine.sequence import Sequence as TokenSequence
@@ -21,14 +23,19 @@ from graphmode.graph import Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.errors import InputError
 from graphmode.graph.inputs import STAGING_SLOTS, InputBuffers
+from graphmode.graph.memory import free_memory, in_words
 from graphmode.graph.staging import StagingRing
 from graphmode.kernels import (
     Adjustments,
+    Bans,
     Filters,
     LogProbabilities,
     adjust_logits,
+    ban_tokens,
     count_tokens,
     log_probabilities,
+    no_bans,
+    note_recent,
     sample,
     start_history,
 )
@@ -48,8 +55,12 @@ class SamplingLevel(IntEnum):
     """Top-k, top-p and min-p."""
     FULL = 2
     """Penalties, bias, minimum of tokens, log-probabilities."""
-    SCORED = 3
+    RESTRICTED = 3
+    """Allowed tokens and bad words."""
+    SCORED = 4
     """Log-probabilities of the prompt."""
+    VOCABULARY = 5
+    """Log-probabilities of all tokens."""
 
 
 class _Floats(NamedTuple, Generic[Column]):
@@ -71,6 +82,7 @@ class _Integers(NamedTuple, Generic[Column]):
         top_k: its parameter.
         history_slot: the slot where penalties are on; else -1.
         list_slot: the slot where there is a bias or a minimum of tokens; else 0, whose lists are empty.
+        ban_slot: the slot where tokens are restricted; else 0, which bans nothing.
         stop_from: the first position at which it may draw its stop tokens.
         logprobs: how many of the most likely tokens it wants beside the drawn one; -1 for none at all.
         prompt_logprobs: the same for the tokens of its prompt.
@@ -80,13 +92,14 @@ class _Integers(NamedTuple, Generic[Column]):
     top_k: Column
     history_slot: Column
     list_slot: Column
+    ban_slot: Column
     stop_from: Column
     logprobs: Column
     prompt_logprobs: Column
 
 
 _NOBODY_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
-_NOBODY_INTEGERS = (0, 0, -1, 0, 0, -1, -1)
+_NOBODY_INTEGERS = (0, 0, -1, 0, 0, 0, -1, -1)
 
 
 class _Lists(NamedTuple):
@@ -98,11 +111,22 @@ class _Lists(NamedTuple):
     buffers: InputBuffers
 
 
+class _Bans(NamedTuple):
+    """The same for restrictions."""
+
+    tensors: Bans
+    buffers: InputBuffers
+
+
 def level_of(row: Row) -> SamplingLevel:
     """Return the least level that serves a row."""
     params = row.sequence.params
+    if params.logprobs == -1 or (row.scored and params.prompt_logprobs == -1):
+        return SamplingLevel.VOCABULARY
     if row.scored:
         return SamplingLevel.SCORED
+    if params.restricts:
+        return SamplingLevel.RESTRICTED
     if params.penalises or params.logit_bias or params.min_tokens or params.logprobs is not None:
         return SamplingLevel.FULL
     return SamplingLevel.FILTERED if params.filters else SamplingLevel.PLAIN
@@ -116,13 +140,23 @@ class Sampler:
         limits: ``max_num_seqs`` slots, numbered from 1; ``max_model_len``.
         vocab_size: tokens that the model has.
         eos_token_ids: tokens that end a text.
+        tokenizer: makes tokens of bad words; None where the model comes without one.
     """
 
-    def __init__(self, backend: Backend, limits: Limits, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        limits: Limits,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         self._backend = backend
         self._limits = limits
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
+        # Requests often share them.
+        self._restrictions = lru_cache(8)(partial(restrictions, vocab_size=vocab_size, tokenizer=tokenizer))
         slots, device = limits.max_num_seqs + 1, backend.device
         # The host keeps all slots too: where a step admits sequences, they go to the device as they are, in one copy.
         nbytes = slots * (8 * len(_NOBODY_INTEGERS) + 4 * len(_NOBODY_FLOATS))
@@ -136,17 +170,21 @@ class Sampler:
         self._host_floats, self._host_integers = floats.numpy(), integers.numpy()
         self._floats, self._integers = _columns_in(self._on_device, slots)
         self._lists: _Lists | None = None
+        self._bans: _Bans | None = None
         self._top_n = min(MAX_LOGPROBS, vocab_size)
         # The tokens of the sequences with penalties, as graphmode.kernels.history has them.
         self.history = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         # Log-probabilities of a step: those of its rows, then those of the prompt tokens that it scores.
         self.reports = torch.zeros(0, 2 + 2 * self._top_n, dtype=torch.int32, device=device)
+        # The logits of the same, where any row wants the log-probabilities of all tokens.
+        self.logits = torch.zeros(0, vocab_size, device=device)
 
     def check(self, params: SamplingParams) -> None:
         """Check that the model can sample so.
 
         Raises:
-            InputError: a token that the model does not have, or more stop tokens than ``min_tokens`` can bar.
+            InputError: a token that the model does not have, more stop tokens than ``min_tokens`` can bar, bad words
+                that are too many or too long, or nothing is left to draw.
         """
         for name in ("logit_bias", "stop_token_ids"):
             for token in getattr(params, name):
@@ -157,6 +195,17 @@ class Sampler:
                 f"min_tokens={params.min_tokens} bars {len(barred)} tokens, the stop tokens and the end of text; it "
                 f"can bar {MAX_BARRED}. Give fewer stop_token_ids"
             )
+        if params.restricts:
+            self._restrictions_of(params)
+        if -1 in (params.logprobs, params.prompt_logprobs) and not len(self.logits):
+            rows = 2 * self._limits.max_num_seqs
+            needed, free = 4 * rows * self._vocab_size, free_memory(self._backend.device)
+            if needed > free:
+                raise InputError(
+                    f"log-probabilities of all tokens need {in_words(needed)}, the logits of {rows} rows of "
+                    f"{self._vocab_size} tokens; {self._backend.device} has {in_words(free)} free. Ask for "
+                    f"{MAX_LOGPROBS} at most, or lower max_num_seqs or kv_cache_memory"
+                )
 
     def _barred(self, params: SamplingParams) -> list[int]:
         """Return the tokens that may not be drawn before there is the minimum of tokens."""
@@ -165,10 +214,18 @@ class Sampler:
         stops = set(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         return sorted(token for token in stops if 0 <= token < self._vocab_size)
 
+    def _restrictions_of(self, params: SamplingParams) -> Restrictions:
+        allowed = None if params.allowed_token_ids is None else tuple(params.allowed_token_ids)
+        return self._restrictions(allowed, tuple(params.bad_words), tuple(self._barred(params)))
+
     def admit(self, batch: Batch, level: SamplingLevel) -> None:
         """Write the parameters of a batch's new sequences, before the step on the same stream."""
         if level >= SamplingLevel.FULL:
             self._allocate()
+        if level >= SamplingLevel.RESTRICTED and self._bans is None:
+            self._bans = self._without_bans()
+        if level is SamplingLevel.VOCABULARY and not len(self.logits):
+            self.logits = torch.zeros(2 * self._limits.max_num_seqs, self._vocab_size, device=self._backend.device)
         sequences = batch.admitted
         if not sequences:
             return
@@ -184,6 +241,9 @@ class Sampler:
             if self._lists is not None and (params.penalises or params.logit_bias or params.min_tokens):
                 with torch.inference_mode():
                     self._admit_lists(self._lists, sequence)
+            if self._bans is not None and params.restricts:
+                with torch.inference_mode():
+                    self._admit_bans(self._bans, sequence)
 
     def _allocate(self) -> None:
         """Make room for histories and lists, once."""
@@ -235,6 +295,37 @@ class Sampler:
         start_history(self.history, on_device["slot"], on_device["tokens"], on_device["prompt_slots"])
         count_tokens(self.history, on_device["output_slots"], on_device["tokens"])
 
+    def _without_bans(self) -> _Bans:
+        """Make room for bans."""
+        device = self._backend.device
+        bans = no_bans(self._limits.max_num_seqs + 1, self._vocab_size, MAX_WORDS, WINDOW, device)
+        inputs = [
+            Input("slot", torch.int64, (1,)),
+            *(Input(name, torch.int32, (1, *tensor.shape[1:]), padding=-1) for name, tensor in bans._asdict().items()),
+        ]
+        return _Bans(bans, InputBuffers(inputs, {}, self._backend))
+
+    def _admit_bans(self, bans: _Bans, sequence: TokenSequence) -> None:
+        found = self._restrictions_of(sequence.params)
+        prefixes = np.full((1, max(len(found.words), 1), WINDOW), -1, dtype=np.int32)
+        for at, word in enumerate(found.words):
+            prefixes[0, at, : len(word) - 1] = word[-2::-1]
+        recent = np.full((1, WINDOW), -1, dtype=np.int32)
+        end = len(sequence.token_ids)
+        for position in range(max(len(sequence.prompt_token_ids), end - WINDOW), end):
+            recent[0, position % WINDOW] = sequence.token_ids[position]
+        values = {
+            "slot": np.array([sequence.slot]),
+            "forbidden": found.bits[np.newaxis],
+            "prefixes": prefixes,
+            "finals": np.array([[word[-1] for word in found.words]], dtype=np.int32),
+            "recent": recent,
+        }
+        bound = bans.buffers.bind({})
+        bans.buffers.load(bound, {name: torch.from_numpy(value) for name, value in values.items()})
+        for name, tensor in bans.tensors._asdict().items():
+            tensor.index_copy_(0, bound.views["slot"], bound.views[name])
+
     def __call__(
         self,
         logits_of: Callable[[torch.Tensor], torch.Tensor],
@@ -259,10 +350,11 @@ class Sampler:
             scored_slots: int64 ``[scored]``: of their sequences; 0 for padding.
 
         Returns:
-            The sampled tokens, int64 ``[seqs]``. Log-probabilities are left in ``reports``.
+            The sampled tokens, int64 ``[seqs]``. Log-probabilities are left in ``reports``, and at the highest level
+            logits in ``logits``.
         """
         rows = len(logits_rows)
-        if level is SamplingLevel.SCORED:
+        if level >= SamplingLevel.SCORED:
             all_logits = logits_of(torch.cat([logits_rows, scored_rows]))
             logits, scored = all_logits[:rows], all_logits[rows:]
         else:
@@ -288,16 +380,26 @@ class Sampler:
             lists.stop_ids.index_select(0, integers.list_slot),
             integers.stop_from,
         )
-        adjusted = adjust_logits(logits, positions.to(torch.int64), self.history, integers.history_slot, adjustments)
-        tokens = sample(adjusted, floats.temperature, integers.seed, positions, filters)
+        positions = positions.to(torch.int64)
+        adjusted = adjust_logits(logits, positions, self.history, integers.history_slot, adjustments)
+        if level < SamplingLevel.RESTRICTED:
+            tokens = sample(adjusted, floats.temperature, integers.seed, positions, filters)
+        else:
+            assert self._bans is not None, "admit() allocates before a step of this level runs"
+            ban_tokens(adjusted, positions, integers.ban_slot, self._bans.tensors)
+            tokens = sample(adjusted, floats.temperature, integers.seed, positions, filters)
+            note_recent(self._bans.tensors.recent, positions, integers.ban_slot, tokens)
         count_tokens(self.history, integers.history_slot, tokens)
         wanted = integers.logprobs.to(torch.int32)
         self.reports[:rows].copy_(_packed(log_probabilities(logits, tokens, wanted, self._top_n)))
-        if level is SamplingLevel.SCORED:
+        if level >= SamplingLevel.SCORED:
             wanted = self._integers[-1].index_select(0, scored_slots).to(torch.int32)
             packed = _packed(log_probabilities(scored, scored_tokens, wanted, self._top_n))
             at = self._limits.max_num_seqs
             self.reports[at : at + len(packed)].copy_(packed)
+        if level is SamplingLevel.VOCABULARY:
+            self.logits[:rows].copy_(logits)
+            self.logits[at : at + len(scored)].copy_(scored)
         return tokens
 
 
@@ -326,9 +428,11 @@ def _integers(sequence: TokenSequence) -> _Integers[int]:
         top_k=params.top_k,
         history_slot=slot if params.penalises else -1,
         list_slot=slot if params.logit_bias or params.min_tokens else 0,
+        ban_slot=slot if params.restricts else 0,
         stop_from=len(sequence.prompt_token_ids) + params.min_tokens,
-        logprobs=-1 if params.logprobs is None else params.logprobs,
-        prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+        # Where all are wanted, the host makes them of the logits.
+        logprobs=-1 if params.logprobs is None else max(params.logprobs, 0),
+        prompt_logprobs=-1 if params.prompt_logprobs is None else max(params.prompt_logprobs, 0),
     )
 
 
@@ -345,7 +449,7 @@ def _packed(logs: LogProbabilities) -> torch.Tensor:
     )
 
 
-def unpacked(reports: torch.Tensor, tokens: Sequence[int]) -> list[TokenLogprobs]:
+def unpacked(reports: torch.Tensor, tokens: Sequence[int]) -> list[dict[int, tuple[float, int]]]:
     """Read the reports of some rows on the host.
 
     Args:

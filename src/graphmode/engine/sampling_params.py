@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from graphmode.engine import aliases, checks
 from graphmode.graph.errors import InputError
+
+log = logging.getLogger(__name__)
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
@@ -32,6 +35,9 @@ class SamplingParams:
         presence_penalty: taken from the logits of the tokens that the answer holds; 0 is off. From -2 to 2.
         frequency_penalty: the same for each time that the answer holds them; 0 is off. From -2 to 2.
         logit_bias: what is added to the logits of tokens, by token id, at most 300 of them; from -100 to 100.
+        allowed_token_ids: the only tokens that are drawn; None allows all.
+        bad_words: texts that no answer holds: of the tokens that make one, at the beginning of a text or after a space,
+            the last is not drawn where the answer ends with the others.
         max_tokens: most tokens to make, at least 1; None: as many as the model's limit leaves room for.
         min_tokens: tokens to make before the end-of-text token, ``stop_token_ids`` and ``stop`` count; the tokens
             are not drawn before.
@@ -42,7 +48,7 @@ class SamplingParams:
         stop_token_ids: tokens that end the answer; they stay in it.
         n: completions of the prompt, at most 16384. The first has ``seed``, the others have seeds derived from it.
         logprobs: return the log-probability of each token and of that many most likely ones, from 0 to 20, by the
-            model's own logits; None returns none.
+            model's own logits; -1 of all tokens, None of none.
         prompt_logprobs: the same for the tokens of the prompt. Its prefix is then not taken from the cache.
         truncate_prompt_tokens: take the last tokens of the prompt, that many; -1: as many as the model's limit allows
             beside an answer's first token. None takes all.
@@ -60,6 +66,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Collection[int] | None = None
+    bad_words: str | Sequence[str] = ()
     max_tokens: int | None = 16
     min_tokens: int = 0
     seed: int | None = None
@@ -85,6 +93,12 @@ class SamplingParams:
         self._number("presence_penalty", least=-2, most=2, also=", 0 is off")
         self._number("frequency_penalty", least=-2, most=2, also=", 0 is off")
         self._set("logit_bias", _biases(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            allowed = checks.token_ids("allowed_token_ids", self.allowed_token_ids, also=", or None")
+            if not allowed:
+                raise InputError("allowed_token_ids is empty, which allows nothing; give a token at least, or None")
+            self._set("allowed_token_ids", tuple(allowed))
+        self._set("bad_words", checks.texts("bad_words", self.bad_words))
         self._integer("n", least=1, most=MAX_COMPLETIONS)
         if self.max_tokens is not None:
             self._integer("max_tokens", least=1, most=checks.LARGEST, also=", or None")
@@ -100,7 +114,7 @@ class SamplingParams:
         self._set("stop_token_ids", tuple(checks.token_ids("stop_token_ids", self.stop_token_ids)))
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                self._integer(name, least=0, most=MAX_LOGPROBS, also=", or None")
+                self._integer(name, least=-1, most=MAX_LOGPROBS, also=", -1 is the whole vocabulary, or None")
 
         if self.truncate_prompt_tokens is not None:
             self._integer("truncate_prompt_tokens", least=-1, most=checks.LARGEST, also=" other than 0, or None")
@@ -124,9 +138,35 @@ class SamplingParams:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
+    def restricts(self) -> bool:
+        """Whether tokens are forbidden."""
+        return self.allowed_token_ids is not None or bool(self.bad_words)
+
+    @property
     def penalises(self) -> bool:
         """Whether the tokens so far change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def checkpoint_defaults(generation: Mapping[str, Any]) -> SamplingParams:
+    """Return the sampling parameters that a checkpoint asks for where a request brings none.
+
+    Args:
+        generation: what its generation_config.json holds, by the names that transformers uses there. Values that are
+            not allowed are reported and left out.
+    """
+    names = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    given: dict[str, Any] = {}
+    for theirs, ours in {**names, "max_new_tokens": "max_tokens"}.items():
+        try:
+            SamplingParams(**dict[str, Any]({ours: generation.get(theirs)}))
+        except InputError as error:
+            log.warning("generation_config.json: %s; it is left out", error)
+        else:
+            given |= {} if generation.get(theirs) is None else {ours: generation[theirs]}
+    if generation.get("do_sample") is False:
+        given["temperature"] = 0
+    return SamplingParams(**given)
 
 
 def _biases(biases: object) -> dict[int, float]:

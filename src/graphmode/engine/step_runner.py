@@ -72,12 +72,15 @@ class StepUnderWay:
         tokens: where its sampled tokens arrive, int64 ``[steps, max_num_seqs]`` on the host.
         reports: the same for log-probabilities, int32 ``[rows + scored, columns]`` of ``Sampler.reports``; None where
             none are wanted.
+        logits: float32 ``[vocab]`` of those that want the log-probabilities of all tokens, by their place in
+            ``reports``.
         event: when they have.
     """
 
     batch: Batch
     tokens: torch.Tensor
     reports: torch.Tensor | None
+    logits: Mapping[int, torch.Tensor]
     event: Event
 
     def result(self) -> StepResult:
@@ -87,9 +90,11 @@ class StepUnderWay:
         tokens: list[list[int]] = self.tokens[:, :rows].tolist()
         if self.reports is None:
             return StepResult(tokens, None, [])
-        return StepResult(
-            tokens, unpacked(self.reports[:rows], tokens[0]), unpacked(self.reports[rows:], scored_tokens(self.batch))
-        )
+        chosen = tokens[0] + scored_tokens(self.batch)
+        logprobs: list[TokenLogprobs] = [*unpacked(self.reports, chosen)]
+        for at, logits in self.logits.items():
+            logprobs[at] = logits.numpy()
+        return StepResult(tokens, logprobs[:rows], logprobs[rows:])
 
 
 class StepRunner:
@@ -137,7 +142,8 @@ class StepRunner:
         self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=backend.device)
         self._one_each = torch.arange(limits.max_num_seqs + 1, dtype=torch.int32, device=backend.device)
         self._log = torch.zeros(limits.decode_steps, limits.max_num_seqs, dtype=torch.int64, device=backend.device)
-        self.sampler = Sampler(backend, limits, loaded.shape.vocab_size, loaded.shape.eos_token_ids)
+        shape = loaded.shape
+        self.sampler = Sampler(backend, limits, shape.vocab_size, shape.eos_token_ids, loaded.tokenizer)
         # Two batches are under way at most: one being read, one computed.
         report_bytes = 2 * limits.max_num_seqs * self.sampler.reports.shape[1] * 4
         self._results = StagingRing(self._log.nbytes + report_bytes, 3, backend.host_buffer, backend.event)
@@ -209,7 +215,20 @@ class StepRunner:
             reports[:rows].copy_(source[:rows], non_blocking=True)
             reports[rows:].copy_(source[self._max_seqs : self._max_seqs + scored], non_blocking=True)
         self._results.release(slot)
-        return StepUnderWay(batch, tokens, reports, slot.event)
+        logits = self._logits(batch) if level is SamplingLevel.VOCABULARY else {}
+        return StepUnderWay(batch, tokens, reports, logits, slot.event)
+
+    def _logits(self, batch: Batch) -> dict[int, torch.Tensor]:
+        """Wait for a step and return the logits of :class:`StepUnderWay`: they are too many to be held for two."""
+        rows, source = len(batch.rows), self.sampler.logits
+        places = {at: at for at, row in enumerate(batch.rows) if row.samples and row.sequence.params.logprobs == -1}
+        owners = [row.sequence for row in batch.rows for _ in row.scored]
+        places |= {
+            rows + at: self._max_seqs + at
+            for at, sequence in enumerate(owners)
+            if sequence.params.prompt_logprobs == -1
+        }
+        return {at: source[place].to("cpu", copy=True) for at, place in places.items()}
 
     def capture(self, *, progress: bool) -> None:
         """Capture the graphs of all sizes; those that read images or do more than plain sampling wait for their use."""

@@ -13,6 +13,7 @@ from graphmode.graph.dispatch import Decision, GraphKey, Mode, Reason
 from graphmode.graph.errors import (
     BackendError,
     CaptureError,
+    CaptureMemoryError,
     GraphModeError,
     InputError,
     StaleAddressError,
@@ -30,6 +31,7 @@ __all__ = [
     "Capabilities",
     "CaptureError",
     "CaptureFailure",
+    "CaptureMemoryError",
     "Decision",
     "GraphKey",
     "GraphModeError",

@@ -28,6 +28,11 @@ class Reason(StrEnum):
     UNSUPPORTED_OP = "unsupported_op"
     OUT_OF_GRAPHS = "out_of_graphs"
     """The device had no room for the graph, nor for any of a larger bucket."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """Memory ran out while the graph was captured, and no larger bucket has one."""
+
+
+_NO_ROOM = (Reason.OUT_OF_GRAPHS, Reason.OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,7 @@ def dispatch(
 ) -> Decision:
     """Decide how a step of ``size`` runs: by the smallest bucket of its family that holds it.
 
-    Buckets that the device had no room for are passed over, for the next larger one.
+    Buckets that there was no room for are passed over, for the next larger one.
 
     Args:
         size: the true size of the bucketed axis, at least 1.
@@ -106,9 +111,9 @@ def dispatch(
     if index == len(buckets):
         return Decision(Mode.EAGER, None, 0, Reason.ABOVE_THRESHOLD)
     key = GraphKey(family, buckets[index], variant)
-    if failed and failed.get(key) is Reason.OUT_OF_GRAPHS:
+    if failed and failed.get(key) in _NO_ROOM:
         larger = (GraphKey(family, bucket, variant) for bucket in buckets[index + 1 :])
-        key = next((other for other in larger if failed.get(other) is not Reason.OUT_OF_GRAPHS), key)
+        key = next((other for other in larger if failed.get(other) not in _NO_ROOM), key)
     padding = key.size - size
     if policy.max_padding_ratio is not None and padding > policy.max_padding_ratio * key.size:
         return Decision(Mode.EAGER, key, 0, Reason.PADDING_RATIO)

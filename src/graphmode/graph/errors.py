@@ -33,5 +33,9 @@ class UnsupportedOpError(CaptureError):
     """An operator that no graph can hold: its result's shape, or Python's next step, depends on data."""
 
 
+class CaptureMemoryError(CaptureError):
+    """Memory ran out while a function was captured: the size is too large for what was left, nothing is wrong in it."""
+
+
 class StaleAddressError(GraphModeError, RuntimeError):
     """Memory that a graph recorded was freed or moved between capture and replay."""

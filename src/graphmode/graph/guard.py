@@ -127,6 +127,7 @@ class Guard:
     it runs; and the memory that comes from outside of the function is noted, to be checked before the first replay.
 
     Attributes:
+        device: where the work is captured.
         operator: the last operator that ran, for the message of a capture that fails inside one.
         generators: random generators other than the default one that operators used.
     """
@@ -134,7 +135,7 @@ class Guard:
     def __init__(self, device: torch.device) -> None:
         self.operator: str | None = None
         self.generators: list[torch.Generator] = []
-        self._device = device
+        self.device = device
         self._outside = 0
         self._watched: dict[int, _Watched] = {}
         self._produced: set[int] = set()
@@ -167,7 +168,7 @@ class Guard:
         for tensor in tensors_in((args, kwargs)):
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if tensor.device.type != self._device.type or key in self._produced or key in self._watched:
+            if tensor.device.type != self.device.type or key in self._produced or key in self._watched:
                 continue
             description = f"{tensor.dtype} tensor of shape {tuple(tensor.shape)} that {func.name()} reads or writes"
             self._watched[key] = _Watched(weakref.ref(tensor), StorageWeakRef(storage), storage.data_ptr(), description)

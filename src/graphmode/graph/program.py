@@ -14,10 +14,11 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from graphmode.graph.backends.base import Backend, Graph, Recording
-from graphmode.graph.errors import CaptureError, GraphModeError, UnsupportedOpError
+from graphmode.graph.backends.base import Backend, Graph, MemoryTaken, Recording
+from graphmode.graph.errors import CaptureError, CaptureMemoryError, GraphModeError, UnsupportedOpError
 from graphmode.graph.guard import Guard, user_location
 from graphmode.graph.host_arguments import HostArguments
+from graphmode.graph.memory import free_memory, in_words, is_out_of_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,6 +36,21 @@ class Pool:
     def __init__(self, backend: Backend) -> None:
         self.handle = backend.make_pool()
         self.slabs: list[torch.Tensor] = []
+        self._backend = backend
+
+    @contextmanager
+    def measured(self) -> Iterator[MemoryTaken]:
+        """Measure the memory that a capture inside takes."""
+        before = self._slabs_uncounted
+        with self._backend.measured(self.handle) as taken:
+            yield taken
+        taken.kept += self._slabs_uncounted - before
+        taken.peak += self._slabs_uncounted - before
+
+    @property
+    def _slabs_uncounted(self) -> int:
+        """Bytes of the slabs where the graphs are on the host, which counts nothing by itself as a device does."""
+        return sum(slab.nbytes for slab in self.slabs) if self._backend.device.type == "cpu" else 0
 
     def crossing(self, index: int, like: torch.Tensor) -> torch.Tensor:
         """Return fixed memory in the shape of ``like`` for the result ``index`` of the calls outside the graph."""
@@ -196,6 +212,7 @@ def record(
 
     Raises:
         UnsupportedOpError: an operator that no graph can hold, with its name and the line that called it.
+        CaptureMemoryError: memory ran out, with the line that asked for it.
         CaptureError: anything else that broke the capture. The device is usable afterwards.
     """
     with backend.capture_stream(), torch.inference_mode(), _no_garbage_collection():
@@ -223,7 +240,8 @@ def record(
             except BaseException:
                 recording.abort()
                 raise
-        recording.finish()
+        with _errors_located(guard):
+            recording.finish()
     return Program(recorder.steps, outputs, spec, guard)
 
 
@@ -240,6 +258,15 @@ def _errors_located(guard: Guard) -> Iterator[None]:
         raise
     except Exception as error:
         location = user_location(error)
+        if is_out_of_memory(error):
+            left = in_words(free_memory(guard.device))
+            raise CaptureMemoryError(
+                f"capture ran out of memory in or after {guard.operator}: {type(error).__name__}: {error}\n  at "
+                f"{location}\n  {left} are free on {guard.device} now. Capture smaller sizes (by graph_sizes,"
+                " max_num_batched_tokens or max_num_seqs), or leave more memory (by a smaller kv_cache_memory)",
+                operator=guard.operator,
+                location=location,
+            ) from error
         raise CaptureError(
             f"capture failed in or after {guard.operator}: {type(error).__name__}: {error}\n  at {location}\n  If the "
             "code there must read values or wait for the device, move it into a function marked @outside_graph",

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from graphmode.graph.backends.base import Backend, get_backend
 from graphmode.graph.buckets import check_buckets, make_buckets, spread
 from graphmode.graph.dispatch import Decision, DispatchPolicy, GraphKey, Mode, Reason, dispatch
-from graphmode.graph.errors import CaptureError, InputError, UnsupportedOpError
+from graphmode.graph.errors import CaptureError, CaptureMemoryError, InputError, UnsupportedOpError
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.inputs import (
     AxisSize,
@@ -297,8 +297,16 @@ class GraphRunner:
             self._stop_capturing(problem)
             return
         bound = self._bind(key.size)
-        self.backend.synchronize()
-        memory, start = self.backend.memory_used(self._pool.handle), time.perf_counter()
+        start = time.perf_counter()
+        try:
+            with self._pool.measured() as taken:
+                self._record(key, bound)
+        finally:
+            self.stats.capture_seconds += time.perf_counter() - start
+            self.stats.graph_bytes += taken.kept
+            self.stats.capture_peak_bytes = max(self.stats.capture_peak_bytes, taken.peak)
+
+    def _record(self, key: GraphKey, bound: BoundInputs) -> None:
         self._load(key.family, bound, {})
         try:
             program = record(
@@ -316,16 +324,15 @@ class GraphRunner:
             if error.__cause__ is not None and self.backend.out_of_resources(error.__cause__):
                 self._stop_capturing(f"it refused the next: {error.__cause__}")
             else:
-                unsupported = isinstance(error, UnsupportedOpError)
-                log.error("%s runs eagerly: %s", key, error)
-                self._fail(key, Reason.UNSUPPORTED_OP if unsupported else Reason.CAPTURE_FAILED, str(error))
+                # As text: whoever keeps the log must not keep what the error's frames hold.
+                log.error("%s runs without a graph of its own: %s", key, str(error))
+                self._fail(key, _reason(error), str(error))
         else:
             self._programs[key] = program
             self.stats.captures += 1
             self.stats.graphs += program.graphs
-        self.backend.synchronize()
-        self.stats.capture_seconds += time.perf_counter() - start
-        self.stats.graph_bytes += self.backend.memory_used(self._pool.handle) - memory
+        if self._failed.get(key) is Reason.OUT_OF_MEMORY:
+            gc.collect()  # what the broken capture held in cycles is needed for the next
 
     def _no_room(self, key: GraphKey) -> str | None:
         """Return why the device has no room for the graphs of ``key``, as far as that is known beforehand."""
@@ -403,6 +410,12 @@ class GraphRunner:
 
 def _bucket_sizes(buckets: Buckets) -> tuple[int, ...]:
     return make_buckets(buckets) if isinstance(buckets, int) else check_buckets(buckets)
+
+
+def _reason(error: CaptureError) -> Reason:
+    if isinstance(error, CaptureMemoryError):
+        return Reason.OUT_OF_MEMORY
+    return Reason.UNSUPPORTED_OP if isinstance(error, UnsupportedOpError) else Reason.CAPTURE_FAILED
 
 
 def _clone(outputs: Any) -> Any:

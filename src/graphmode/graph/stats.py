@@ -39,7 +39,8 @@ class RunnerStats:
         out_of_graphs: keys left without a graph because the device had no room for more.
         capture_failures: the graphs that could not be captured, those out of room among them.
         capture_seconds: time spent in capture, warm-up included.
-        graph_bytes: memory that capture took on the device.
+        graph_bytes: device memory that the graphs keep, measured; their inputs' buffers are not in it.
+        capture_peak_bytes: the most device memory that one capture took at a time, what it kept included, measured.
     """
 
     steps: int = 0
@@ -54,6 +55,7 @@ class RunnerStats:
     capture_failures: list[CaptureFailure] = field(default_factory=list)
     capture_seconds: float = 0.0
     graph_bytes: int = 0
+    capture_peak_bytes: int = 0
 
     @property
     def hit_rate(self) -> float:

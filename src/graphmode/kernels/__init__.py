@@ -1,6 +1,7 @@
 """The kernels of a step, each in Triton beside its PyTorch reference; the tensors' device chooses."""
 
 from graphmode.kernels.attention import paged_attention
+from graphmode.kernels.bans import Bans, ban_tokens, no_bans, note_recent
 from graphmode.kernels.decode_attention import rotate_and_attend
 from graphmode.kernels.embedding import embed
 from graphmode.kernels.experts import gated_experts
@@ -19,12 +20,14 @@ from graphmode.kernels.selection import select_keys
 
 __all__ = [
     "Adjustments",
+    "Bans",
     "Filters",
     "LogProbabilities",
     "Rotation",
     "Routing",
     "add_rms_norm",
     "adjust_logits",
+    "ban_tokens",
     "choose_experts",
     "count_tokens",
     "embed",
@@ -32,7 +35,9 @@ __all__ = [
     "linear",
     "linear_add",
     "log_probabilities",
+    "no_bans",
     "norm_linear",
+    "note_recent",
     "paged_attention",
     "rms_norm",
     "rotate_and_attend",

@@ -40,6 +40,7 @@ from graphmode.kernels._triton import (
     runs_triton,
     tl,
 )
+from graphmode.kernels.attention_cpu import attend_on_cpu
 from graphmode.kernels.parts import Parts, combine_parts, join_sink, load_part, room_for_parts, share_keys
 
 
@@ -118,7 +119,7 @@ def paged_attention(
         require_tensor("selection", selection, shape=(tokens, None), dtypes=(torch.int32,), like=q)
         require(selection.stride(1) == 1, "selection.stride(1)", selection.stride(1), "1")
         require(window is None, "window", window, "None with a selection")
-    run: Callable[..., torch.Tensor] = paged_attention_reference
+    run: Callable[..., torch.Tensor] = paged_attention_cpu if q.device.type == "cpu" else paged_attention_reference
     if runs_triton(q):
         run = functools.partial(paged_attention_triton, parts=parts)
     return run(
@@ -137,7 +138,29 @@ def paged_attention(
     )
 
 
-# The reference in PyTorch, which is also the attention of the CPU engine.
+def paged_attention_cpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    selection: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Do as :func:`paged_attention` on a CPU, by an operator that reads the lengths when it runs."""
+    out = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype)
+    lengths = block_tables, cu_query_lens, kv_lens
+    attend_on_cpu(q, k_cache, v_cache, *lengths, scale, max_query_len, window, soft_cap, sinks, selection, out)
+    return out
+
+
+# The reference in PyTorch, which is also the attention of devices that have no kernel of their own.
 
 # What the loop over query blocks holds at a time, for each of keys, values and scores: larger tensors leave the cores'
 # caches, and fresh memory of that size costs more in page faults than the arithmetic does.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from graphmode.kernels._arguments import FLOATS, require_tensor
+from graphmode.kernels._cpu import cpu_operator, loops, runs_on_host
 from graphmode.kernels._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -32,13 +36,27 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     require_tensor("weight", weight, shape=x.shape[1:], dtypes=(x.dtype,), like=x)
     if not x.is_contiguous():
         raise ValueError(f"x has strides {x.stride()}, expected a contiguous tensor")
-    normalise = rms_norm_triton if runs_triton(x) else rms_norm_reference
+    normalise = rms_norm_triton if runs_triton(x) else rms_norm_cpu if runs_on_host(x) else rms_norm_reference
     return normalise(x, weight, eps)
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Do as :func:`rms_norm` in PyTorch."""
     return _normalised(x, weight, eps).to(x.dtype)
+
+
+@cpu_operator("rms_norm_on_cpu(Tensor x, Tensor weight, float eps, bool add, Tensor(a!) out)")
+def _rms_norm_on_cpu(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, add: bool, out: torch.Tensor
+) -> Callable[[], object]:
+    return partial(loops().rms_norm, x.numpy(), weight.numpy(), eps, out.numpy(), add)
+
+
+def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Do as :func:`rms_norm` by a loop on the CPU, in float32."""
+    out = torch.empty_like(x)
+    _rms_norm_on_cpu(x, weight, eps, False, out)
+    return out
 
 
 def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -72,13 +90,18 @@ def add_rms_norm(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: fl
     for name, tensor in (("x", x), ("h", h)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
-    add = add_rms_norm_triton if runs_triton(x) else add_rms_norm_reference
+    add = add_rms_norm_triton if runs_triton(x) else add_rms_norm_cpu if runs_on_host(x) else add_rms_norm_reference
     add(x, h, weight, eps)
 
 
 def add_rms_norm_reference(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     """Do as :func:`add_rms_norm` in PyTorch."""
     x.copy_(x.float() + _normalised(h, weight, eps))
+
+
+def add_rms_norm_cpu(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Do as :func:`add_rms_norm` by a loop on the CPU, in float32."""
+    _rms_norm_on_cpu(h, weight, eps, True, x)
 
 
 def add_rms_norm_triton(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
@@ -120,7 +143,8 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"gate_up has shape {list(gate_up.shape)} and strides {gate_up.stride()}, expected two halves, contiguous"
         )
-    multiply = silu_mul_triton if runs_triton(gate_up) else silu_mul_reference
+    on_host = runs_on_host(gate_up)
+    multiply = silu_mul_triton if runs_triton(gate_up) else silu_mul_cpu if on_host else silu_mul_reference
     return multiply(gate_up)
 
 
@@ -128,6 +152,18 @@ def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
     """Do as :func:`silu_mul` in PyTorch."""
     gate, up = gate_up.float().chunk(2, dim=1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+@cpu_operator("silu_mul_on_cpu(Tensor gate_up, Tensor(a!) out)")
+def _silu_mul_on_cpu(gate_up: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
+    return partial(loops().silu_mul, gate_up.numpy(), out.numpy())
+
+
+def silu_mul_cpu(gate_up: torch.Tensor) -> torch.Tensor:
+    """Do as :func:`silu_mul` by a loop on the CPU, in float32."""
+    out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    _silu_mul_on_cpu(gate_up, out)
+    return out
 
 
 _SILU_BLOCK = 1024

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from graphmode.kernels._arguments import FLOATS, require, require_cache, require_tensor
+from graphmode.kernels._cpu import cpu_operator, loops, runs_on_host
 from graphmode.kernels._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -86,7 +90,10 @@ def rotate_and_cache(
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             require_tensor(name, norm, shape=(head_dim,), dtypes=(qkv.dtype,), like=qkv)
-    run = rotate_and_cache_triton if runs_triton(qkv) else rotate_and_cache_reference
+    on_host = runs_on_host(qkv)
+    run = (
+        rotate_and_cache_triton if runs_triton(qkv) else rotate_and_cache_cpu if on_host else rotate_and_cache_reference
+    )
     return run(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
 
 
@@ -118,6 +125,60 @@ def rotate_and_cache_reference(
     keys = finish(heads[:, q_heads : q_heads + kv_heads], k_norm)
     write_kv_reference(keys, heads[:, q_heads + kv_heads :], k_cache, v_cache, slot_mapping)
     return queries
+
+
+@cpu_operator(
+    "rotate_and_cache_on_cpu(Tensor qkv, Tensor? q_norm, Tensor? k_norm, float eps, Tensor cos, Tensor sin, "
+    "bool interleaved, Tensor positions, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, Tensor(c!) out)"
+)
+def _rotate_and_cache_on_cpu(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    out: torch.Tensor,
+) -> Callable[[], object]:
+    none = np.empty(0, np.float32)
+    return partial(
+        loops().rotate_and_cache,
+        qkv.view(len(qkv), -1, out.shape[2]).numpy(),
+        none if q_norm is None else q_norm.numpy(),
+        none if k_norm is None else k_norm.numpy(),
+        eps,
+        cos.numpy(),
+        sin.numpy(),
+        interleaved,
+        positions.numpy(),
+        k_cache.flatten(0, 1).numpy(),
+        v_cache.flatten(0, 1).numpy(),
+        slot_mapping.numpy(),
+        out.numpy(),
+    )
+
+
+def rotate_and_cache_cpu(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    rotation: Rotation,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """Do as :func:`rotate_and_cache` by a loop on the CPU, in float32."""
+    tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
+    out = torch.empty(tokens, qkv.shape[1] // head_dim - 2 * kv_heads, head_dim)
+    _rotate_and_cache_on_cpu(qkv, q_norm, k_norm, eps, *rotation, positions, k_cache, v_cache, slot_mapping, out)
+    return out
 
 
 def _rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -14,9 +14,13 @@ uniform number that float32 holds exactly and that is neither 0 nor 1. Both impl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from graphmode.kernels._arguments import FLOATS, require, require_tensor
+from graphmode.kernels._cpu import cpu_operator, loops, runs_on_host
 from graphmode.kernels._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -78,7 +82,7 @@ def sample(
         require(slots is None, "slots", "given", "None with filters")
     if slots is not None:
         require_tensor("slots", slots, shape=rows, dtypes=(torch.int64,), like=logits)
-    draw = sample_triton if runs_triton(logits) else sample_reference
+    draw = sample_triton if runs_triton(logits) else sample_cpu if runs_on_host(logits) else sample_reference
     return draw(logits, temperature, seeds, positions, filters, slots)
 
 
@@ -103,6 +107,40 @@ def sample_reference(
         scores = torch.where(logits >= threshold, scores, -infinity)
     tokens = scores.nan_to_num_(nan=-infinity, posinf=infinity, neginf=-infinity).argmax(dim=1)
     return torch.where(positions > 0, tokens, 0)
+
+
+@cpu_operator(
+    "sample_on_cpu(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor slots, Tensor(a!) out)"
+)
+def _sample_on_cpu(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    out: torch.Tensor,
+) -> Callable[[], object]:
+    parameters = (temperature.numpy(), seeds.numpy(), positions.numpy(), slots.numpy())
+    return partial(loops().sample, logits.numpy(), *parameters, MIN_TEMPERATURE, out.numpy())
+
+
+def sample_cpu(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    filters: Filters | None = None,
+    slots: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Do as :func:`sample` by a loop on the CPU, in float32."""
+    if filters is not None:
+        threshold = threshold_reference(logits, temperature, filters).unsqueeze(1)
+        logits = torch.where(logits >= threshold, logits, float("-inf"))
+    if slots is None:
+        slots = torch.arange(len(logits))
+    out = torch.empty(len(logits), dtype=torch.int64)
+    _sample_on_cpu(logits.contiguous(), temperature, seeds, positions.long(), slots, out)
+    return out
 
 
 def uniform_reference(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:

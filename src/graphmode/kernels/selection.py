@@ -16,6 +16,7 @@ import torch
 from graphmode.kernels._arguments import FLOATS, require, require_cache, require_tensor
 from graphmode.kernels._triton import constexpr, jit, next_power_of_2, runs_triton, tl
 from graphmode.kernels.attention import find_token, find_tokens
+from graphmode.kernels.attention_cpu import select_on_cpu
 from graphmode.kernels.filters import largest_reaching_triton, load_values
 
 # What the scores may take at a time.
@@ -68,10 +69,29 @@ def select_keys(
     require(top_k >= 1, "top_k", top_k, "1 or more")
     require(max_query_len >= 1, "max_query_len", max_query_len, "1 or more")
     require(max_query_len > 1 or tokens == seqs, "tokens", tokens, f"{seqs}, one for each sequence of a decode batch")
-    select = select_keys_triton if runs_triton(q) else select_keys_reference
+    on_cpu = q.device.type == "cpu"
+    select = select_keys_triton if runs_triton(q) else select_keys_cpu if on_cpu else select_keys_reference
     return select(
         q, weights, index_cache, block_tables, cu_query_lens, kv_lens, top_k=top_k, max_query_len=max_query_len
     )
+
+
+def select_keys_cpu(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    top_k: int,
+    max_query_len: int,
+) -> torch.Tensor:
+    """Do as :func:`select_keys` on a CPU, by an operator that reads the lengths when it runs."""
+    width = min(top_k, block_tables.shape[1] * index_cache.shape[1])
+    out = torch.empty((q.shape[0], width), dtype=torch.int32)
+    select_on_cpu(q, weights, index_cache, block_tables, cu_query_lens, kv_lens, max_query_len, out)
+    return out
 
 
 def select_keys_reference(

@@ -54,15 +54,15 @@ class Checkpoint:
             ModelError: they are missing, damaged, or not safetensors.
         """
         if self.gguf_file is None:
-            _check_weights(self.name, self.folder, _json(self.folder / "config.json"))
+            _check_weights(self.name, self.folder, read_json(self.folder / "config.json"))
 
-    def read(self, load: Callable[..., Any], part: str, **options: Any) -> Any:
+    def read(self, auto: Any, part: str, **options: Any) -> Any:
         """Read a part of the checkpoint.
 
         Args:
-            load: one of transformers' ``from_pretrained``.
+            auto: one of transformers' classes that have ``from_pretrained``.
             part: what it reads, for messages.
-            **options: for ``load``.
+            **options: for ``from_pretrained``.
 
         Raises:
             ModelError: it cannot be read, or needs code that may not run.
@@ -71,7 +71,9 @@ class Checkpoint:
             options["gguf_file"] = self.gguf_file
         if not self.trust_remote_code:  # trusted code may lie in another repository of the hub
             options["local_files_only"] = True
-        return self.attempt(part, load, self.folder, trust_remote_code=self.trust_remote_code, **options)
+        options |= {"trust_remote_code": self.trust_remote_code}
+        # Looked up inside: a class that needs a missing package raises when it is used.
+        return self.attempt(part, lambda: auto.from_pretrained(self.folder, **options))
 
     def attempt(self, part: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call a function that works on what was read.
@@ -91,7 +93,10 @@ class Checkpoint:
                     f"{self.name}: {part} needs Python code that comes with the model (auto_map), which is not run "
                     "unasked. Read it, and if you trust it give trust_remote_code=True (--trust-remote-code)"
                 ) from error
-            raise ModelError(f"{self.name}: {part} cannot be loaded: {type(error).__name__}: {error}") from error
+            gguf = " from the GGUF file, which is damaged or of a kind that transformers does not read"
+            raise ModelError(
+                f"{self.name}: {part} cannot be loaded{gguf if self.gguf_file else ''}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def find_checkpoint(
@@ -123,6 +128,21 @@ def find_checkpoint(
         folder = _fetch(str(name), load_format, trust_remote_code)
     _check_folder(str(name), folder)
     return Checkpoint(str(name), folder, None, trust_remote_code)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        ModelError: it holds none.
+    """
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{file} is not valid JSON ({error}); download or save the model again") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file} holds a {type(settings).__name__}, not an object {{...}}; download or save it again")
+    return settings
 
 
 def _fetch(name: str, load_format: LoadFormat, trust_remote_code: bool) -> Path:
@@ -158,7 +178,7 @@ def _check_folder(name: str, folder: Path) -> None:
     config = folder / "config.json"
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        base = _json(adapter).get("base_model_name_or_path")
+        base = read_json(adapter).get("base_model_name_or_path")
         raise ModelError(
             f"{name} holds an adapter (adapter_config.json, LoRA) of {base}, which graphmode does not apply; merge it "
             "into that model (peft: merge_and_unload, then save_pretrained) and give the folder of the result"
@@ -171,12 +191,15 @@ def _check_folder(name: str, folder: Path) -> None:
         if files := sorted(file.name for file in folder.glob("*.gguf")):
             raise ModelError(f"{name} holds GGUF files and no config.json; give the file itself: {folder / files[0]}")
         raise ModelError(f"{config} is missing; {name} is not a model saved by transformers")
-    settings = _json(config)
+    settings = read_json(config)
     if not isinstance(settings.get("model_type"), str) and "auto_map" not in settings:
         raise ModelError(
             f'{config} has no model_type, such as "llama", which says what kind of model it is; save the model again '
             "with save_pretrained, or add it"
         )
+    architectures = settings.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        raise ModelError(f"{config}: architectures is {architectures!r}; it must be a list of names, or left out")
 
 
 def _check_weights(name: str, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -192,7 +215,7 @@ def _check_weights(name: str, folder: Path, settings: Mapping[str, Any]) -> None
     if first.endswith(".index.json"):
         if not (folder / first).is_file():
             raise ModelError(f"{name} holds {_others(folder)}")
-        index = _json(folder / first).get("weight_map")
+        index = read_json(folder / first).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
             raise ModelError(f"{folder / first} has no weight_map of names to files; download it again")
         files = sorted(set(index.values()))
@@ -228,14 +251,3 @@ def _others(folder: Path) -> str:
         f"no *.safetensors file{instead}; convert the weights (save_pretrained), or use load_format='dummy' for random "
         "ones"
     )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds."""
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{file} is not valid JSON ({error}); download or save the model again") from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"{file} holds a {type(settings).__name__}, not an object {{...}}; download or save it again")
-    return settings

@@ -6,8 +6,9 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,6 +30,7 @@ from graphmode.models.checkpoint import Checkpoint, LoadFormat, find_checkpoint
 from graphmode.models.dry_run import cache_shapes, check_class, check_features_apart
 from graphmode.models.errors import ModelError
 from graphmode.models.experts import EXPERTS_NAME, share_real_rows
+from graphmode.models.generation_config import end_tokens, read_generation_config
 from graphmode.models.latent import keep_latents
 from graphmode.models.rotary import context_length
 from graphmode.models.sparse import use_indexers
@@ -63,6 +66,7 @@ class LoadedModel:
         model: transformers' module, in evaluation mode, with our attention and experts.
         shape: its sizes.
         checkpoint: its files; processors of images and videos are read from there when they are first needed.
+        generation: what its generation_config.json, or the one given instead, holds.
         tokenizer: None where the model comes without one; then prompts must be token ids.
         vision: its vision tower; None where it takes text alone.
     """
@@ -70,6 +74,7 @@ class LoadedModel:
     model: PreTrainedModel
     shape: ModelShape
     checkpoint: Checkpoint
+    generation: Mapping[str, Any]
     tokenizer: PreTrainedTokenizerBase | None
     vision: VisionTower | None = None
 
@@ -81,6 +86,7 @@ def load_model(
     dtype: torch.dtype | Literal["auto"],
     load_format: LoadFormat = "auto",
     trust_remote_code: bool = False,
+    generation_config: Path | None = None,
 ) -> LoadedModel:
     """Load a model.
 
@@ -90,12 +96,13 @@ def load_model(
         dtype: of its weights; ``"auto"`` takes the checkpoint's, on a CPU float32, which is faster there.
         load_format: ``"dummy"`` makes random weights from the configuration alone, to measure speed.
         trust_remote_code: whether Python code that comes with the model may run.
+        generation_config: a folder with a generation_config.json to take instead of the model's own.
 
     Raises:
         ModelError: it cannot be read, or graphmode cannot run it.
     """
     checkpoint = find_checkpoint(name, load_format=load_format, trust_remote_code=trust_remote_code)
-    config = checkpoint.read(AutoConfig.from_pretrained, "config.json")
+    config = checkpoint.read(AutoConfig, "config.json" if checkpoint.gguf_file is None else "the configuration")
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
     architecture = (config.architectures or [config.model_type])[0]
@@ -121,9 +128,12 @@ def load_model(
         vision = VisionTower(model) if auto is AutoModelForImageTextToText else None
         if vision is not None:
             check_features_apart(model, vision.embed(*vision.spoiled_features()))
-    shape = checkpoint.attempt("the shape of its KV cache", _shape, model, caches)
-    tokenizer = checkpoint.read(AutoTokenizer.from_pretrained, "the tokenizer") if checkpoint.has_tokenizer else None
-    return LoadedModel(model, shape, checkpoint, tokenizer, vision)
+    own = checkpoint.folder if checkpoint.gguf_file is None else None
+    source = generation_config or own
+    generation = None if source is None else read_generation_config(source)
+    shape = checkpoint.attempt("the shape of its KV cache", _shape, checkpoint, model, caches, generation)
+    tokenizer = _tokenizer(checkpoint, config) if checkpoint.has_tokenizer else None
+    return LoadedModel(model, shape, checkpoint, generation or {}, tokenizer, vision)
 
 
 def auto_class(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
@@ -171,11 +181,13 @@ def load_weights(
     checkpoint.check_weights()
     if checkpoint.gguf_file is not None:
         options = {**options, "quantization_config": GgufConfig(dequantize=True)}
-        log.info("%s: its weights are dequantized to %s", checkpoint.name, options["dtype"])
+        dtype = str(options["dtype"]).removeprefix("torch.")
+        log.info("%s: its weights are dequantized to %s, which takes more memory than the file", checkpoint.name, dtype)
     model, report = checkpoint.read(
-        auto.from_pretrained,
+        auto,
         "the weights",
         config=config,
+        generation_config=GenerationConfig(),  # the file is read by itself: a fault in it is no fault of the model
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, by name
@@ -204,6 +216,23 @@ def load_weights(
             "training went wrong. Download it again, or give an earlier checkpoint"
         )
     return model
+
+
+def _tokenizer(checkpoint: Checkpoint, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    if checkpoint.gguf_file is None:
+        return checkpoint.read(AutoTokenizer, "the tokenizer")  # type: ignore[no-any-return]
+    # transformers reads files of other tokenizers that lie beside, so it is shown the file alone.
+    with TemporaryDirectory() as folder:
+        (Path(folder) / checkpoint.gguf_file).symlink_to((checkpoint.folder / checkpoint.gguf_file).resolve())
+        tokenizer: PreTrainedTokenizerBase = replace(checkpoint, folder=Path(folder)).read(
+            AutoTokenizer, "the tokenizer"
+        )
+    # The file names its special tokens by their ids, which transformers before 5.24 does not hand on.
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = getattr(config, f"{name}_id", None)
+        if isinstance(token, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
+    return tokenizer
 
 
 def _hold_nan(model: PreTrainedModel) -> list[str]:
@@ -247,14 +276,18 @@ def _no_warning(*args: object, **kwargs: object) -> None:
     """Stand for a warning about padding, which reads tokens on the host; a step pads by slots."""
 
 
-def _shape(model: PreTrainedModel, caches: tuple[CacheShape, ...]) -> ModelShape:
+def _shape(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    caches: tuple[CacheShape, ...],
+    generation: Mapping[str, Any] | None,
+) -> ModelShape:
     config = model.config.get_text_config()
-    eos = model.generation_config.eos_token_id if model.generation_config else config.eos_token_id
     max_positions, most_positions = context_length(config)
     return ModelShape(
         caches=caches,
         vocab_size=config.vocab_size,
         max_positions=max_positions,
         most_positions=most_positions,
-        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
+        eos_token_ids=end_tokens(checkpoint, model.config, generation, config.vocab_size),
     )

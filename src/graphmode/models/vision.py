@@ -105,7 +105,7 @@ class VisionTower:
         self._embed = model.get_input_embeddings()
         self.dtype: torch.dtype = visual.dtype
         self.merge_size: int = visual.spatial_merge_size
-        self.patches_per_unit = self.merge_size**2
+        self.patches_per_unit: int = self.merge_size**2
         self.patch_size: int = visual.patch_embed.proj.weight[0].numel()
         self.image_token_id: int = model.config.image_token_id
         self.video_token_id: int = model.config.video_token_id
@@ -141,6 +141,10 @@ class VisionTower:
             inputs.append(Input("frame_grids", torch.int64, ("units", 3), padding=1))
         return inputs
 
+    def units(self, pixels: torch.Tensor) -> int:
+        """Return for how many tokens pixels ``[patches, patch_size]`` stand."""
+        return len(pixels) // self.patches_per_unit
+
     def host_inputs(self, pixels: torch.Tensor, grids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the inputs of :meth:`forward`, on the host.
 
@@ -148,7 +152,7 @@ class VisionTower:
             pixels: ``[patches, patch_size]`` in ``dtype``, as the model's processor makes them.
             grids: int64 ``[images, 3]``: patches of each image or video in time, height and width.
         """
-        units = len(pixels) // self.patches_per_unit
+        units = self.units(pixels)
         visual = self._visual
         values = {
             "pixels": pixels,

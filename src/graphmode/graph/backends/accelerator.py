@@ -78,6 +78,18 @@ class AcceleratorModule:
         """Return free and total bytes of ``device``."""
         return torch.accelerator.get_memory_info(device)
 
+    def memory_reserved(self, device: torch.device) -> int:
+        """Return the bytes that the caching allocator holds."""
+        return torch.accelerator.memory_reserved(device)
+
+    def max_memory_reserved(self, device: torch.device) -> int:
+        """Return the most that it held since :meth:`reset_peak_memory_stats`."""
+        return torch.accelerator.max_memory_reserved(device)
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        """Start to count the most that it holds."""
+        torch.accelerator.reset_peak_memory_stats(device)
+
     def graph_pool_handle(self) -> None:
         """Return None: the first graph that is captured makes the pool."""
 

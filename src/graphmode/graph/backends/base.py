@@ -56,6 +56,19 @@ class Support:
     verified: str
 
 
+@dataclass
+class MemoryTaken:
+    """Device memory that a capture took, in bytes; known when the capture has ended.
+
+    Attributes:
+        kept: what it still holds.
+        peak: the most that it held at a time.
+    """
+
+    kept: int = 0
+    peak: int = 0
+
+
 class Graph(Protocol):
     """Recorded device work."""
 
@@ -112,8 +125,8 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Wait for all work put on the device."""
 
-    def memory_used(self, pool: Any) -> int:
-        """Return the bytes of device memory in use, of which the growth during capture is the graphs' cost."""
+    def measured(self, pool: Any) -> AbstractContextManager[MemoryTaken]:
+        """Measure the memory that a capture inside takes; its figures are there afterwards."""
 
     def out_of_resources(self, error: BaseException) -> bool:
         """Return whether a capture failed because the device has no room for more graphs."""

@@ -10,6 +10,8 @@ are those of the capture.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +25,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from graphmode.graph.backends.base import Capabilities, Support
+from graphmode.graph.backends.base import Capabilities, MemoryTaken, Support
 from graphmode.graph.guard import tensors_in
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.staging import Event
 
 ALIGNMENT = 64
+# Memory that is given back while recording goes to the allocator's heap, among what the tape keeps, where it often fits
+# no later result. After half of the most that recording took, and no less than this, its free pages are returned to the
+# system.
+_TRIM_AFTER = 16 << 20
 
 SUPPORT = Support(
     captured="a recorder of operator calls below the dispatcher",
@@ -40,10 +46,22 @@ SUPPORT = Support(
 
 @dataclass
 class CpuPool:
-    """Memory that the graphs share. It grows when a larger graph comes; earlier graphs keep what they have."""
+    """Memory that the graphs share. It grows when a larger graph comes; earlier graphs keep what they have.
+
+    Attributes:
+        storage: the memory.
+        retired: bytes of what it was before, which earlier graphs keep, and of results that stay where they are.
+        peak: the most bytes that there were at a time, those made while recording included.
+    """
 
     storage: torch.UntypedStorage = field(default_factory=lambda: torch.UntypedStorage(0))
     retired: int = 0
+    peak: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the graphs hold."""
+        return self.storage.nbytes() + self.retired
 
     def reserve(self, nbytes: int) -> torch.UntypedStorage:
         """Return a storage of at least ``nbytes``."""
@@ -92,8 +110,15 @@ class CpuBackend:
     def synchronize(self) -> None:
         pass
 
-    def memory_used(self, pool: CpuPool) -> int:
-        return pool.storage.nbytes() + pool.retired
+    @contextmanager
+    def measured(self, pool: CpuPool) -> Iterator[MemoryTaken]:
+        """Measure by what recordings made; what operators take for a while inside of themselves is not seen."""
+        taken, before = MemoryTaken(), pool.nbytes
+        pool.peak = before
+        try:
+            yield taken
+        finally:
+            taken.kept, taken.peak = pool.nbytes - before, max(pool.peak, pool.nbytes) - before
 
     def out_of_resources(self, error: BaseException) -> bool:
         return False
@@ -106,10 +131,13 @@ class Instruction:
     Attributes:
         run: makes the call.
         memory: keys of the memory made while recording that it reads or writes.
+        bind: for an operator that says how (its attribute ``bind``, a function of its arguments): returns a call that
+            does the same with less work, as long as the memory stays where it is.
     """
 
     run: Callable[[], object]
     memory: frozenset[int]
+    bind: Callable[[], Callable[[], object]] | None = None
 
 
 @dataclass
@@ -120,14 +148,15 @@ class Made:
         start: the instruction before which it came to be, counted over the whole program.
         nbytes: its size.
         own: the tensors over it that instructions use.
-        theirs: the tensors over it that the recorded code got. While one of them is alive, the memory may be read by
-            what runs between segments, or after the last.
+        theirs: the tensors over it that the recorded code got.
+        given_back: whether the memory was given back while recording, since nothing but the tape held it.
     """
 
     start: int
     nbytes: int
     own: list[torch.Tensor] = field(default_factory=list)
     theirs: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+    given_back: bool = False
 
     def tensors(self) -> list[torch.Tensor]:
         """Return all tensors over it that are alive."""
@@ -151,8 +180,10 @@ class Tape:
     _calls: list[Callable[[], object]] = field(default_factory=list)
 
     def seal(self) -> None:
-        """Make ready to replay."""
-        self._calls = [instruction.run for instruction in self.instructions]
+        """Make ready to replay, when all memory has its final place."""
+        self._calls = [
+            instruction.run if instruction.bind is None else instruction.bind() for instruction in self.instructions
+        ]
 
     def replay(self) -> None:
         for call in self._calls:
@@ -184,26 +215,45 @@ class CpuRecording:
         self._mode.tape = None
 
     def finish(self) -> None:
-        offsets, nbytes = plan_memory(self._mode.lifetimes())
-        storage = self._pool.reserve(nbytes)
+        mode, pool = self._mode, self._pool
+        offsets, nbytes = plan_memory(mode.lifetimes())
+        before = pool.nbytes
+        storage = pool.reserve(nbytes)
+        pool.retired += sum(memory.nbytes for key, memory in mode.made.items() if key not in offsets)
+        pool.peak = max(pool.peak, before + mode.peak, pool.nbytes + mode.nbytes)
         for key, offset in offsets.items():
-            for tensor in self._mode.made[key].tensors():
+            for tensor in mode.made[key].tensors():
                 start = offset // tensor.dtype.itemsize
                 tensor.set_(storage, tensor.storage_offset() + start, tensor.size(), tensor.stride())
-        self._mode.made.clear()
+        for tape in self._tapes:
+            tape.seal()
+        mode.made.clear()
+        if nbytes >= _TRIM_AFTER:
+            _trim_heap()
 
 
 class _TapeMode(TorchDispatchMode):
     """Writes every operator call to the open tape. The guard stands above it: composite operators never come here.
 
     Instructions use tensors of the tape's own, so that what the recorded code still holds is told apart from what only
-    the tape does.
+    the tape does. Memory that only the tape holds is given back at once: its values are of no more use, and it gets a
+    place in the pool in the end. So recording takes what an eager run takes.
+
+    Attributes:
+        tape: the segment being recorded.
+        made: the memory that operators made, by the address of its storage, which stays for as long as the tape.
+        nbytes: bytes of it that are there now.
+        peak: the most that were there at a time.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape: Tape | None = None
         self.made: dict[int, Made] = {}
+        self.nbytes = 0
+        self.peak = 0
+        self._let_go: set[int] = set()
+        self._given_back = 0
         self._own = WeakIdKeyDictionary()
         self._last_use: dict[int, int] = {}
         self._position = 0
@@ -212,6 +262,8 @@ class _TapeMode(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.tape is not None:
+            self._give_back()
         result = func(*args, **kwargs)
         if self.tape is not None:
             self._write(self.tape, func, args, kwargs, result)
@@ -223,15 +275,44 @@ class _TapeMode(TorchDispatchMode):
         for tensor in tensors_in(result):
             key = _key(tensor)
             if key not in known:
-                self.made.setdefault(key, Made(self._position, tensor.untyped_storage().nbytes()))
+                if key not in self.made:
+                    self.made[key] = Made(self._position, tensor.untyped_storage().nbytes())
+                    self.nbytes += self.made[key].nbytes
                 fresh.append(self._owned(tensor))
             results.append(self._owned(tensor))
         run = _instruction(func, self._owned_in(args), self._owned_in(kwargs), results, fresh)
         if run is not None:
             memory = frozenset(key for key in known | {_key(tensor) for tensor in fresh} if key in self.made)
-            tape.instructions.append(Instruction(run, memory))
+            bind = getattr(func, "bind", None)
+            bind = None if bind is None else partial(bind, *self._owned_in(args), **self._owned_in(kwargs))
+            tape.instructions.append(Instruction(run, memory, bind))
             self._last_use.update(dict.fromkeys(memory, self._position))
             self._position += 1
+        self.peak = max(self.peak, self.nbytes)
+
+    def _give_back(self) -> None:
+        """Give memory back that the recorded code has let go of."""
+        for key in list(self._let_go):
+            memory = self.made[key]
+            if self._held(key):
+                # Where a tensor over it is known, its end brings the key here again.
+                if any(ref() is not None for ref in memory.theirs):
+                    self._let_go.discard(key)
+                continue
+            self._let_go.discard(key)
+            storage = memory.own[0].untyped_storage()
+            if not memory.given_back and storage.resizable():
+                storage.resize_(0)
+                memory.given_back = True
+                self.nbytes -= memory.nbytes
+                self._given_back += memory.nbytes
+        if self._given_back >= max(_TRIM_AFTER, self.peak // 2):
+            self._given_back = 0
+            _trim_heap()
+
+    def _held(self, key: int) -> bool:
+        """Return whether anything but the tape holds memory: then it may be read again, by whatever code."""
+        return _users(key) > len(self.made[key].own)
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tape's own tensor for one over memory made while recording; others stand for themselves."""
@@ -242,7 +323,8 @@ class _TapeMode(TorchDispatchMode):
         if own is None:
             own = self._own[tensor] = tensor.detach()
             memory.own.append(own)
-            memory.theirs.append(weakref.ref(tensor))
+            key = _key(tensor)
+            memory.theirs.append(weakref.ref(tensor, lambda _: self._let_go.add(key)))
         return own
 
     def _owned_in(self, tree: Any) -> Any:
@@ -258,23 +340,47 @@ class _TapeMode(TorchDispatchMode):
         """End the open tape. Memory that Python holds now may be read before the next one, so it lives until then."""
         tape, self.tape = self.tape, None
         assert tape is not None
-        tape.seal()
-        held = [key for key, memory in self.made.items() if any(ref() is not None for ref in memory.theirs)]
+        self._give_back()
+        held = [key for key in self.made if self._held(key)]
         self._last_use.update(dict.fromkeys(held, self._position))
         self._position += 1
         return tape
 
     def lifetimes(self) -> dict[int, Lifetime]:
-        """Return the lifetime of all memory that was made, by its key."""
+        """Return the lifetime of all memory that can be moved, by its key.
+
+        What a tensor lies in that no operator call showed (``tensor.data``) stays where that tensor looks for it.
+        """
         return {
             key: Lifetime(memory.start, self._last_use.get(key, memory.start), memory.nbytes)
             for key, memory in self.made.items()
+            if _users(key) == len(memory.tensors())
         }
 
 
 def _key(tensor: torch.Tensor) -> int:
     key: int = tensor.untyped_storage()._cdata
     return key
+
+
+def _trim_heap() -> None:
+    """Return free pages of the heap to the system, where its allocator offers that."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+def _users(key: int) -> int:
+    """Return the number of tensors over the storage at ``key``, which Python has seen."""
+    count: int = torch._C._storage_Use_Count(key) - _counted_for_python()
+    return count
+
+
+@cache
+def _counted_for_python() -> int:
+    """Return what being seen by Python adds to a storage's count of users; versions of torch differ in it."""
+    tensor = torch.empty(1)
+    count: int = torch._C._storage_Use_Count(_key(tensor))
+    return count - 1
 
 
 def _instruction(

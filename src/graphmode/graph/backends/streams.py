@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from graphmode.graph.backends.base import Capabilities, Graph
+from graphmode.graph.backends.base import Capabilities, Graph, MemoryTaken
 from graphmode.graph.errors import BackendError
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.staging import Event
@@ -129,11 +129,22 @@ class StreamBackend:
     def synchronize(self) -> None:
         self.module.synchronize(self.device)
 
-    def memory_used(self, pool: StreamPool) -> int:
-        self.module.empty_cache()
-        free, total = self.module.mem_get_info(self.device)
-        used: int = total - free
-        return used
+    @contextmanager
+    def measured(self, pool: StreamPool) -> Iterator[MemoryTaken]:
+        """Measure by the device what is kept, graphs' own memory too, and by the caching allocator what was taken."""
+        taken, module = MemoryTaken(), self.module
+        self.synchronize()
+        module.empty_cache()
+        free, reserved = module.mem_get_info(self.device)[0], module.memory_reserved(self.device)
+        module.reset_peak_memory_stats(self.device)
+        try:
+            yield taken
+        finally:
+            self.synchronize()
+            peak = module.max_memory_reserved(self.device) - reserved
+            module.empty_cache()
+            taken.kept = free - module.mem_get_info(self.device)[0]
+            taken.peak = max(peak, taken.kept)
 
     def out_of_resources(self, error: BaseException) -> bool:
         return any(text in str(error) for text in self.interface.exhausted)

@@ -65,7 +65,7 @@ class Transformers:
     """
 
     def __init__(self, checkpoint: Checkpoint, load_format: str, device: torch.device, dtype: torch.dtype) -> None:
-        config = checkpoint.read(AutoConfig.from_pretrained, "config.json")
+        config = checkpoint.read(AutoConfig, "config.json")
         if load_format == "dummy":
             with device:
                 self._model: Any = AutoModelForCausalLM.from_config(

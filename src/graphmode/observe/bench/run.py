@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,23 +72,6 @@ class Plan:
     tokens: int | None = None
     repeats: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def parse_option(text: str) -> tuple[str, Any]:
-    """Return name and value of an engine option written ``name=value``: a number, true, false, a list, or a text.
-
-    Raises:
-        InputError: it has no value, or a text where the option is none.
-    """
-    name, equals, written = text.partition("=")
-    if not equals:
-        raise InputError(f"option {text!r} has no value; write NAME=VALUE, such as max_num_seqs=64")
-    try:
-        return name, json.loads(written)
-    except json.JSONDecodeError:
-        if name not in ("device", "dtype", "load_format", "graph_mode", "fuse"):
-            raise InputError(f"{name} is {written!r}; it takes a number, true, false or a list [1,2]") from None
-        return name, written
 
 
 def bench(plan: Plan, found: Callable[[Row], None] = lambda row: None, *, progress: bool = False) -> list[Row]:
@@ -174,7 +156,7 @@ def resolve(plan: Plan, folder: str | Path) -> Plan:
     options = {"enable_prefix_caching": False, **given}
     if plan.model in RANDOM_MODELS:
         options.setdefault("load_format", "dummy")
-    positions = context_length(_checkpoint(folder, options).read(AutoConfig.from_pretrained, "config.json"))[0]
+    positions = context_length(_checkpoint(folder, options).read(AutoConfig, "config.json"))[0]
     options.setdefault("max_model_len", min(_MODEL_LEN, positions))
     limits = resolve_limits(EngineOptions(**options), positions, get_backend(options.get("device", "auto")).device)
     longest = 2 * tokens if offline else PROMPT_TOKENS + tokens
