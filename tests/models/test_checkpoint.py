@@ -365,6 +365,8 @@ def test_a_damaged_tokenizer_is_told(folder: Path, text: str) -> None:
         "folder/",
         "model.gguf",
         "a b",
+        "~none/m",
+        "a/" * 3000,
         "x\0y",
         "..\\m",
     ],

@@ -123,6 +123,13 @@ def test_the_length_of_a_model_is_its_original_one_times_the_factor(
     assert context_length(AutoConfig.from_pretrained(tmp_path)) == length
 
 
+@pytest.mark.parametrize(("rope", "positions"), [(THETA, -5), (THETA, 0), ({**LINEAR, "factor": -4.0, **THETA}, 32)])
+def test_a_length_that_is_none_is_refused(rope: dict[str, Any], positions: int) -> None:
+    config = AutoConfig.for_model("llama", max_position_embeddings=positions, rope_parameters=dict(rope))
+    with pytest.raises(ModelError, match=f"max_position_embeddings={positions} .* must be positive"):
+        context_length(config)
+
+
 def test_where_layers_differ_the_shortest_counts() -> None:
     ropes = {"sliding_attention": {"rope_type": "default"}, "full_attention": LINEAR}
     rope = {name: {**each, **THETA} for name, each in ropes.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -114,19 +115,22 @@ def find_checkpoint(
     """
     if not str(name).strip():
         raise ModelError("the name of the model is empty; give a folder, a GGUF file or a hub name")
-    path = Path(name).expanduser()
-    if path.is_file():
-        return Checkpoint(str(name), path.parent, _gguf(path, load_format), trust_remote_code)
-    if path.is_dir():
-        folder = path
-    elif isinstance(name, Path) or not _HUB_NAME.fullmatch(str(name)) or str(name).endswith(_FILE_ENDINGS):
-        raise ModelError(
-            f"{name}: there is no such folder or file; give a folder with a config.json, a GGUF file or a hub name "
-            "such as Qwen/Qwen3-0.6B"
-        )
-    else:
-        folder = _fetch(str(name), load_format, trust_remote_code)
-    _check_folder(str(name), folder)
+    path = Path(os.path.expanduser(name))
+    try:
+        if os.path.isfile(path):
+            return Checkpoint(str(name), path.parent, _gguf(path, load_format), trust_remote_code)
+        if os.path.isdir(path):
+            folder = path
+        elif isinstance(name, Path) or not _HUB_NAME.fullmatch(str(name)) or str(name).endswith(_FILE_ENDINGS):
+            raise ModelError(
+                f"{name}: there is no such folder or file; give a folder with a config.json, a GGUF file or a hub name "
+                "such as Qwen/Qwen3-0.6B"
+            )
+        else:
+            folder = _fetch(str(name), load_format, trust_remote_code)
+        _check_folder(str(name), folder)
+    except OSError as error:
+        raise ModelError(f"{name}: the files cannot be read: {error}") from error
     return Checkpoint(str(name), folder, None, trust_remote_code)
 
 

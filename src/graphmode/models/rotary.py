@@ -39,7 +39,13 @@ def context_length(config: PretrainedConfig) -> tuple[int, int]:
             stretched = int((rope.get("original_max_position_embeddings") or positions) * rope["factor"])
         rule.append(positions if kind == "dynamic" else stretched)
         most.append(max(positions, stretched) if kind == "dynamic" else stretched)
-    return min(rule, default=positions), min(most, default=positions)
+    lengths = min(rule, default=positions), min(most, default=positions)
+    if min(lengths) < 1:
+        raise ModelError(
+            f"config.json: max_position_embeddings={positions} with rope_parameters={ropes} makes a length of "
+            f"{min(lengths)} tokens; the first must be positive and a factor at least 1"
+        )
+    return lengths
 
 
 def fix_rotary_embeddings(model: PreTrainedModel, max_model_len: int) -> None:
