@@ -85,6 +85,10 @@ SAMPLING: Names = {
     "extra_args": Refusal("nothing here would read them; leave them out", harmless=(None, {})),
     "thinking_token_budget": Refusal("thinking is not told apart from the answer; max_tokens bounds both"),
     "repetition_detection": Refusal("an answer that repeats itself is not ended; repetition_penalty makes it rarer"),
+    "spaces_between_special_tokens": Refusal(
+        "special tokens have the spaces that the tokenizer gives them; transformers knows no other way",
+        harmless=(None, True),
+    ),
     "skip_clone": Refusal("parameters are never changed, so nothing is copied; leave it out", harmless=(None, False)),
 }
 

@@ -28,6 +28,7 @@ from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.scheduler import Batch, Scheduler
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import StepResult, StepRunner, StepUnderWay
+from graphmode.engine.text import Detokenizer
 from graphmode.graph import CaptureFailure, InputError, RunnerStats, get_backend
 from graphmode.models.attention import PORTABLE_ATTENTION
 from graphmode.models.attention_npu import NPU_ATTENTION
@@ -133,6 +134,8 @@ class Engine:
             trust_remote_code=options.trust_remote_code,
             generation_config=options.generation_folder,
         )
+        tokenizer = self.loaded.tokenizer
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.model)
         shape, dtype = self.loaded.shape, self.loaded.model.dtype
         bursts = attention.host_lengths is None  # lengths on the host are those of one step
         self.limits = resolve_limits(

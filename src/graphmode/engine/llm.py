@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from graphmode.engine import aliases, checks
@@ -32,6 +30,7 @@ from graphmode.engine.outputs import (
 from graphmode.engine.prompts import Prompt, PromptParts, PromptReader, as_prompts
 from graphmode.engine.sampling_params import MAX_LOGPROBS, SamplingParams, checkpoint_defaults
 from graphmode.engine.sequence import Sequence as TokenSequence
+from graphmode.engine.text import AnswerText, Detokenizer
 from graphmode.graph.errors import InputError
 from graphmode.graph.memory import free_memory, in_words
 from graphmode.models.bundled_model import bundled_model
@@ -279,7 +278,7 @@ class LLM:
     def _answers(self, request: _Request) -> list[_Answer]:
         """Return the answers to come, with sequences that are not queued."""
         sequences = self.engine.make(request.token_ids, request.params, request.vision)
-        request.answers = [_Answer(request, sequence, self._tokenizer) for sequence in sequences]
+        request.answers = [_Answer(request, sequence, self.engine.detokenizer) for sequence in sequences]
         return request.answers
 
     def _steps(self, answers: Iterator[_Answer], count: int) -> Iterator[list[_Answer]]:
@@ -315,8 +314,8 @@ class LLM:
 
     def _read(self, answer: _Answer) -> None:
         """Let an answer take in what is new, and end its sequence where the text has come to a stop text."""
-        if answer.read():
-            self.engine.scheduler.stop(answer.sequence, answer.num_read)
+        if stop := answer.read():
+            self.engine.scheduler.stop(answer.sequence, answer.num_read, stop)
 
     def _checked(self, prompt: str | PromptParts, params: SamplingParams) -> tuple[Sequence[int], VisionPrompt | None]:
         """Return the tokens and images of a prompt that can run.
@@ -380,81 +379,60 @@ class _Request:
 class _Answer:
     """A sequence and its text so far."""
 
-    def __init__(self, request: _Request, sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, request: _Request, sequence: TokenSequence, detokenizer: Detokenizer | None) -> None:
         self.request = request
         self.sequence = sequence
-        self.text = ""
-        self._read = len(sequence.prompt_token_ids)
-        # Decoding costs the host time: where nothing looks at the text before its end, it is done there.
-        self._as_it_comes = request.streamed or bool(sequence.params.stop)
-        self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._searched = 0  # a stop text may begin here: what the minimum of tokens made is not searched
+        self.num_read = len(sequence.prompt_token_ids)
+        params = sequence.params
+        self._detokenizer = detokenizer if params.detokenize else None
+        self._text: AnswerText | None = None
+        if self._detokenizer is not None:
+            self._text = AnswerText(
+                self._detokenizer,
+                sequence.prompt_token_ids,
+                stop=params.stop,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+                include_stop=params.include_stop_str_in_output,
+            )
         self._logprobs: list[Mapping[int, Logprob]] = []
         self._prompt_logprobs: list[Mapping[int, Logprob] | None] = [None]
 
     @property
-    def num_read(self) -> int:
-        """The tokens that are taken in, the prompt's among them."""
-        return self._read
-
-    @property
     def unread(self) -> bool:
         """Whether the sequence has tokens that are not taken in."""
-        return self._read < len(self.sequence.token_ids)
+        return self.num_read < len(self.sequence.token_ids)
 
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why it ended; None while it runs or has tokens that are not taken in."""
         return None if self.unread else self.sequence.finish_reason
 
-    def read(self) -> bool:
-        """Take in the next token where each is streamed, else what there is, up to the minimum of tokens first.
+    def read(self) -> str | None:
+        """Take in the next token where each is streamed, else what there is.
 
         Returns:
-            Whether the text has come to a stop text, where it is cut.
+            The stop text that the text has come to; ``num_read`` then ends with the token that completes it.
         """
-        end = self._read + 1 if self.request.streamed else len(self.sequence.token_ids)
-        least = len(self.sequence.prompt_token_ids) + self.sequence.params.min_tokens
-        if self._read < least:
-            end = min(end, least)
-        before = self._read, self.text, copy(self._decoder)
-        if not self._read_to(end):
-            return False
-        # The token that completes the stop text is the last one; which it is, a second look tells.
-        self._read, self.text, self._decoder = before
-        return any(self._read_to(at) for at in range(self._read + 1, end + 1))
-
-    def _read_to(self, end: int) -> bool:
-        """Take in the tokens before ``end`` together; return whether the text has come to a stop text."""
-        tokens = self.sequence.token_ids[self._read : end]
-        self._read = end
-        if self._tokenizer is None:
-            return False
-        made = end - len(self.sequence.prompt_token_ids)
-        if self.finish_reason is not None:
-            whole = self._tokenizer.decode(self.sequence.output_token_ids, skip_special_tokens=True)
-            new = str(whole)[len(self.text) :]
-        elif self._as_it_comes:
-            new = self._decoder.step(self._tokenizer.backend_tokenizer, tokens) or ""
-        else:
-            return False
-        before, self.text = len(self.text), self.text + new
-        if made <= self.sequence.params.min_tokens:
-            self._searched = len(self.text)
-            return False
-        stops = self.sequence.params.stop
-        longest = max(map(len, stops), default=0)
-        found = [at for stop in stops if (at := self.text.find(stop, max(self._searched, before - longest + 1))) >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-        return bool(found)
+        begin, end = self.num_read, self.num_read + 1 if self.request.streamed else len(self.sequence.token_ids)
+        self.num_read = end
+        if self._text is None:
+            return None
+        reason = self.finish_reason
+        if reason == "stop" and not self.sequence.params.include_stop_str_in_output:
+            end -= 1  # the token that ends an answer has no part in its text
+        if self._text.feed(self.sequence.token_ids[begin:end], last=reason is not None):
+            self.num_read = len(self.sequence.prompt_token_ids) + self._text.num_tokens
+        return self._text.stop
 
     def output(self, index: int) -> CompletionOutput:
         """Return the completion so far, number ``index`` of its request."""
         sequence = self.sequence
-        token_ids = sequence.token_ids[len(sequence.prompt_token_ids) : self._read]
-        output = CompletionOutput(index, self._shown(), token_ids, self.finish_reason)
+        token_ids = sequence.token_ids[len(sequence.prompt_token_ids) : self.num_read]
+        text = "" if self._text is None else self._text.shown
+        output = CompletionOutput(index, text, token_ids, self.finish_reason)
+        if output.finish_reason is not None:
+            output.stop_reason = sequence.stop_reason
         if sequence.params.logprobs is not None:
             known = sequence.logprobs[: len(token_ids)]
             self._logprobs += [self._named(each) for each in known[len(self._logprobs) :]]
@@ -474,20 +452,11 @@ class _Answer:
 
     def _named(self, logprobs: TokenLogprobs) -> Mapping[int, Logprob]:
         def decode(token: int) -> str | None:
-            return None if self._tokenizer is None else str(self._tokenizer.decode([token]))
+            return None if self._detokenizer is None else self._detokenizer.decode([token])
 
         if isinstance(logprobs, np.ndarray):
             return VocabularyLogprobs(logprobs, decode)
         return {token: Logprob(log, rank, decode(token)) for token, (log, rank) in logprobs.items()}
-
-    def _shown(self) -> str:
-        """Return the text, without an end that may become a stop text."""
-        if self.finish_reason is None:
-            for stop in self.sequence.params.stop:
-                for size in range(min(len(stop) - 1, len(self.text)), 0, -1):
-                    if self.text.endswith(stop[:size]):
-                        return self.text[:-size]
-        return self.text
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Logprob:
     Attributes:
         logprob: the natural logarithm of its probability, by the model's own logits.
         rank: its place among all tokens, from 1.
-        decoded_token: its text alone; None where the model has no tokenizer.
+        decoded_token: its text alone; None where the model has no tokenizer or no text was asked for.
     """
 
     logprob: float
@@ -82,11 +82,13 @@ class CompletionOutput:
 
     Attributes:
         index: its number among the completions of its request.
-        text: the text that the token ids stand for; empty where the model has no tokenizer.
-        token_ids: the generated tokens, with the end-of-text token where there is one.
-        finish_reason: ``stop`` (end of text), ``length`` (``max_tokens`` or the model's limit); None while it runs.
+        text: what the answer adds to the prompt's text; empty where the model has no tokenizer or none was asked for.
+        token_ids: the generated tokens, with the token that ended them where there is one.
+        finish_reason: ``stop`` (end of text, stop token or stop text), ``length`` (``max_tokens`` or the model's
+            limit); None while it runs.
         logprobs: for each token, itself and the most likely ones by token id; None where they were not asked for.
         cumulative_logprob: the sum of the tokens' log-probabilities; None where they were not asked for.
+        stop_reason: the stop text, or the token of ``stop_token_ids``, that ended it; None for any other end.
     """
 
     index: int
@@ -95,6 +97,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None
     logprobs: list[Mapping[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass

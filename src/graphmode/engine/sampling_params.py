@@ -45,7 +45,10 @@ class SamplingParams:
             engine chooses, by its own seed and the request's number.
         ignore_eos: go on after the end-of-text token.
         stop: a text or texts that end the answer, which is cut before them. Not empty.
-        stop_token_ids: tokens that end the answer; they stay in it.
+        stop_token_ids: tokens that end the answer; its tokens keep them, its text does not.
+        include_stop_str_in_output: the text keeps what ended it: the stop text, or the stop token's.
+        skip_special_tokens: special tokens are left out of the text. A stop text that holds one is found all the same.
+        detokenize: make a text; without it there are tokens alone, and no stop texts.
         n: completions of the prompt, at most 16384. The first has ``seed``, the others have seeds derived from it.
         logprobs: return the log-probability of each token and of that many most likely ones, from 0 to 20, by the
             model's own logits; -1 of all tokens, None of none.
@@ -74,6 +77,9 @@ class SamplingParams:
     ignore_eos: bool = False
     stop: str | Sequence[str] = ()
     stop_token_ids: Collection[int] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    detokenize: bool = True
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -109,9 +115,15 @@ class SamplingParams:
             )
         if self.seed is not None:
             self._integer("seed", least=-(2**63), most=2**63 - 1, also=", or None")
-        self._set("ignore_eos", checks.flag("ignore_eos", self.ignore_eos))
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
+            self._set(name, checks.flag(name, getattr(self, name)))
         self._set("stop", checks.texts("stop", self.stop))
         self._set("stop_token_ids", tuple(checks.token_ids("stop_token_ids", self.stop_token_ids)))
+        if self.stop and not self.detokenize:
+            raise InputError(
+                f"stop is {checks.shown(self.stop)}, but detokenize=False makes no text to find it in; leave one out, "
+                "or use stop_token_ids"
+            )
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 self._integer(name, least=-1, most=MAX_LOGPROBS, also=", -1 is the whole vocabulary, or None")

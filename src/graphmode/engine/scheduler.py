@@ -226,10 +226,10 @@ class Scheduler:
                 self._drop(sequence)
         return changed
 
-    def stop(self, sequence: Sequence, length: int) -> None:
-        """End a sequence whose text has come to one of its stop texts with its first ``length`` tokens."""
+    def stop(self, sequence: Sequence, length: int, text: str) -> None:
+        """End a sequence with its first ``length`` tokens, since its text has come to a stop text."""
         self.abort(sequence)
-        sequence.finish_reason = "stop"
+        sequence.finish_reason, sequence.stop_reason = "stop", text
         del sequence.token_ids[length:]
         del sequence.logprobs[length - len(sequence.prompt_token_ids) :]
 
@@ -266,10 +266,12 @@ class Scheduler:
     def _append(self, sequence: Sequence, made: tuple[int, ...], eos_token_ids: frozenset[int]) -> int:
         """Append what a sequence made up to its end, saying why it ends there; return how many tokens these are."""
         params = sequence.params
-        stops = frozenset(params.stop_token_ids) if params.ignore_eos else eos_token_ids.union(params.stop_token_ids)
+        ends = frozenset() if params.ignore_eos else eos_token_ids
+        stops = ends.union(params.stop_token_ids)
         if not stops.isdisjoint(made):
             made = made[: 1 + next(at for at, token in enumerate(made) if token in stops)]
             sequence.finish_reason = "stop"
+            sequence.stop_reason = None if made[-1] in ends else made[-1]
         sequence.token_ids += made
         if sequence.finish_reason is None and len(sequence.token_ids) >= self._max_len(sequence):
             sequence.finish_reason = "length"

@@ -33,6 +33,7 @@ class Sequence:
         blocks: its cache blocks, in order.
         block_keys: keys of its full blocks, as far as they are computed.
         finish_reason: None while it runs.
+        stop_reason: the stop text or the token of ``stop_token_ids`` that ended it; None for any other end.
     """
 
     request_id: int
@@ -51,6 +52,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
