@@ -221,7 +221,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a damaged header": (damaged(saved(LARGER), b"IHDR"), "image 1 cannot be read as an image"),
     "a JPEG that is cut off": (saved(LARGER, "JPEG")[:700], "cannot be decoded.*cut off.*Save it anew"),
     "a PNG that is cut off": (saved(LARGER)[:5000], "cannot be decoded"),
-    "a file of 195 megapixels": (png_of(15_000, 13_000), "more pixels than Pillow opens|195000000 pixels"),
+    "a file of 195 megapixels": (png_of(15_000, 13_000), "195000000 pixels.*it may have 10000.*max_image_pixels"),
     "a file above the limit": (png_of(101, 100), "101 x 100, 10100 pixels; it may have 10000.*max_image_pixels"),
     "an image above the limit": (Image.new("RGB", (101, 100)), "10100 pixels; it may have 10000"),
     "an array above the limit": (np.zeros((100, 101, 3), np.uint8), "101 x 100, 10100 pixels"),

@@ -55,7 +55,7 @@ def read_image(source: Any, name: str, max_pixels: int) -> NDArray[np.uint8]:
         name = f"{name} ({shown(str(source))})"
     elif isinstance(source, torch.Tensor) or hasattr(source, "__array__"):
         return _decoded(_from_array(source, name, max_pixels), name, max_pixels)
-    with _opened(source, name) as image:
+    with _opened(source, name, max_pixels) as image:
         return _decoded(image, name, max_pixels)
 
 
@@ -94,7 +94,7 @@ def read_video(video: Any, name: str, max_pixels: int) -> NDArray[np.uint8]:
     return np.stack(frames).transpose(0, 3, 1, 2)
 
 
-def _opened(source: Any, name: str) -> Image.Image:
+def _opened(source: Any, name: str, max_pixels: int) -> Image.Image:
     """Open a file, without its pixels."""
     file: Path | BytesIO
     if isinstance(source, str) and source.startswith("data:"):
@@ -116,8 +116,8 @@ def _opened(source: Any, name: str) -> Image.Image:
             raise InputError(f"{name} is not there; give {ACCEPTED}") from None
         except Image.DecompressionBombError as error:
             raise InputError(
-                f"{name} has more pixels than Pillow opens ({error}); scale it down, or raise max_image_pixels and "
-                "PIL.Image.MAX_IMAGE_PIXELS"
+                f"{name} has more pixels than Pillow opens ({error}); it may have {max_pixels}. Scale it down, or raise "
+                "max_image_pixels and PIL.Image.MAX_IMAGE_PIXELS"
             ) from error
         except Exception as error:  # Pillow and its decoders raise nearly anything for files that are none of theirs
             raise InputError(f"{name} cannot be read as an image ({_words(error)}); give {ACCEPTED}") from error
