@@ -116,8 +116,8 @@ def _opened(source: Any, name: str, max_pixels: int) -> Image.Image:
             raise InputError(f"{name} is not there; give {ACCEPTED}") from None
         except Image.DecompressionBombError as error:
             raise InputError(
-                f"{name} has more pixels than Pillow opens ({error}); it may have {max_pixels}. Scale it down, or raise "
-                "max_image_pixels and PIL.Image.MAX_IMAGE_PIXELS"
+                f"{name} has more pixels than Pillow opens ({error}); it may have {max_pixels}. Scale it down, or "
+                "raise max_image_pixels and PIL.Image.MAX_IMAGE_PIXELS"
             ) from error
         except Exception as error:  # Pillow and its decoders raise nearly anything for files that are none of theirs
             raise InputError(f"{name} cannot be read as an image ({_words(error)}); give {ACCEPTED}") from error
