@@ -211,7 +211,7 @@ def test_a_generate_that_is_interrupted_leaves_nothing_behind(tiny: Path, steps:
 
 def test_a_cache_too_small_for_a_request_says_so_and_a_small_one_serves_in_turns(tiny: Path) -> None:
     with pytest.raises(InputError, match="kv_cache_memory"):
-        LLM(tiny, device="cpu", kv_cache_memory=10_000)
+        LLM(tiny, device="cpu", kv_cache_memory=8_000)  # less than one block
     each = 2 * 2 * 16 * 2 * 16 * 4
     llm = LLM(tiny, device="cpu", kv_cache_memory=9 * each, max_num_seqs=8)
     prompts = [{"prompt_token_ids": list(range(n, n + 40))} for n in range(10)]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphmode.graph import InputError, make_buckets
-from graphmode.graph.buckets import check_buckets, spread
+from graphmode.graph.buckets import check_buckets, powers_of_two, spread
 
 
 @given(st.integers(1, 100_000))
@@ -62,3 +62,11 @@ def test_the_order_of_capture() -> None:
     assert spread([1, 2]) == (2, 1)
     assert spread([3]) == (3,)
     assert spread([]) == ()
+
+
+@given(st.integers(1, 10**6))
+def test_powers_of_two_end_with_the_largest_step_and_pad_less_than_half(maximum: int) -> None:
+    sizes = powers_of_two(maximum)
+    assert sizes[-1] == maximum
+    assert all(size & (size - 1) == 0 for size in sizes[:-1])
+    assert all(small < large <= 2 * small for small, large in pairwise(sizes))

@@ -13,7 +13,7 @@ from graphmode.engine import aliases, checks
 from graphmode.engine.checks import unfit
 from graphmode.engine.scheduler import Family, Limits
 from graphmode.graph import Backend, CaptureFailure, make_buckets
-from graphmode.graph.buckets import check_buckets
+from graphmode.graph.buckets import check_buckets, powers_of_two
 from graphmode.graph.errors import InputError
 
 GraphMode = Literal["none", "piecewise", "full", "full_decode_only", "full_and_piecewise"]
@@ -43,13 +43,17 @@ class EngineOptions:
         enforce_eager: the opposite of ``enable_graph``: run every step eagerly.
         graph_mode: ``full`` (one graph a step, the default), ``piecewise`` (attention outside the graphs),
             ``full_decode_only`` (mixed steps run eagerly), ``full_and_piecewise`` (mixed steps piecewise), ``none``.
-        graph_sizes: the buckets, in tokens of a step. Default: few, up to the largest step.
+        graph_sizes: the buckets, in tokens of a step. Default: few, up to the largest step; on a CPU powers of two.
         max_graph_tokens: the threshold: larger steps run eagerly. Default: none is larger.
         max_padding_ratio: steps with a larger share of padding run eagerly.
-        max_model_len: tokens of a sequence. Default: what the model was made for.
+        max_model_len: tokens of a sequence. Default: what the model was made for, or less where the KV cache cannot
+            hold that; a warning says so.
         max_num_seqs: sequences in a step. Default: 256, on a CPU 32.
         max_num_batched_tokens: tokens in a step. Default: 8192, on a CPU 256.
-        kv_cache_memory: bytes of the KV cache. Default: what all rows can use, if the device has it.
+        kv_cache_memory: bytes of the KV cache. Default: what all rows can use, if ``memory_share`` allows it.
+        memory_share: the share of the device's free memory that weights, KV cache, graphs and buffers may take in all;
+            it bounds the KV cache. On a CPU that is the host's available memory, control groups counted. Default: 0.9,
+            on a CPU 0.7.
         enable_prefix_caching: prompts use the KV blocks of earlier sequences that begin alike.
         fuse: ``layers``: recognised layers compute with fewer kernels over the same weights; ``compile``: Inductor
             compiles the others; ``none``: all keep the code of transformers.
@@ -84,6 +88,7 @@ class EngineOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_memory: int | None = None
+    memory_share: float | None = None
     enable_prefix_caching: bool = True
     fuse: Fuse = "layers"
     decode_steps: int | None = None
@@ -123,6 +128,13 @@ class EngineOptions:
         if self.max_padding_ratio is not None:
             ratio = checks.number("max_padding_ratio", self.max_padding_ratio, least=0, most=1, also=", or None")
             self._set("max_padding_ratio", ratio)
+        if self.memory_share is not None:
+            share = checks.number("memory_share", self.memory_share, least=0, most=1, also=", or None")
+            if share == 0:
+                raise unfit("memory_share", self.memory_share, "above 0, and 1 at most")
+            self._set("memory_share", share)
+            if self.kv_cache_memory is not None:
+                raise InputError("kv_cache_memory and memory_share both set the KV cache; give one of them")
         for name in (
             "max_graph_tokens",
             "max_model_len",
@@ -248,8 +260,13 @@ def resolve_limits(
     return Limits(max_num_seqs, max_num_batched_tokens, max_model_len, decode_steps)
 
 
-def resolve_buckets(options: EngineOptions, limits: Limits) -> dict[str, tuple[int, ...]]:
+def resolve_buckets(options: EngineOptions, limits: Limits, *, few: bool = False) -> dict[str, tuple[int, ...]]:
     """Return the buckets of the two families: every step of the scheduler's has one unless the user said otherwise.
+
+    Args:
+        options: the user's.
+        limits: what a step may hold.
+        few: whether the default is as few as powers of two: on a CPU a capture costs what eager steps cost.
 
     Raises:
         InputError: a bucket larger than any step.
@@ -258,7 +275,7 @@ def resolve_buckets(options: EngineOptions, limits: Limits) -> dict[str, tuple[i
     if options.graph_sizes is not None:
         sizes = check_buckets(options.graph_sizes)
     else:
-        sizes = make_buckets(min(largest, options.max_graph_tokens or largest))
+        sizes = (powers_of_two if few else make_buckets)(min(largest, options.max_graph_tokens or largest))
     asked = options.max_graph_tokens or sizes[-1]
     if max(asked, sizes[-1]) > largest:
         raise InputError(

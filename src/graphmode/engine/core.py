@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from graphmode.engine.block_pool import BlockPool
 from graphmode.engine.config import (
@@ -22,7 +23,8 @@ from graphmode.engine.config import (
     resolve_dtype,
     resolve_limits,
 )
-from graphmode.engine.kv_cache import choose_num_blocks, make_cache
+from graphmode.engine.kv_cache import block_bytes, make_cache
+from graphmode.engine.memory import cache_memory, check_buffers, fit_cache
 from graphmode.engine.multimodal import VisionPrompt
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.scheduler import Batch, Scheduler
@@ -30,6 +32,7 @@ from graphmode.engine.sequence import Sequence
 from graphmode.engine.step_runner import StepResult, StepRunner, StepUnderWay
 from graphmode.engine.text import Detokenizer
 from graphmode.graph import CaptureFailure, InputError, RunnerStats, get_backend
+from graphmode.graph.memory import free_memory
 from graphmode.models.attention import PORTABLE_ATTENTION
 from graphmode.models.attention_npu import NPU_ATTENTION
 from graphmode.models.compiled import compile_layers
@@ -126,6 +129,14 @@ class Engine:
                 f"fuse is 'compile'; attention on {self.device.type} takes lengths on the host, which the compiled "
                 "layers are not tried with. Use 'layers' or 'none'"
             )
+        bursts = attention.host_lengths is None  # lengths on the host are those of one step
+        mode, on_cpu = options.resolved_graph_mode, self.device.type == "cpu"
+        # What no model could run with is refused before one is loaded.
+        least = resolve_limits(options, options.max_model_len or 2, self.device, bursts=bursts)
+        if mode != "none":
+            resolve_buckets(options, least, few=on_cpu)
+        free, host_free = free_memory(self.device), free_memory(torch.device("cpu"))
+        check_buffers(least, self.device, free, host_free, block_size=attention.block_size)
         self.loaded = load_model(
             self.model,
             device=self.device,
@@ -137,19 +148,15 @@ class Engine:
         tokenizer = self.loaded.tokenizer
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.model)
         shape, dtype = self.loaded.shape, self.loaded.model.dtype
-        bursts = attention.host_lengths is None  # lengths on the host are those of one step
         self.limits = resolve_limits(
             options, shape.max_positions, self.device, most_positions=shape.most_positions, bursts=bursts
         )
+        num_blocks = self._count_memory(attention.block_size)
         fix_rotary_embeddings(self.loaded.model, self.limits.max_model_len)
         # Fused layers attend by the portable kernel.
         fused = options.fuse != "none" and attention is PORTABLE_ATTENTION
         self.fused_layers = fuse(self.loaded.model, self.limits.max_model_len) if fused else 0
-        mode = options.resolved_graph_mode
-        buckets = None if mode == "none" else resolve_buckets(options, self.limits)
-        num_blocks = choose_num_blocks(
-            shape, dtype, self.limits, self.device, options.kv_cache_memory, attention.block_size
-        )
+        buckets = None if mode == "none" else resolve_buckets(options, self.limits, few=on_cpu)
         self.caches = make_cache(shape, dtype, num_blocks, self.device, attention.block_size)
         self.compiled_layers = 0
         if options.fuse == "compile" and not self.fused_layers:
@@ -173,6 +180,27 @@ class Engine:
         log.info("graph mode %s on %s, %s, KV cache of %d blocks", mode, self.device, dtype, num_blocks)
         self.runner.probe()
         self.runner.capture(progress=self.progress)
+
+    def _count_memory(self, block_size: int) -> int:
+        """Return the blocks of the KV cache, lowering ``max_model_len`` to what fits where the user did not give it."""
+        options, shape, model = self.options, self.loaded.shape, self.loaded.model
+        embedding = model.get_input_embeddings().weight
+        assert isinstance(embedding, torch.Tensor)
+        sizes = {"vocab_size": shape.vocab_size, "hidden_size": embedding.shape[1], "itemsize": model.dtype.itemsize}
+        weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+        free, host_free = free_memory(self.device), free_memory(torch.device("cpu"))
+        smallest = replace(self.limits, max_model_len=options.max_model_len or 2)
+        buffers = check_buffers(smallest, self.device, free, host_free, block_size=block_size, **sizes)
+        memory = cache_memory(self.device, free, weights, buffers, options.memory_share, options.kv_cache_memory)
+        self.limits, blocks = fit_cache(
+            self.limits,
+            memory,
+            block_bytes(shape, model.dtype, block_size),
+            block_size,
+            lower=options.max_model_len is None,
+        )
+        check_buffers(self.limits, self.device, free, host_free, block_size=block_size, **sizes)
+        return blocks
 
     def add(
         self, prompt_token_ids: SequenceOf[int], params: SamplingParams, vision: VisionPrompt | None = None

@@ -1,17 +1,16 @@
-"""The paged KV cache: its memory and how much of it there is."""
+"""The paged KV cache: its memory."""
 
 from __future__ import annotations
 
+from math import prod
+
+import numpy as np
 import torch
 
-from graphmode.engine.scheduler import Limits
-from graphmode.graph.errors import InputError
 from graphmode.models.attention import CacheShape, LayerCache
 from graphmode.models.loader import ModelShape
 
-# Left free beside the KV cache, for the graphs' pool and the libraries: a share of the device's memory.
-_RESERVE = 0.15
-_CPU_LIMIT = 2 << 30
+_ALIGNMENT = 64
 
 
 def block_bytes(shape: ModelShape, dtype: torch.dtype, block_size: int) -> int:
@@ -19,47 +18,14 @@ def block_bytes(shape: ModelShape, dtype: torch.dtype, block_size: int) -> int:
     return block_size * sum(cache.elements for cache in shape.caches) * dtype.itemsize
 
 
-def choose_num_blocks(
-    shape: ModelShape,
-    dtype: torch.dtype,
-    limits: Limits,
-    device: torch.device,
-    kv_cache_memory: int | None,
-    block_size: int,
-) -> int:
-    """Return the number of blocks: enough for every row at full length, or what the memory allows.
-
-    Raises:
-        InputError: not even one sequence of ``max_model_len`` fits.
-    """
-    each = -(-limits.max_model_len // block_size)
-    wanted = each * limits.max_num_seqs
-    if kv_cache_memory is None:
-        if device.type == "cpu":
-            memory = _CPU_LIMIT
-        else:
-            free, total = torch.accelerator.get_memory_info(device)
-            memory = max(0, int(free - _RESERVE * total))
-    else:
-        memory = kv_cache_memory
-    block = block_bytes(shape, dtype, block_size)
-    blocks = min(wanted, memory // block)
-    if blocks < each:
-        raise InputError(
-            f"the KV cache may take {memory} bytes, {blocks} blocks; one sequence of max_model_len="
-            f"{limits.max_model_len} needs {each * block} bytes, {each} blocks. Lower max_model_len"
-            + ("" if kv_cache_memory is None else ", or raise kv_cache_memory")
-        )
-    return blocks
-
-
 def make_cache(
     shape: ModelShape, dtype: torch.dtype, num_blocks: int, device: torch.device, block_size: int
 ) -> list[LayerCache]:
-    """Return the zeroed cache of every layer."""
+    """Return the zeroed cache of every layer. On a host its pages are taken when they are first written."""
 
     def zeros(heads: int, dim: int) -> torch.Tensor:
-        return torch.zeros((num_blocks, block_size, heads, dim), dtype=dtype, device=device)
+        shape = (num_blocks, block_size, heads, dim)
+        return _untouched(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
     def make(cache: CacheShape) -> LayerCache:
         keys = zeros(cache.kv_heads, cache.key_dim)
@@ -67,3 +33,11 @@ def make_cache(
         return LayerCache(keys, values, zeros(1, cache.index_dim) if cache.index_dim else None)
 
     return [make(cache) for cache in shape.caches]
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return zeros on the host whose pages the system gives at the first write; ``torch.zeros`` writes them all."""
+    nbytes = prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(nbytes + _ALIGNMENT, np.uint8))
+    start = -memory.data_ptr() % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).view(shape)

@@ -100,6 +100,10 @@ class _Integers(NamedTuple, Generic[Column]):
 
 _NOBODY_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 _NOBODY_INTEGERS = (0, 0, -1, 0, 0, 0, -1, -1)
+SLOT_BYTES = 8 * len(_NOBODY_INTEGERS) + 4 * len(_NOBODY_FLOATS)
+"""Bytes of a sequence's parameters, on the device and in each copy on the host."""
+REPORT_BYTES = 4 * (2 + 2 * MAX_LOGPROBS)
+"""Bytes of a row's log-probabilities, at most."""
 
 
 class _Lists(NamedTuple):
@@ -159,7 +163,7 @@ class Sampler:
         self._restrictions = lru_cache(8)(partial(restrictions, vocab_size=vocab_size, tokenizer=tokenizer))
         slots, device = limits.max_num_seqs + 1, backend.device
         # The host keeps all slots too: where a step admits sequences, they go to the device as they are, in one copy.
-        nbytes = slots * (8 * len(_NOBODY_INTEGERS) + 4 * len(_NOBODY_FLOATS))
+        nbytes = slots * SLOT_BYTES
         self._on_host = torch.empty(nbytes, dtype=torch.uint8)
         self._on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._staging = StagingRing(nbytes, STAGING_SLOTS, backend.host_buffer, backend.event)

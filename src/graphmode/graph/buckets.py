@@ -26,6 +26,19 @@ def make_buckets(maximum: int) -> tuple[int, ...]:
     return (*sizes, maximum)
 
 
+def powers_of_two(maximum: int) -> tuple[int, ...]:
+    """Return the powers of two below ``maximum``, and it: for a device where each graph costs two eager steps.
+
+    They take a third of the time to capture that those of :func:`make_buckets` take; up to half of a replay is padding.
+
+    Raises:
+        InputError: ``maximum`` is less than 1.
+    """
+    if maximum < 1:
+        raise InputError(f"the largest bucket is {maximum}; it must be at least 1")
+    return (*(1 << power for power in range((maximum - 1).bit_length())), maximum)
+
+
 def check_buckets(sizes: Sequence[int]) -> tuple[int, ...]:
     """Return ``sizes`` sorted and without repeats.
 

@@ -13,8 +13,9 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be taken on ``device``: of the host what its control groups leave, too."""
     if device.type != "cpu":
-        return torch.accelerator.get_memory_info(device)[0]
-    return min([psutil.virtual_memory().available, *control_group_memory()])
+        free: int = torch.accelerator.get_memory_info(device)[0]
+        return free
+    return min([int(psutil.virtual_memory().available), *control_group_memory()])
 
 
 def control_group_memory(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> list[int]:
