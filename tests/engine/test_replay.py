@@ -10,6 +10,7 @@ import torch
 
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import Engine
+from graphmode.engine.llm import LLM
 from graphmode.engine.sampler import SamplingLevel
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.scheduler import Batch, Row
@@ -210,3 +211,13 @@ def test_200_interleaved_replays_stay_right(harness: Harness) -> None:
         eager = harness.graphs.run_eagerly(key, **values)
         assert all(torch.equal(one, other) for one, other in zip(outputs, eager, strict=True))
     assert harness.graphs.stats.hit_rate == 1.0
+
+
+@pytest.mark.parametrize("fuse", ["none", "layers"])
+def test_capture_on_a_cpu_costs_no_more_for_longer_sequences(fuse: str) -> None:
+    """What a capture holds follows the tokens of a step, not the length that a sequence may come to have."""
+    sizes = {"graph_sizes": [16], "max_num_seqs": 4, "max_num_batched_tokens": 16, "device": "cpu"}
+    stats = [LLM(max_model_len=length, fuse=fuse, **sizes).stats for length in (64, 1024)]
+    for name in ("graph_bytes", "capture_peak_bytes"):
+        short, long = (getattr(each, name) for each in stats)
+        assert 0 < long <= 1.01 * short, name

@@ -24,14 +24,16 @@ def _compile(signature: str) -> Any:
     return numba.njit(signature, cache=True, nogil=True, error_model="numpy", fastmath=_FASTMATH)
 
 
-@intrinsic
-def _float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]
-    """Return the float32 whose bits an int32 holds."""
+def _bit_cast(typing_context: Any, bits: Any) -> Any:
+    """Give the float32 whose bits an int32 holds."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], context.get_value_type(types.float32))
 
     return types.float32(types.int32), generate
+
+
+_float_of_bits: Any = intrinsic(_bit_cast)
 
 
 @numba.njit("f4(f4)", cache=True, inline="always", error_model="numpy", fastmath=_FASTMATH)
