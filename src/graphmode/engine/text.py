@@ -366,7 +366,7 @@ class AnswerText:
         self._ended = last
         return False
 
-    def _stop(self, texts: _Texts, at: int, _: int, stop: str) -> bool:
+    def _stop(self, texts: _Texts, at: int, stop: str) -> bool:
         self.stop = stop
         self._final = texts.shown.whole[:at] + (stop if self._include_stop else "")
         self._ended = True
@@ -397,8 +397,8 @@ class AnswerText:
                 shown = detokenizer.extend(shown, tokens)
         return _Texts(shown, full, specials)
 
-    def _find(self, before: _Texts, after: _Texts, last: bool) -> tuple[int, int, str] | None:
-        """Return where in the text the first stop text begins that new tokens complete, its length, and itself."""
+    def _find(self, before: _Texts, after: _Texts, last: bool) -> tuple[int, str] | None:
+        """Return where in the text the first stop text begins that new tokens complete, and itself."""
         found = []
         for stop, special in self._stops:
             old, new = (before.full, after.full) if special else (before.shown, after.shown)
@@ -406,7 +406,10 @@ class AnswerText:
             at = (new.whole if last else new.text).find(stop, max(0, searched - len(stop) + 1))
             if at >= 0:
                 found.append((after.to_shown(at) if special else at, len(stop), stop))
-        return min(found, default=None)
+        if not found:
+            return None
+        at, _, stop = min(found)  # of those that begin together, the shortest
+        return at, stop
 
 
 def _decodes_as_its_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
