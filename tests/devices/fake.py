@@ -149,6 +149,11 @@ class _DeviceTape(_TapeMode):
     def _give_back(self) -> None:
         pass
 
+    def close(self) -> Tape:
+        tape = super().close()
+        tape.seal()  # its memory has its final place from the start
+        return tape
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._records is None or func.__name__ not in self._updatable:
             return super().__torch_dispatch__(func, types, args, kwargs)
