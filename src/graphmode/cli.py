@@ -383,7 +383,5 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end an answer
     try:
         app()
-    except GraphModeError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:  # a full disk, for example; a reader that has gone is the application's
+    except (GraphModeError, OSError) as error:  # such as a full disk; that a reader has gone is handled before
         sys.exit(f"error: {error}")
