@@ -65,6 +65,9 @@ def test_options_that_make_no_sense_are_refused(options: dict, words: list[str])
         {"max_model_len": -1},
         {"max_graph_tokens": [8]},
         {"kv_cache_memory": 1.5e9},
+        {"memory_share": float("nan")},
+        {"memory_share": "0.5"},
+        {"memory_share": 1.5},
         {"decode_steps": 0},
         {"seed": 1.9},
         {"warmup_iterations": 0},
@@ -146,6 +149,7 @@ def test_graphs_are_on_or_off_by_any_name(given: dict, mode: str) -> None:
         {"enforce_eager": True, "compilation_config": {"cudagraph_mode": "FULL"}},
         {"graph_sizes": [1], "cudagraph_capture_sizes": [2]},
         {"kv_cache_memory": 1, "kv_cache_memory_bytes": 2},
+        {"memory_share": 0.5, "gpu_memory_utilization": 0.6},
         {"graph_mode": "full", "cudagraph_mode": "PIECEWISE"},
     ],
 )
@@ -164,6 +168,8 @@ class CudaGraphMode(Enum):
     ("given", "ours"),
     [
         ({"kv_cache_memory_bytes": 1 << 30}, {"kv_cache_memory": 1 << 30}),
+        ({"gpu_memory_utilization": 0.5}, {"memory_share": 0.5}),
+        ({"max_memory_utilization": 0.5, "devices": "cpu"}, {"memory_share": 0.5, "device": "cpu"}),
         ({"cudagraph_capture_sizes": [4, 1]}, {"graph_sizes": [1, 4]}),
         ({"compilation_config": None}, {}),
         ({"compilation_config": {}}, {}),

@@ -193,6 +193,7 @@ ENGINE: Names = {
     # The same by another name.
     "kv_cache_memory_bytes": Alias("kv_cache_memory"),
     "gpu_memory_utilization": Alias("memory_share"),
+    "max_memory_utilization": Alias("memory_share"),
     "max_cache_size": Alias("kv_cache_memory"),
     "max_seqs_per_batch": Alias("max_num_seqs"),
     "max_tokens_per_batch": Alias("max_num_batched_tokens"),
