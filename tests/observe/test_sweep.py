@@ -116,6 +116,15 @@ def test_families_are_types_that_are_swept() -> None:
     assert len([row for row in families if row]) == len(_FAMILIES)
 
 
+def test_what_the_page_says_of_the_families_often_asked_for_is_what_a_sweep_finds() -> None:
+    def often_asked_for(page: str) -> list[str]:
+        return page.split("\n## ")[1].splitlines()
+
+    found = often_asked_for(as_markdown(sweep(sorted(_FAMILIES.values()))))
+    assert found[0] == "Often asked for"
+    assert often_asked_for(PAGE.read_text()) == found
+
+
 @pytest.mark.slow
 def test_the_page_in_the_docs_is_what_a_sweep_finds() -> None:
     findings = sweep(list(MODEL_TYPES))

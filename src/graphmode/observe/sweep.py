@@ -118,6 +118,7 @@ _TINY: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
+    "rotary_dim": 8,
     "vocab_size": 131,
     "max_position_embeddings": 128,
     "num_experts": 4,
