@@ -1,4 +1,4 @@
-"""The kernels of a step, each in Triton beside its PyTorch reference; the tensors' device chooses."""
+"""The kernels of a step in Triton and as loops for the CPU, beside PyTorch references; the tensors' device chooses."""
 
 from graphmode.kernels.attention import paged_attention
 from graphmode.kernels.bans import Bans, ban_tokens, no_bans, note_recent
