@@ -15,6 +15,8 @@ from graphmode import LLM, SamplingParams
 from graphmode.models.errors import ModelError
 from graphmode.models.loader import load_model
 
+pytestmark = pytest.mark.versions
+
 HIDDEN, LAYERS, HEADS, KV_HEADS, FF = 64, 2, 4, 2, 96
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *map(chr, range(33, 127)), "Ġ", "Ċ", "Ġt", "he", "Ġthe"]
 MERGES = ["Ġ t", "h e", "Ġt he"]
