@@ -138,8 +138,11 @@ def generate_greedily(
     """What transformers' own ``generate`` gives for a prompt alone, and the logits behind its first token."""
     given = {name: torch.as_tensor(value) for name, value in prompt.items() if name != "prompt_token_ids"}
     ids = torch.tensor([prompt["prompt_token_ids"]], device=model.device)
-    in_video = (ids == VIDEO_START).cumsum(1) > (ids == VIDEO_END).cumsum(1)
-    types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int() + ((ids == IMAGE) & in_video).int()
+    image, video = ids == model.config.image_token_id, ids == model.config.video_token_id
+    in_video = torch.zeros_like(image)
+    if (start := getattr(model.config, "video_start_token_id", None)) is not None:
+        in_video = (ids == start).cumsum(1) > (ids == model.config.video_end_token_id).cumsum(1)
+    types = image.int() + 2 * video.int() + (image & in_video).int()
     model.base_model.rope_deltas = None
     made = model.generate(
         input_ids=ids,

@@ -156,7 +156,7 @@ def test_dynamic_ntk_beyond_its_length_takes_the_frequencies_of_the_longest_sequ
 
 
 def test_an_embedding_that_cannot_be_fixed_is_refused(tmp_path: Path) -> None:
-    rope = {**LONGROPE, "short_mscale": 1.0, "long_mscale": 1.3}
+    rope = {**LONGROPE, "short_mscale": 1.0, "long_mscale": 1.3, "original_max_position_embeddings": BEFORE}
     folder = save(tmp_path, "phimoe", rope, num_local_experts=2)
     with pytest.raises(ModelError, match="PhimoeRotaryEmbedding rotates a token by the length of other sequences"):
         LLM(folder, device="cpu")
