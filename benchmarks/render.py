@@ -3,6 +3,7 @@
 Run ``python benchmarks/render.py`` after results have changed; ``--check`` only says whether the page is up to date.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def rendered() -> dict[Path, str]:
 
 
 def _slug(device: str) -> str:
-    return "-".join(device.lower().split())
+    return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def main() -> None:

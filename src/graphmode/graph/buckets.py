@@ -29,7 +29,7 @@ def make_buckets(maximum: int) -> tuple[int, ...]:
 def powers_of_two(maximum: int) -> tuple[int, ...]:
     """Return the powers of two below ``maximum``, and it: for a device where each graph costs two eager steps.
 
-    They take a third of the time to capture that those of :func:`make_buckets` take; up to half of a replay is padding.
+    They are fewer than those of :func:`make_buckets`; up to half of a replay is padding.
 
     Raises:
         InputError: ``maximum`` is less than 1.
