@@ -100,6 +100,9 @@ class Recorder:
     def __init__(self, model: object = None, *, progress: bool = False, **options: object) -> None:
         self.model, self.options = model, vars(EngineOptions(**options))
 
+    def get_default_sampling_params(self, **others: object) -> SamplingParams:
+        return SamplingParams(**({"top_k": 7} | others))
+
     def generate(self, prompts: object, params: object) -> None:
         raise AskedError(self.model, self.options, prompts, params)
 
@@ -123,7 +126,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AskedError]:
 def test_defaults_of_the_command_line(asked: Callable[..., AskedError]) -> None:
     found = asked()
     assert found.options == vars(EngineOptions())
-    assert found.params == SamplingParams(temperature=0, max_tokens=128)
+    assert found.params == SamplingParams(temperature=0, max_tokens=128, top_k=7), "the model asks for top_k=7"
     assert found.prompts == [DEFAULT_PROMPT]
     assert found.model is None
 

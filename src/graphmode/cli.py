@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +71,10 @@ def generate(
     engine: dict[str, Any],
     sampling: dict[str, Any],
 ) -> None:
-    """Continue texts, every step one replay of a graph."""
+    """Continue texts, every step one replay of a graph.
+
+    Sampling options that are not given are what the model's generation_config.json asks for, else the defaults below.
+    """
     if model == "":
         raise typer.BadParameter("--model is empty; give a folder or a hub name, or leave it out for the bundled model")
     texts = _prompts(prompt, prompt_file, bundled=model is None)
@@ -84,8 +87,10 @@ def generate(
     disable_progress_bar()
     with _errors_in_one_line():
         prompts = [checks.text("a prompt", text) for text in texts]
-        params = SamplingParams(**sampling)
+        given = aliases.named("generate", sampling, [each.name for each in fields(SamplingParams)], aliases.SAMPLING)
+        SamplingParams(**(DEFAULTS | given))  # raises what is wrong with them before the model is loaded
         llm = LLM(model, progress=not as_json and sys.stderr.isatty(), **engine)
+        params = replace(llm.get_default_sampling_params(**DEFAULTS), **given)
         start = time.perf_counter()
         if as_json:
             outputs = llm.generate(prompts, params)

@@ -33,7 +33,7 @@ def takes(panel: str, destination: str, options: Mapping[str, TextOption], **def
         panel: the panel's title.
         destination: the name of the parameter.
         options: by name.
-        **defaults: what the command takes for options that are not given, where that is another value.
+        **defaults: what the help text names as defaults in place of the options' own.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +47,7 @@ def takes(panel: str, destination: str, options: Mapping[str, TextOption], **def
                 for field, option in fields.items()
                 if (value := given.pop(field)) is not None and value != []
             }
-            return command(**given, **{destination: defaults | read})
+            return command(**given, **{destination: read})
 
         parameters = [each for name, each in own.items() if name != destination]
         parameters += [_parameter(field, option, panel, defaults) for field, option in fields.items()]

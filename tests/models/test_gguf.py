@@ -4,16 +4,16 @@ import logging
 import shutil
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from graphmode import LLM, SamplingParams
 from graphmode.models.errors import ModelError
 from graphmode.models.loader import load_model
+
+gguf = pytest.importorskip("gguf")
 
 pytestmark = pytest.mark.versions
 
@@ -26,9 +26,9 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% en
 @pytest.fixture(scope="module", params=["F32", "Q4_1"])
 def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer."""
-    quantization = GGMLQuantizationType[request.param]
+    quantization = gguf.GGMLQuantizationType[request.param]
     path = tmp_path_factory.mktemp("gguf") / f"tiny.{request.param}.gguf"
-    writer = GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
@@ -116,7 +116,7 @@ def test_a_file_that_is_no_gguf_is_told(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_kind_of_model_that_transformers_does_not_know_is_told(tmp_path: Path) -> None:
-    writer = GGUFWriter(tmp_path / "other.gguf", "nonesuch")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "nonesuch")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -28,7 +28,7 @@ from graphmode.engine.outputs import (
     VocabularyLogprobs,
 )
 from graphmode.engine.prompts import Prompt, PromptParts, PromptReader, as_prompts
-from graphmode.engine.sampling_params import MAX_LOGPROBS, SamplingParams, checkpoint_defaults
+from graphmode.engine.sampling_params import MAX_LOGPROBS, SamplingParams, checkpoint_parameters
 from graphmode.engine.sequence import Sequence as TokenSequence
 from graphmode.engine.text import AnswerText, Detokenizer
 from graphmode.graph.errors import InputError
@@ -63,7 +63,7 @@ class LLM:
         checks.flag("progress", progress)
         self.engine = Engine(bundled_model() if model is None else model, EngineOptions(**options), progress)
         loaded, own = self.engine.loaded, self.engine.options
-        self._default_params = checkpoint_defaults(loaded.generation if own.generation_config != "vllm" else {})
+        self._checkpoint = checkpoint_parameters(loaded.generation if own.generation_config != "vllm" else {})
         self._tokenizer = loaded.tokenizer
         limits = MediaLimits(
             images=own.max_images_per_prompt,
@@ -78,9 +78,13 @@ class LLM:
         """What the steps did and cost."""
         return self.engine.stats
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Return the parameters of requests that bring none: what the model's generation_config.json asks for."""
-        return self._default_params
+    def get_default_sampling_params(self, **others: Any) -> SamplingParams:
+        """Return the parameters of requests that bring none: what the model's generation_config.json asks for.
+
+        Args:
+            **others: parameters where that file names none, by name; default: those of ``SamplingParams``.
+        """
+        return SamplingParams(**(others | self._checkpoint))
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer.
@@ -215,7 +219,7 @@ class LLM:
             InputError: one cannot, or parameters are none.
         """
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or self._default_params] * len(prompts)
+            params = [sampling_params or self.get_default_sampling_params()] * len(prompts)
         elif isinstance(sampling_params, (list, tuple)):
             params = list(sampling_params)
             for each in params:

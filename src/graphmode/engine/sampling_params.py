@@ -9,12 +9,14 @@ from typing import Any
 
 from graphmode.engine import aliases, checks
 from graphmode.graph.errors import InputError
+from graphmode.graph.memory import in_words
 
 log = logging.getLogger(__name__)
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_COMPLETIONS = 2**14
+_COMPLETION_BYTES = 1024  # of a sequence, its text and its output, without tokens
 
 
 @aliases.by_name(aliases.SAMPLING)
@@ -105,7 +107,12 @@ class SamplingParams:
                 raise InputError("allowed_token_ids is empty, which allows nothing; give a token at least, or None")
             self._set("allowed_token_ids", tuple(allowed))
         self._set("bad_words", checks.texts("bad_words", self.bad_words))
-        self._integer("n", least=1, most=MAX_COMPLETIONS)
+        self._integer("n", least=1)
+        if self.n > MAX_COMPLETIONS:
+            raise InputError(
+                f"n is {self.n}; it may be at most {MAX_COMPLETIONS}. The host keeps at least {_COMPLETION_BYTES} "
+                f"bytes of an answer, {in_words(self.n * _COMPLETION_BYTES)} of that many; send several requests"
+            )
         if self.max_tokens is not None:
             self._integer("max_tokens", least=1, most=checks.LARGEST, also=", or None")
         self._integer("min_tokens", least=0, most=checks.LARGEST)
@@ -160,8 +167,8 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def checkpoint_defaults(generation: Mapping[str, Any]) -> SamplingParams:
-    """Return the sampling parameters that a checkpoint asks for where a request brings none.
+def checkpoint_parameters(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling parameters that a checkpoint asks for where a request brings none, by name.
 
     Args:
         generation: what its generation_config.json holds, by the names that transformers uses there. Values that are
@@ -178,7 +185,7 @@ def checkpoint_defaults(generation: Mapping[str, Any]) -> SamplingParams:
             given |= {} if generation.get(theirs) is None else {ours: generation[theirs]}
     if generation.get("do_sample") is False:
         given["temperature"] = 0
-    return SamplingParams(**given)
+    return given
 
 
 def _biases(biases: object) -> dict[int, float]:
