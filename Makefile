@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-# Tests share one GPU where there is one. A module's tests stay in one process, which makes what they share once.
-PYTEST := -m pytest $(if $(shell command -v nvidia-smi 2>/dev/null),,--numprocesses 2 --dist loadscope)
+# Tests share one GPU where there is one. Elsewhere two processes take half of the tests each, in order, so that modules stay
+# together; the one that is done first takes over some of the other's.
+PYTEST := -m pytest $(if $(shell command -v nvidia-smi 2>/dev/null),,--numprocesses 2 --dist worksteal)
 
 .PHONY: demo test test-oldest test-latest test-real lint format lock clean
 

@@ -1,6 +1,7 @@
 """Hundreds of requests that come, go and are aborted, in a cache too small for them: each gets what it gets alone."""
 
 import random
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def run_alone(engine: Engine, prompt: list[int], params: SamplingParams) -> Sequ
     return sequence
 
 
+@cache
+def alone(folder: Path, device: str) -> list[Sequence]:
+    """Each request by itself."""
+    one = engine(folder, device, graph_mode="full", enable_prefix_caching=False, decode_steps=1)
+    return [run_alone(one, prompt, params) for prompt, params in make_requests(random.Random(5))]
+
+
 @pytest.mark.parametrize(("mode", "decode_steps"), [("full", 1), ("full", 5), ("none", 3)])
 def test_each_request_gets_what_it_gets_alone(tiny: Path, device: str, mode: str, decode_steps: int) -> None:
     rng = random.Random(5)
@@ -85,9 +93,7 @@ def test_each_request_gets_what_it_gets_alone(tiny: Path, device: str, mode: str
     assert len(aborted) > 5
     assert busy.scheduler.pool.num_free == 11
 
-    alone = engine(tiny, device, graph_mode="full", enable_prefix_caching=False, decode_steps=1)
-    for sequence, (prompt, params) in zip(sequences, requests, strict=True):
-        expected = run_alone(alone, prompt, params)
+    for sequence, (prompt, params), expected in zip(sequences, requests, alone(tiny, device), strict=True):
         if sequence.request_id in aborted:
             made = sequence.output_token_ids
             assert made == expected.output_token_ids[: len(made)]

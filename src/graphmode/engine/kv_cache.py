@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 from math import prod
 
-import numpy as np
 import torch
 
 from graphmode.models.attention import CacheShape, LayerCache
 from graphmode.models.loader import ModelShape
-
-_ALIGNMENT = 64
 
 
 def block_bytes(shape: ModelShape, dtype: torch.dtype, block_size: int) -> int:
@@ -36,8 +34,9 @@ def make_cache(
 
 
 def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return zeros on the host whose pages the system gives at the first write; ``torch.zeros`` writes them all."""
-    nbytes = prod(shape) * dtype.itemsize
-    memory = torch.from_numpy(np.zeros(nbytes + _ALIGNMENT, np.uint8))
-    start = -memory.data_ptr() % _ALIGNMENT
-    return memory[start : start + nbytes].view(dtype).view(shape)
+    """Return zeros on the host whose pages the system gives at the first write; ``torch.zeros`` writes them all.
+
+    They are mapped by themselves: an allocator would take what lies free in its heap, and write that.
+    """
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, prod(shape) * dtype.itemsize, **private), dtype=dtype).view(shape)
