@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,11 +196,13 @@ class LLM:
 
     def _stream(self, request: _Request) -> Iterator[RequestOutput]:
         answers = self._answers(request)
-        for changed in self._steps(iter(answers), len(answers)):
-            while unread := [answer for answer in changed if answer.unread]:
-                for answer in unread:
-                    self._read(answer)
-                yield request.output
+        # Closed by us: some versions of Python keep what a closed generator iterates until that is collected.
+        with closing(self._steps(iter(answers), len(answers))) as steps:
+            for changed in steps:
+                while unread := [answer for answer in changed if answer.unread]:
+                    for answer in unread:
+                        self._read(answer)
+                    yield request.output
 
     def _shows_progress(self, call: str, progress: Any, others: Mapping[str, Any]) -> bool:
         """Return whether a call shows a progress bar; ``others`` are what it was given beside its own arguments."""
@@ -267,8 +269,9 @@ class LLM:
         requests = self._requests(prompts, sampling_params)
         count = sum(request.params.n for request in requests)
         outputs: dict[_Request, RequestOutput] = {}
-        with _progress(count, progress) as advance:
-            for changed in self._steps((answer for request in requests for answer in self._answers(request)), count):
+        answers = (answer for request in requests for answer in self._answers(request))
+        with _progress(count, progress) as advance, closing(self._steps(answers, count)) as steps:
+            for changed in steps:
                 for answer in changed:
                     while answer.unread:
                         self._read(answer)
@@ -285,7 +288,7 @@ class LLM:
         request.answers = [_Answer(request, sequence, self.engine.detokenizer) for sequence in sequences]
         return request.answers
 
-    def _steps(self, answers: Iterator[_Answer], count: int) -> Iterator[list[_Answer]]:
+    def _steps(self, answers: Iterator[_Answer], count: int) -> Generator[list[_Answer], None, None]:
         """Step until ``count`` answers are finished, yielding those with new tokens, which are to be read.
 
         Each answer is made when a step has room for it, so while the device works on the step before. Left early, it
