@@ -127,11 +127,13 @@ def test_the_gguf_file_gives_the_same_weights_and_tokens(gguf_file: Path, folder
 
 
 START = """
-import json, resource, sys
+import json, re, sys
+from pathlib import Path
 from graphmode import LLM, SamplingParams
 llm = LLM(sys.argv[1], **json.loads(sys.argv[2]))
 next(iter(llm.stream("The capital of France is", SamplingParams(temperature=0, max_tokens=8))))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not by getrusage, whose figure a new process takes over from the one that started it.
+peak = 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 print(json.dumps({"peak_bytes": peak, "capture_seconds": llm.stats.capture_seconds, "graphs": llm.stats.graphs}))
 """
 
@@ -160,8 +162,11 @@ def test_the_first_token_comes_within_40_seconds_with_all_defaults(folder: Path)
 
 
 def test_neither_time_nor_memory_of_capture_grows_with_the_longest_sequence(folder: Path) -> None:
-    cache = 2**29  # holds the longest sequence, so that both have the same
-    short, long = (start(folder, max_model_len=length, kv_cache_memory=cache) for length in (256, 8192))
-    assert long["graphs"] == short["graphs"]
-    assert long["peak_bytes"] < 1.1 * short["peak_bytes"], (short, long)
-    assert long["capture_seconds"] < 1.5 * short["capture_seconds"], (short, long)
+    cache = {"kv_cache_memory": 2**29}  # holds the longest sequence, so that all have the same
+    short, long = (start(folder, max_model_len=length, **cache) for length in (256, 8192))
+    assert long["graphs"] == short["graphs"] > 0
+    assert long["peak_bytes"] < 1.05 * short["peak_bytes"], (short, long)
+    # Did it follow the length, which is 32 times as long, this would be far more; a busy machine alone makes it 1.6.
+    assert long["capture_seconds"] < 3 * short["capture_seconds"], (short, long)
+    eager = start(folder, enforce_eager=True, **cache)
+    assert long["peak_bytes"] < 1.3 * eager["peak_bytes"], (eager, long)
