@@ -90,7 +90,7 @@ def test_draws_from_the_filtered_softmax(case: tuple[int, float, float], tempera
     check_drawn_from(probabilities_by_sorting(logits, temperature, *case), tokens)
 
 
-@pytest.mark.parametrize(("vocab", "dtype"), [(7, torch.float16), (600, torch.float32), (2003, torch.bfloat16)])
+@pytest.mark.parametrize(("vocab", "dtype"), [(7, torch.float16), (1000, torch.float32), (5003, torch.bfloat16)])
 def test_same_tokens_in_both(kernel_device: str, vocab: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(len(CASES), vocab, device=kernel_device) * 3).to(dtype)
     parameters = make_rows([0.0, 0.3, 0.7, 1.0, 1.0, 1.5, 3.0, 100.0, 0.0, 1.0, 1.0, 1.0, 1.0], 13, kernel_device)
@@ -174,7 +174,7 @@ def test_filters_off_are_plain_sampling(sample, kernel_device: str) -> None:
 
 
 def test_greedy_ignores_filters(sample, kernel_device: str) -> None:
-    logits = torch.randn(len(CASES), 600, device=kernel_device)
+    logits = torch.randn(len(CASES), 1500, device=kernel_device)
     logits[0, [7, 9]] = 50.0
     tokens = sample(logits, **make_rows(0.0, len(CASES), kernel_device), filters=make_filters(CASES, kernel_device))
     assert torch.equal(tokens, logits.argmax(1))
@@ -212,12 +212,12 @@ def test_padding_rows_do_no_harm(sample, kernel_device: str) -> None:
 
 
 def test_logits_may_be_strided(sample, kernel_device: str) -> None:
-    logits = torch.randn(len(CASES), 600, device=kernel_device)
+    logits = torch.randn(len(CASES), 1300, device=kernel_device)
     parameters = make_rows(1.0, len(CASES), kernel_device) | {"filters": make_filters(CASES, kernel_device)}
     expected = sample(logits, **parameters)
-    wide = torch.full((len(CASES), 700), INF, device=kernel_device)
-    wide[:, :600] = logits
-    assert torch.equal(sample(wide[:, :600], **parameters), expected)
+    wide = torch.full((len(CASES), 1400), INF, device=kernel_device)
+    wide[:, :1300] = logits
+    assert torch.equal(sample(wide[:, :1300], **parameters), expected)
     assert torch.equal(sample(logits.T.contiguous().T, **parameters), expected)
 
 

@@ -166,7 +166,9 @@ def test_neither_time_nor_memory_of_capture_grows_with_the_longest_sequence(fold
     short, long = (start(folder, max_model_len=length, **cache) for length in (256, 8192))
     assert long["graphs"] == short["graphs"] > 0
     assert long["peak_bytes"] < 1.05 * short["peak_bytes"], (short, long)
-    # Did it follow the length, which is 32 times as long, this would be far more; a busy machine alone makes it 1.6.
-    assert long["capture_seconds"] < 3 * short["capture_seconds"], (short, long)
+    # The least of two, in turns: a machine's own speed moves by half.
+    again = [start(folder, max_model_len=length, **cache) for length in (256, 8192)]
+    least = [min(each["capture_seconds"] for each in pair) for pair in zip((short, long), again, strict=True)]
+    assert least[1] < 1.5 * least[0], (short, long, again)
     eager = start(folder, enforce_eager=True, **cache)
     assert long["peak_bytes"] < 1.3 * eager["peak_bytes"], (eager, long)
