@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -87,14 +88,14 @@ class OutsideCall:
         args, kwargs = tree_unflatten(self.arguments, self.spec)
         results, _ = tree_flatten(self.fn(*args, **kwargs))
         if len(results) != len(self.results):
-            raise CaptureError(f"{_name(self.fn)} returned {len(results)} values, {len(self.results)} at capture")
+            raise CaptureError(f"{name_of(self.fn)} returned {len(results)} values, {len(self.results)} at capture")
         for fixed, result in zip(self.results, results, strict=True):
             if fixed is None:
                 continue
             if not isinstance(result, torch.Tensor) or (result.shape, result.dtype) != (fixed.shape, fixed.dtype):
                 now = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, torch.Tensor) else repr(result)
                 raise CaptureError(
-                    f"{_name(self.fn)} runs outside the graph and returned {now}; at capture it was "
+                    f"{name_of(self.fn)} runs outside the graph and returned {now}; at capture it was "
                     f"{tuple(fixed.shape)} {fixed.dtype}. Results that graphs read must keep their shape: pad them"
                 )
             if result.data_ptr() != fixed.data_ptr():
@@ -110,12 +111,14 @@ class Program:
         outputs: the function's results, flat; every replay writes the same memory.
         spec: the structure of the results.
         guard: knows the memory that the graphs read from outside.
+        breaks: how often the graph breaks by itself, by the operator that it breaks around.
     """
 
     steps: Sequence[Graph | OutsideCall]
     outputs: list[torch.Tensor]
     spec: TreeSpec
     guard: Guard
+    breaks: Counter[str] = field(default_factory=Counter)
 
     @property
     def graphs(self) -> int:
@@ -158,7 +161,7 @@ class _Recorder:
             return None
         if not isinstance(result, torch.Tensor):
             raise CaptureError(
-                f"{_name(fn)} runs outside the graph and returned {result!r}, a {type(result).__name__}, which the "
+                f"{name_of(fn)} runs outside the graph and returned {result!r}, a {type(result).__name__}, which the "
                 "next graph would hold for ever; return tensors or None"
             )
         fixed = self.pool.crossing(self.results, result)
@@ -169,6 +172,26 @@ class _Recorder:
 
 _recorder: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
 _warm_up: ContextVar[Guard | None] = ContextVar("warm_up", default=None)
+
+
+def recording_active() -> bool:
+    """Return whether a function is being warmed up or captured in this thread, calls outside the graph left out."""
+    recorder, warm_up = _recorder.get(), _warm_up.get()
+    return (recorder is not None and recorder.guard.active) or (warm_up is not None and warm_up.active)
+
+
+def refuse_inside_recording(fn: Callable[..., Any]) -> None:
+    """Refuse to run a runner of ``fn`` inside the function of another runner that is warmed up or captured.
+
+    Raises:
+        CaptureError: naming the function.
+    """
+    if recording_active():
+        raise CaptureError(
+            f"the GraphRunner of {name_of(fn)} was called inside the function of another runner, which is being "
+            "captured: a graph cannot hold another runner's copies and replays. Call the function itself there, or "
+            "call the runner in a function marked @outside_graph"
+        )
 
 
 def outside_graph(fn: Callable[P, R]) -> Callable[P, R]:
@@ -296,5 +319,7 @@ def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         variable.reset(token)
 
 
-def _name(fn: Callable[..., Any]) -> str:
-    return f"{fn.__module__}.{fn.__qualname__}"
+def name_of(fn: Callable[..., Any]) -> str:
+    """Return the name that a function is known by to who wrote it."""
+    named = fn if hasattr(fn, "__qualname__") else getattr(fn, "func", type(fn))  # a partial, or an object
+    return f"{named.__module__}.{getattr(named, '__qualname__', type(named).__qualname__)}"

@@ -30,7 +30,7 @@ from graphmode.graph.inputs import (
     resolve_axes,
     true_sizes,
 )
-from graphmode.graph.program import Pool, Program, record
+from graphmode.graph.program import Pool, Program, record, refuse_inside_recording
 from graphmode.graph.stats import CaptureFailure, RunnerStats
 
 log = logging.getLogger(__name__)
@@ -170,8 +170,10 @@ class GraphRunner:
             **static: capture only the keys whose static arguments have these values.
 
         Raises:
-            CaptureError: a capture failed and the runner is strict.
+            CaptureError: a capture failed and the runner is strict, or another runner's function calls this while it
+                is captured.
         """
+        refuse_inside_recording(self._fn)
         if not self.policy.enabled:
             return
         keys = [
@@ -208,9 +210,11 @@ class GraphRunner:
 
         Raises:
             InputError: a value does not fit its declaration, or a size its limit.
-            CaptureError: the step needed a capture, it failed, and the runner is strict.
+            CaptureError: the step needed a capture, it failed, and the runner is strict; or another runner's function
+                calls this while it is captured.
             StaleAddressError: memory that the graph reads was freed or moved since capture.
         """
+        refuse_inside_recording(self._fn)
         static = {name: values.pop(name) for name in self._static if name in values}
         variant = self._variant(family, static)
         sizes = true_sizes(self._inputs, values, self.backend.device)
@@ -250,7 +254,9 @@ class GraphRunner:
 
         Raises:
             InputError: as for a call.
+            CaptureError: another runner's function calls this while it is captured.
         """
+        refuse_inside_recording(self._fn)
         sizes = true_sizes(self._inputs, values, self.backend.device)
         bound = self._bind(key.size)
         check_fit(sizes, bound.sizes)
@@ -331,6 +337,7 @@ class GraphRunner:
             self._programs[key] = program
             self.stats.captures += 1
             self.stats.graphs += program.graphs
+            self.stats.breaks.update(program.breaks)
         if self._failed.get(key) is Reason.OUT_OF_MEMORY:
             gc.collect()  # what the broken capture held in cycles is needed for the next
 

@@ -35,6 +35,8 @@ class RunnerStats:
         rows: true rows of the replayed steps.
         padded_rows: padding rows of the replayed steps.
         graphs: graphs held; a piecewise capture has several.
+        breaks: where graphs break by themselves, by the operator that they break around; the marked calls of
+            ``@outside_graph`` are not in it.
         captures: keys captured.
         out_of_graphs: keys left without a graph because the device had no room for more.
         capture_failures: the graphs that could not be captured, those out of room among them.
@@ -50,6 +52,7 @@ class RunnerStats:
     rows: int = 0
     padded_rows: int = 0
     graphs: int = 0
+    breaks: Counter[str] = field(default_factory=Counter)
     captures: int = 0
     out_of_graphs: int = 0
     capture_failures: list[CaptureFailure] = field(default_factory=list)
