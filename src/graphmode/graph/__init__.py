@@ -24,6 +24,7 @@ from graphmode.graph.inputs import Input
 from graphmode.graph.program import outside_graph
 from graphmode.graph.runner import GraphRunner
 from graphmode.graph.stats import CaptureFailure, RunnerStats
+from graphmode.graph.verify import Comparison, Verification
 
 __all__ = [
     "Backend",
@@ -32,6 +33,7 @@ __all__ = [
     "CaptureError",
     "CaptureFailure",
     "CaptureMemoryError",
+    "Comparison",
     "Decision",
     "GraphKey",
     "GraphModeError",
@@ -45,6 +47,7 @@ __all__ = [
     "StaleAddressError",
     "Support",
     "UnsupportedOpError",
+    "Verification",
     "available_backends",
     "device_support",
     "get_backend",

@@ -32,6 +32,7 @@ from graphmode.graph.inputs import (
 )
 from graphmode.graph.program import Pool, Program, record, refuse_inside_recording
 from graphmode.graph.stats import CaptureFailure, RunnerStats
+from graphmode.graph.verify import Step, Verification, no_graph, verify
 
 log = logging.getLogger(__name__)
 
@@ -214,6 +215,54 @@ class GraphRunner:
                 calls this while it is captured.
             StaleAddressError: memory that the graph reads was freed or moved since capture.
         """
+        variant, sizes, decision = self._prepare(family, values)
+        self._count(decision, sizes[self._axes.bucketed], repeats)
+        if decision.mode is Mode.EAGER or decision.key is None:
+            return self._run_unpadded(family, variant, values, sizes, repeats)
+        outputs = self._replay(decision.key, values, sizes, repeats)
+        return _clone(outputs) if own else outputs
+
+    def verify(self, *, family: str = DEFAULT_FAMILY, **values: Any) -> Verification:
+        """Run one step in several ways and compare: replay, eager over the same buffers, other padding, no padding.
+
+        Counts no step, and puts back what it changes: memory that the function reads or writes (all but its weights)
+        and random states. A graph that is not there yet is captured, as by a call. Outputs of an earlier call are
+        overwritten.
+
+        Args:
+            family: which family of graphs, where there are several.
+            **values: as for a call. Give fewer rows than the bucket has, so that there is padding.
+
+        Returns:
+            What was found; ``print`` shows it. Where the step would run eagerly, it says that and why.
+
+        Raises:
+            InputError, CaptureError, StaleAddressError: as for a call.
+        """
+        variant, sizes, decision = self._prepare(family, values)
+        key = decision.key
+        if decision.mode is Mode.EAGER or key is None:
+            return no_graph(str(decision.reason))
+        return verify(
+            Step(
+                key=key,
+                inputs=self._inputs,
+                values=values,
+                sizes=sizes,
+                graph_sizes=self._bind(key.size).sizes,
+                replay=lambda given: self._replay(key, given, sizes, repeats=1),
+                eager=lambda: self.run_eagerly(key, **values),
+                unpadded=lambda: self._run_unpadded(family, variant, values, sizes, repeats=1),
+                carried={},
+                buffers=[self._buffers.arena],
+                device=self.backend.device,
+            )
+        )
+
+    def _prepare(
+        self, family: str, values: dict[str, Any]
+    ) -> tuple[tuple[tuple[str, Hashable], ...], dict[str, int], Decision]:
+        """Check a step and decide how it runs, capturing its graph where that is due; takes static arguments out."""
         refuse_inside_recording(self._fn)
         static = {name: values.pop(name) for name in self._static if name in values}
         variant = self._variant(family, static)
@@ -228,23 +277,30 @@ class GraphRunner:
             self._capture(decision.key)
             after = dispatch(size, self.policy, self._programs, self._failed, family, variant)
             decision = replace(after, reason=after.reason or decision.reason)
-        self._count(decision, size, repeats)
-        if decision.mode is Mode.EAGER or decision.key is None:
-            if self._host_arguments is not None:
-                self._host_arguments.set(family, sizes, values)
-            device = self.backend.device
-            on_device = {
-                spec.name: values[spec.name].to(device, copy=True)
-                if spec.name in values
-                else all_padding(spec, sizes, device)
-                for spec in self._inputs
-            }
-            with torch.inference_mode():
-                for _ in range(repeats - 1):
-                    self._call(family, variant, on_device)
-                return self._call(family, variant, on_device)
-        outputs = self._replay(decision.key, values, sizes, repeats)
-        return _clone(outputs) if own else outputs
+        return variant, sizes, decision
+
+    def _run_unpadded(
+        self,
+        family: str,
+        variant: Sequence[tuple[str, Hashable]],
+        values: Mapping[str, torch.Tensor],
+        sizes: Mapping[str, int],
+        repeats: int,
+    ) -> Any:
+        """Call the function as it is, on copies of the values."""
+        if self._host_arguments is not None:
+            self._host_arguments.set(family, sizes, values)
+        device = self.backend.device
+        on_device = {
+            spec.name: values[spec.name].to(device, copy=True)
+            if spec.name in values
+            else all_padding(spec, sizes, device)
+            for spec in self._inputs
+        }
+        with torch.inference_mode():
+            for _ in range(repeats - 1):
+                self._call(family, variant, on_device)
+            return self._call(family, variant, on_device)
 
     def run_eagerly(self, key: GraphKey, **values: torch.Tensor) -> Any:
         """Run the function without its graph, over the same padded buffers as the graph of ``key``.
