@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import traceback
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphmode.graph.errors import StaleAddressError, UnsupportedOpError
+from graphmode.graph.addresses import OutsideMemory
+from graphmode.graph.errors import UnsupportedOpError
 
 _OWN_CODE = os.path.dirname(os.path.abspath(__file__))
 _TORCH_CODE = os.path.dirname(os.path.abspath(torch.__file__))
@@ -102,42 +100,25 @@ def user_location(error: BaseException) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """Memory from outside that a graph reads or writes."""
-
-    tensor: weakref.ref[torch.Tensor]
-    storage: StorageWeakRef
-    address: int
-    description: str
-
-    def problem(self) -> str | None:
-        tensor = self.tensor()
-        if tensor is not None and tensor.untyped_storage().data_ptr() != self.address:
-            return f"{self.description} has moved"
-        if tensor is None and self.storage.expired():
-            return f"{self.description} was freed"
-        return None
-
-
 class Guard:
     """Installed while a function is warmed up or captured.
 
     Composite operators are taken apart, so that a host read inside one is seen too; each operator is checked before
-    it runs; and the memory that comes from outside of the function is noted, to be checked before the first replay.
+    it runs; and the memory that comes from outside of the function is noted, to be checked while the graph is in use.
 
     Attributes:
         device: where the work is captured.
         operator: the last operator that ran, for the message of a capture that fails inside one.
         generators: random generators other than the default one that operators used.
+        reads: the memory from outside of the function that operators read or write.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.operator: str | None = None
         self.generators: list[torch.Generator] = []
         self.device = device
+        self.reads = OutsideMemory()
         self._outside = 0
-        self._watched: dict[int, _Watched] = {}
         self._produced: set[int] = set()
 
     @contextmanager
@@ -166,32 +147,17 @@ class Guard:
         if generator is not None and all(generator is not known for known in self.generators):
             self.generators.append(generator)
         for tensor in tensors_in((args, kwargs)):
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if tensor.device.type != self.device.type or key in self._produced or key in self._watched:
-                continue
-            description = f"{tensor.dtype} tensor of shape {tuple(tensor.shape)} that {func.name()} reads or writes"
-            self._watched[key] = _Watched(weakref.ref(tensor), StorageWeakRef(storage), storage.data_ptr(), description)
+            if tensor.device.type == self.device.type and tensor.untyped_storage()._cdata not in self._produced:
+                self.reads.note(tensor, func.name())
 
     def note_results(self, results: object) -> None:
         """Note the memory that an operator call made."""
         for tensor in tensors_in(results):
             key = tensor.untyped_storage()._cdata
-            if key not in self._watched:
+            if key in self.reads:
+                self.reads.note_view(tensor)
+            else:
                 self._produced.add(key)
-
-    def check_addresses(self) -> None:
-        """Check that all memory from outside is still where it was.
-
-        Raises:
-            StaleAddressError: naming the tensor that was freed or moved.
-        """
-        for watched in self._watched.values():
-            if problem := watched.problem():
-                raise StaleAddressError(
-                    f"the graph cannot be replayed: the {problem} after capture. Keep captured tensors alive, write "
-                    "new values into them (copy_), and load or move weights before capture"
-                )
 
 
 class _FunctionGuard(TorchFunctionMode):

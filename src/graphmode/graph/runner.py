@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from graphmode.graph.addresses import Addresses
 from graphmode.graph.backends.base import Backend, get_backend
 from graphmode.graph.buckets import check_buckets, make_buckets, spread
 from graphmode.graph.dispatch import Decision, DispatchPolicy, GraphKey, Mode, Reason, dispatch
@@ -37,6 +38,8 @@ from graphmode.graph.verify import Step, Verification, no_graph, verify
 log = logging.getLogger(__name__)
 
 DEFAULT_FAMILY = "default"
+CHECK_EVERY = 256
+"""Replays between two checks that the weights are still those of the capture."""
 Buckets = int | Sequence[int]
 
 
@@ -132,7 +135,8 @@ class GraphRunner:
             capture_on_first_use=capture_on_first_use,
         )
         self._programs: dict[GraphKey, Program] = {}
-        self._verified: set[GraphKey] = set()
+        self._addresses = Addresses()
+        self._unchecked_replays = CHECK_EVERY
         self._failed: dict[GraphKey, Reason] = {}
         self._bound: dict[int, BoundInputs] = {}
         self._buffers = self._make_buffers()
@@ -182,6 +186,40 @@ class GraphRunner:
             for key in self.keys
             if key not in self._programs and key not in self._failed and static.items() <= dict(key.variant).items()
         ]
+        self._capture_all(keys, progress)
+
+    def recapture(self, *, progress: bool | None = None) -> None:
+        """Drop all graphs, and their memory, and capture those that there were again, with the weights as they are now.
+
+        To be called after weights were replaced, instead of written in place. Outputs that were returned before must
+        not be used any more, except those that were asked for with ``own=True``.
+
+        Args:
+            progress: as of :meth:`capture`.
+
+        Raises:
+            CaptureError: a capture failed and the runner is strict.
+        """
+        keys = [key for key in self.keys if key in self._programs]
+        self.backend.synchronize()  # what the graphs still compute
+        self._programs.clear()
+        self._addresses = Addresses()
+        self._pool = Pool(self.backend)
+        self.stats.graphs = self.stats.captures = self.stats.graph_bytes = 0
+        self._capture_all(keys, progress)
+
+    def check_addresses(self) -> None:
+        """Check that all that the graphs read from outside of the function is still where it was at capture.
+
+        The runner checks by itself before the first replay of each graph and every ``CHECK_EVERY`` (256) replays.
+
+        Raises:
+            StaleAddressError: naming the tensor that was freed or moved. Then call :meth:`recapture`.
+        """
+        self._addresses.check()
+        self._unchecked_replays = 0
+
+    def _capture_all(self, keys: Sequence[GraphKey], progress: bool | None) -> None:
         gc.collect()
         gc.freeze()
         try:
@@ -391,6 +429,8 @@ class GraphRunner:
                 self._fail(key, _reason(error), str(error))
         else:
             self._programs[key] = program
+            self._addresses.watch(program.guard.reads, [*bound.views.values(), *self._pool.slabs])
+            self._unchecked_replays = CHECK_EVERY  # before its first replay
             self.stats.captures += 1
             self.stats.graphs += program.graphs
             self.stats.breaks.update(program.breaks)
@@ -430,9 +470,9 @@ class GraphRunner:
 
     def _replay(self, key: GraphKey, values: Mapping[str, torch.Tensor], sizes: Mapping[str, int], repeats: int) -> Any:
         program, bound = self._programs[key], self._bind(key.size)
-        if key not in self._verified:
-            program.guard.check_addresses()
-            self._verified.add(key)
+        self._unchecked_replays += 1
+        if self._unchecked_replays > CHECK_EVERY:
+            self.check_addresses()
         self._load(key.family, bound, values)
         for _ in range(repeats):
             program.replay()
