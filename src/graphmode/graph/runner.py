@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from graphmode.graph.addresses import Addresses
 from graphmode.graph.backends.base import Backend, get_backend
 from graphmode.graph.buckets import check_buckets, make_buckets, spread
+from graphmode.graph.context import CallContext
 from graphmode.graph.dispatch import Decision, DispatchPolicy, GraphKey, Mode, Reason, dispatch
 from graphmode.graph.errors import CaptureError, CaptureMemoryError, InputError, UnsupportedOpError
 from graphmode.graph.host_arguments import HostArguments
@@ -135,6 +136,7 @@ class GraphRunner:
             capture_on_first_use=capture_on_first_use,
         )
         self._programs: dict[GraphKey, Program] = {}
+        self._context = CallContext(self.backend.device)
         self._addresses = Addresses()
         self._unchecked_replays = CHECK_EVERY
         self._failed: dict[GraphKey, Reason] = {}
@@ -200,6 +202,8 @@ class GraphRunner:
         Raises:
             CaptureError: a capture failed and the runner is strict.
         """
+        self._context = CallContext(self.backend.device)
+        self._context.check()
         keys = [key for key in self.keys if key in self._programs]
         self.backend.synchronize()  # what the graphs still compute
         self._programs.clear()
@@ -220,6 +224,7 @@ class GraphRunner:
         self._unchecked_replays = 0
 
     def _capture_all(self, keys: Sequence[GraphKey], progress: bool | None) -> None:
+        self._context.check()
         gc.collect()
         gc.freeze()
         try:
@@ -248,7 +253,7 @@ class GraphRunner:
             What the function returns, cut to the true sizes.
 
         Raises:
-            InputError: a value does not fit its declaration, or a size its limit.
+            InputError: a value does not fit its declaration, or a size its limit; or autocast is on around the call.
             CaptureError: the step needed a capture, it failed, and the runner is strict; or another runner's function
                 calls this while it is captured.
             StaleAddressError: memory that the graph reads was freed or moved since capture.
@@ -302,6 +307,7 @@ class GraphRunner:
     ) -> tuple[tuple[tuple[str, Hashable], ...], dict[str, int], Decision]:
         """Check a step and decide how it runs, capturing its graph where that is due; takes static arguments out."""
         refuse_inside_recording(self._fn)
+        self._context.check()
         static = {name: values.pop(name) for name in self._static if name in values}
         variant = self._variant(family, static)
         sizes = true_sizes(self._inputs, values, self.backend.device)
@@ -351,6 +357,7 @@ class GraphRunner:
             CaptureError: another runner's function calls this while it is captured.
         """
         refuse_inside_recording(self._fn)
+        self._context.check()
         sizes = true_sizes(self._inputs, values, self.backend.device)
         bound = self._bind(key.size)
         check_fit(sizes, bound.sizes)
@@ -431,6 +438,7 @@ class GraphRunner:
             self._programs[key] = program
             self._addresses.watch(program.guard.reads, [*bound.views.values(), *self._pool.slabs])
             self._unchecked_replays = CHECK_EVERY  # before its first replay
+            self._context.note_capture()
             self.stats.captures += 1
             self.stats.graphs += program.graphs
             self.stats.breaks.update(program.breaks)
