@@ -7,7 +7,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # together; the one that is done first takes over some of the other's.
 PYTEST := -m pytest $(if $(shell command -v nvidia-smi 2>/dev/null),,--numprocesses 2 --dist worksteal)
 
-.PHONY: demo test test-oldest test-latest test-real lint format lock clean
+.PHONY: demo test test-oldest test-latest test-real lint format docs lock clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -39,6 +39,10 @@ lint: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The API reference, from the docstrings.
+docs: $(VENV)/.ready
+	$(BIN)/python scripts/api_reference.py
 
 # Find the versions in the lock files again: the newest within the ranges of pyproject.toml, for Python 3.11 and later, any
 # platform, with and without a GPU; then what differs with the oldest transformers.

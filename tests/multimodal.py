@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast
 
 IMAGE, VIDEO, VISION_START, VISION_END, VIDEO_START, VIDEO_END = 190, 191, 192, 193, 194, 195
 PATCH = 3 * 2 * 4 * 4
@@ -88,6 +90,26 @@ def save_model(model_type: str, folder: Path) -> PreTrainedModel:
     model = make_model(model_type)
     model.save_pretrained(folder)
     return model
+
+
+def save_processors(folder: Path) -> None:
+    """A tokenizer of single characters, with the placeholders, and an image processor, both of Qwen2.5-VL's kind."""
+    special = {
+        "<|image_pad|>": IMAGE,
+        "<|video_pad|>": VIDEO,
+        "<|vision_start|>": VISION_START,
+        "<|vision_end|>": VISION_END,
+    }
+    vocabulary = {chr(code): code - 31 for code in range(32, 127)} | {"<unk>": 0} | special
+    vocabulary |= {f"<{token}>": token for token in range(200) if token not in vocabulary.values()}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(special))
+    fast.save_pretrained(folder)
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    limits = {"size": {"shortest_edge": 64, "longest_edge": 1024}}
+    processor = {"image_processor_type": "Qwen2VLImageProcessor", **sizes, **limits}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
 
 
 def make_prompt(model_type: str, parts: list[Part], seed: int) -> dict[str, Any]:

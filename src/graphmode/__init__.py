@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from graphmode.models.bundled_model import bundled_model
 
     __version__: str
+    """The version of the installed package."""
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "bundled_model"]
 

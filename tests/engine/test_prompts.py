@@ -1,7 +1,6 @@
 """Prompts with images: raw ones go through transformers' processors, prepared ones as they are, bad ones nowhere."""
 
 import base64
-import json
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,45 +10,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from graphmode import LLM, SamplingParams
 from graphmode.engine import prompts
 from graphmode.engine.multimodal import VisionItem, make_vision_prompt
 from graphmode.graph import InputError
 from graphmode.models.loader import LoadedModel, load_model
-from tests.multimodal import IMAGE, PATCH, VIDEO, VISION_END, VISION_START, make_prompt, save_model
+from tests.multimodal import IMAGE, PATCH, VIDEO, VISION_END, VISION_START, make_prompt, save_model, save_processors
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A tokenizer of single characters, with the placeholders."""
-    special = {
-        "<|image_pad|>": IMAGE,
-        "<|video_pad|>": VIDEO,
-        "<|vision_start|>": VISION_START,
-        "<|vision_end|>": VISION_END,
-    }
-    vocabulary = {chr(code): code - 31 for code in range(32, 127)} | {"<unk>": 0} | special
-    vocabulary |= {f"<{token}>": token for token in range(200) if token not in vocabulary.values()}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(special))
-    fast.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     folder = tmp_path_factory.mktemp("qwen2_5_vl")
     save_model("qwen2_5_vl", folder)
-    save_tokenizer(folder)
-    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
-    limits = {"size": {"shortest_edge": 64, "longest_edge": 1024}}
-    processor = {"image_processor_type": "Qwen2VLImageProcessor", **sizes, **limits}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    save_processors(folder)
     options = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 128}
     return LLM(folder, device="cpu", dtype="float32", enforce_eager=True, **options)
 
