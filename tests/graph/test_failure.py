@@ -123,9 +123,13 @@ def test_a_capture_that_cuda_itself_refuses_is_cleaned_up() -> None:
 
 
 def test_an_output_whose_axes_are_not_declared_is_an_error(device: str) -> None:
-    runner = GraphRunner(lambda x: x.T, INPUT, [2], backend=device, strict=True)
+    """Every second row: their number is no multiple of the rows', and no two sizes could tell."""
+    runner = GraphRunner(lambda x: x[::2], INPUT, [8], backend=device, strict=True)
     with pytest.raises(CaptureError, match="output_axes"):
         runner.capture()
+    with pytest.raises(InputError, match="output_axes"):
+        runner(x=torch.ones(5, 4))
+    assert torch.equal(runner(x=torch.ones(8, 4)).cpu(), torch.ones(4, 4))
 
 
 def test_a_python_output_is_an_error(device: str) -> None:

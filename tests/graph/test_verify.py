@@ -197,7 +197,7 @@ def test_an_error_of_the_unpadded_call_is_reported(device: str) -> None:
     def eights(x: torch.Tensor) -> torch.Tensor:
         return x.view(2, 4, 4).sum(0).repeat(2, 1)
 
-    found = check(eights, [X], device)
+    found = check(eights, [X], device, output_axes=[("n",)])
     assert found.unpadded.passed is False
     assert "it raised RuntimeError: " in str(found.unpadded)
     assert found.replay.passed
@@ -305,7 +305,7 @@ def test_padding_that_is_not_refilled_differs_from_run_eagerly(device: str) -> N
         captured[5:].fill_(7)
         graph.replay()
 
-    runner = GraphRunner(with_neighbour, [X], [8], backend=device, strict=True)
+    runner = GraphRunner(with_neighbour, [X], [8], output_axes=[("n",)], backend=device, strict=True)
     seed(runner, after_a_longer_call)
     captured = buffers[-1]
     found = runner.verify(x=torch.ones(5, 4))

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 
+from graphmode.graph.axes import Size, volume
 from graphmode.graph.errors import InputError
+
+AxisBuckets = int | Sequence[int]
+"""The buckets of an axis: a list, or the largest one, from which few are made."""
+
+Buckets = AxisBuckets | Mapping[str, AxisBuckets]
+"""The buckets of the one bucketed axis, or of each of several by its name."""
 
 
 def make_buckets(maximum: int) -> tuple[int, ...]:
@@ -53,7 +61,27 @@ def check_buckets(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def spread(sizes: Sequence[int]) -> tuple[int, ...]:
+def bucket_sizes(buckets: Buckets, axes: Sequence[str]) -> tuple[Size, ...]:
+    """Return the sizes that ``buckets`` stand for, the smallest first.
+
+    Args:
+        buckets: as a user gives them; ``()`` for none.
+        axes: the bucketed axes. With several a size is a tuple, and all combinations get a graph.
+
+    Raises:
+        InputError: a size is no positive integer.
+    """
+    if isinstance(buckets, Mapping):
+        each = [_axis_sizes(buckets[axis]) for axis in axes]
+        return each[0] if len(each) == 1 else tuple(sorted(product(*each), key=lambda size: (volume(size), size)))
+    return _axis_sizes(buckets) if buckets != () else ()
+
+
+def _axis_sizes(buckets: AxisBuckets) -> tuple[int, ...]:
+    return make_buckets(buckets) if isinstance(buckets, int) else check_buckets(buckets)
+
+
+def spread(sizes: Sequence[Size]) -> tuple[Size, ...]:
     """Return ``sizes`` in the order in which a device captures them that may run out of graphs.
 
     The largest comes first, so that every step is served; then the smallest; then always the one in the middle of the

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from graphmode.graph.axes import Size, volume
 
 
 class Mode(StrEnum):
@@ -41,13 +43,31 @@ class GraphKey:
 
     Attributes:
         family: name of the family, a set of graphs with buckets of its own.
-        size: the bucket: the size of the bucketed axis that the graph was captured at.
-        variant: the static arguments, ``(name, value)`` pairs in the order of their declaration.
+        size: the bucket: the size of the bucketed axis that the graph was captured at, or of each of several.
+        variant: the static arguments, ``(name, value)`` pairs in the order of their declaration. Values of different
+            types differ, though Python may take them to be equal: 1, 1.0 and True have graphs of their own.
     """
 
     family: str
-    size: int
+    size: Size
     variant: tuple[tuple[str, Hashable], ...] = ()
+    _exact: Hashable = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_exact", tuple(exact(value) for _, value in self.variant))
+
+
+def exact(value: Hashable) -> Hashable:
+    """Return what tells a static argument from all others: its type and its value, -0.0 and 0.0 apart."""
+    if isinstance(value, float):
+        return type(value), value.hex()
+    if isinstance(value, complex):
+        return type(value), value.real.hex(), value.imag.hex()
+    if isinstance(value, tuple):
+        return type(value), tuple(map(exact, value))
+    if isinstance(value, frozenset):
+        return type(value), frozenset(map(exact, value))
+    return type(value), value
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +92,21 @@ class DispatchPolicy:
     """What the user chose.
 
     Attributes:
-        buckets: sorted sizes of each family. The last one is the family's threshold; one with none runs eagerly.
+        buckets: sizes of each family, the smallest first. The last one is the family's threshold; one with none runs
+            eagerly.
         enabled: False runs every step eagerly.
         max_padding_ratio: a step whose padding is more than this share of its bucket runs eagerly; None allows any.
         capture_on_first_use: whether a key without a graph is captured when a step first needs it.
     """
 
-    buckets: Mapping[str, tuple[int, ...]]
+    buckets: Mapping[str, tuple[Size, ...]]
     enabled: bool = True
     max_padding_ratio: float | None = None
     capture_on_first_use: bool = True
 
 
 def dispatch(
-    size: int,
+    size: Size,
     policy: DispatchPolicy,
     captured: Mapping[GraphKey, object],
     failed: Mapping[GraphKey, Reason],
@@ -97,7 +118,7 @@ def dispatch(
     Buckets that there was no room for are passed over, for the next larger one.
 
     Args:
-        size: the true size of the bucketed axis, at least 1.
+        size: the true size of the bucketed axis, or of each of several.
         policy: the user's choices.
         captured: the keys that have a graph.
         failed: the keys whose capture failed, and why; they are never tried again.
@@ -107,15 +128,16 @@ def dispatch(
     buckets = policy.buckets[family]
     if not policy.enabled or not buckets:
         return Decision(Mode.EAGER, None, 0, Reason.DISABLED)
-    index = bisect_left(buckets, size)
-    if index == len(buckets):
+    fitting = _fitting(size, buckets)
+    if not fitting:
         return Decision(Mode.EAGER, None, 0, Reason.ABOVE_THRESHOLD)
-    key = GraphKey(family, buckets[index], variant)
+    key = GraphKey(family, fitting[0], variant)
     if failed and failed.get(key) in _NO_ROOM:
-        larger = (GraphKey(family, bucket, variant) for bucket in buckets[index + 1 :])
+        larger = (GraphKey(family, bucket, variant) for bucket in fitting[1:])
         key = next((other for other in larger if failed.get(other) not in _NO_ROOM), key)
-    padding = key.size - size
-    if policy.max_padding_ratio is not None and padding > policy.max_padding_ratio * key.size:
+    rows = volume(key.size)
+    padding = rows - volume(size)
+    if policy.max_padding_ratio is not None and padding > policy.max_padding_ratio * rows:
         return Decision(Mode.EAGER, key, 0, Reason.PADDING_RATIO)
     if key in captured:
         return Decision(Mode.REPLAY, key, padding, None)
@@ -124,3 +146,10 @@ def dispatch(
     if policy.capture_on_first_use:
         return Decision(Mode.CAPTURE, key, padding, Reason.NOT_CAPTURED_YET)
     return Decision(Mode.EAGER, key, 0, Reason.NOT_CAPTURED_YET)
+
+
+def _fitting(size: Size, buckets: Sequence[Size]) -> Sequence[Size]:
+    """Return the buckets that hold ``size``, the smallest first."""
+    if isinstance(size, int):
+        return buckets[bisect_left(buckets, size) :]
+    return [bucket for bucket in buckets if all(map(int.__ge__, bucket, size))]  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from graphmode.graph.errors import CaptureError, CaptureMemoryError, GraphModeEr
 from graphmode.graph.guard import Guard, user_location
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.memory import free_memory, in_words, is_out_of_memory
+from graphmode.graph.trees import Structure, flatten
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,14 +110,14 @@ class Program:
     Attributes:
         steps: graphs and the calls between them, in order.
         outputs: the function's results, flat; every replay writes the same memory.
-        spec: the structure of the results.
+        structure: how the results nest.
         guard: knows the memory that the graphs read from outside.
         breaks: how often the graph breaks by itself, by the operator that it breaks around.
     """
 
     steps: Sequence[Graph | OutsideCall]
     outputs: list[torch.Tensor]
-    spec: TreeSpec
+    structure: Structure
     guard: Guard
     breaks: Counter[str] = field(default_factory=Counter)
 
@@ -126,10 +127,9 @@ class Program:
         return sum(not isinstance(step, OutsideCall) for step in self.steps)
 
     def replay(self) -> None:
-        """Run every step in order on the current stream."""
-        with torch.inference_mode():
-            for step in self.steps:
-                step.replay()
+        """Run every step in order on the current stream, in inference mode."""
+        for step in self.steps:
+            step.replay()
 
 
 @dataclass
@@ -252,7 +252,7 @@ def record(
         with _errors_located(guard), installed, _set(_recorder, recorder), guard.installed():
             try:
                 recording.begin()
-                outputs, spec = tree_flatten(fn(**kwargs))
+                outputs, structure = flatten(fn(**kwargs))
                 for output in outputs:
                     if not isinstance(output, torch.Tensor):
                         raise CaptureError(
@@ -265,7 +265,7 @@ def record(
                 raise
         with _errors_located(guard):
             recording.finish()
-    return Program(recorder.steps, outputs, spec, guard)
+    return Program(recorder.steps, outputs, structure, guard)
 
 
 @contextmanager

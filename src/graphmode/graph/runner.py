@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphmode.graph.addresses import Addresses
+from graphmode.graph.axes import AxisSize, Size, resolve_axes, volume
 from graphmode.graph.backends.base import Backend, get_backend
-from graphmode.graph.buckets import check_buckets, make_buckets, spread
+from graphmode.graph.buckets import Buckets, bucket_sizes, spread
 from graphmode.graph.context import CallContext
-from graphmode.graph.dispatch import Decision, DispatchPolicy, GraphKey, Mode, Reason, dispatch
-from graphmode.graph.errors import CaptureError, CaptureMemoryError, InputError, UnsupportedOpError
+from graphmode.graph.dispatch import Decision, DispatchPolicy, GraphKey, Mode, Reason, dispatch, exact
+from graphmode.graph.errors import CaptureError, CaptureMemoryError, GraphModeError, InputError, UnsupportedOpError
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.inputs import (
-    AxisSize,
     BoundInputs,
+    DeclaredInputs,
     Input,
     InputBuffers,
+    InputTree,
     all_padding,
     check_fit,
-    resolve_axes,
+    examples,
     true_sizes,
 )
-from graphmode.graph.program import Pool, Program, record, refuse_inside_recording
+from graphmode.graph.outputs import OutputAxes, Sample, find_output_axes
+from graphmode.graph.program import Pool, Program, name_of, record, refuse_inside_recording
 from graphmode.graph.stats import CaptureFailure, RunnerStats
+from graphmode.graph.trees import Structure, flatten
+from graphmode.graph.turns import Turns
 from graphmode.graph.verify import Step, Verification, no_graph, verify
 
 log = logging.getLogger(__name__)
@@ -41,7 +47,40 @@ log = logging.getLogger(__name__)
 DEFAULT_FAMILY = "default"
 CHECK_EVERY = 256
 """Replays between two checks that the weights are still those of the capture."""
-Buckets = int | Sequence[int]
+_MAX_PLANS = 1024
+
+Variant = tuple[tuple[str, Hashable], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What calls of one signature (family, static arguments, shapes) do, until a graph is added or given up.
+
+    Attributes:
+        decision: how they run.
+        family: which family.
+        variant: the static arguments.
+        sizes: the true size of every axis.
+        rows: how many rows that is.
+        values: what the runner itself adds to the inputs: true sizes.
+        program: the graph, where one serves them.
+        bound: the inputs as the graph sees them.
+        load: copies the values to where the graph reads them.
+        beyond: what of the carried inputs no true row has, which the step must leave as it is.
+        cuts: for each output the slices to the true sizes.
+    """
+
+    decision: Decision
+    family: str
+    variant: Variant
+    sizes: dict[str, int]
+    rows: int
+    values: dict[str, torch.Tensor]
+    program: Program | None = None
+    bound: BoundInputs | None = None
+    load: Callable[[Mapping[str, torch.Tensor]], None] | None = None
+    beyond: Sequence[torch.Tensor] = ()
+    cuts: Sequence[tuple[slice, ...] | None] = ()
 
 
 class GraphRunner:
@@ -64,13 +103,18 @@ class GraphRunner:
     Args:
         fn: takes the inputs by name (and ``family`` and the static arguments, where there are any) and returns tensors
             in any structure.
-        inputs: the declarations. All axes but one have a size in ``axes``; the one left is bucketed.
-        buckets: the sizes that get a graph: a list, or the largest one, from which few are made. Or one of these for
-            each family, by name: then each call names its family, and ``fn`` takes it as ``family``. A family with
-            ``()`` runs eagerly.
-        axes: the sizes of the other axes: fixed, or a function of the bucket.
-        output_axes: for each output in flat order, the axis name (or None) of each dimension, to cut outputs to the
-            true size. Default: dimension 0 of each output is the bucketed axis.
+        inputs: the declarations, each an argument of ``fn``; or a mapping from its arguments to inputs or to dicts,
+            tuples, lists and dataclasses of them, as values will nest.
+        buckets: the sizes that get a graph: a list, or the largest one, from which few are made. For several bucketed
+            axes one of these for each, by its name; a graph is made for each combination. Or any of these for each
+            family, by the family's name: then each call names its family, and ``fn`` takes it as ``family``. A family
+            with ``()`` runs eagerly.
+        axes: the sizes of the axes that are not bucketed: fixed, or a function whose parameters are named after
+            bucketed axes and static arguments (with one bucketed axis, its one parameter may have any name). An axis
+            that no input has may be one of an output: ``{"samples": lambda frames: 256 * frames}``.
+        output_axes: for each output in flat order, the axis name (or None) of each leading dimension, to cut outputs to
+            the true size. Default: found from the shapes of the outputs at two sizes or more, for which the function
+            runs eagerly on padding once or a few times; where these do not tell, the graphs are refused.
         static: Python arguments of ``fn`` by name, with all values they may take; each has graphs of its own.
         host_arguments: lists of integers that operators take on the host. Values that they are computed from must be
             given on the host. Only for a backend with the capability ``host_arguments``.
@@ -92,7 +136,7 @@ class GraphRunner:
     def __init__(
         self,
         fn: Callable[..., Any],
-        inputs: Sequence[Input],
+        inputs: Sequence[Input] | Mapping[str, InputTree],
         buckets: Buckets | Mapping[str, Buckets],
         *,
         axes: Mapping[str, AxisSize] | None = None,
@@ -119,30 +163,44 @@ class GraphRunner:
             )
         self.stats = RunnerStats()
         self._fn = fn
-        self._inputs = tuple(inputs)
-        self._axes = resolve_axes(self._inputs, axes or {})
-        self._output_axes = output_axes
+        self._declared = DeclaredInputs(inputs)
+        self._inputs = self._declared.flat
+        self._static = {name: _static_values(name, values) for name, values in (static or {}).items()}
+        free = [axis for axis in self._declared.axes if axis not in (axes or {})]
+        self._has_families = isinstance(buckets, Mapping) and set(buckets) != set(free)
+        families: Mapping[str, Buckets] = buckets if self._has_families else {DEFAULT_FAMILY: buckets}  # type: ignore
+        named = [tuple(each) for each in families.values() if isinstance(each, Mapping)]
+        self._axes = resolve_axes(self._declared.axes, axes or {}, named[0] if named else (), tuple(self._static))
+        _check_names(fn, self._declared.arguments, self._static, has_family=self._has_families)
+        self._check_axes_are_used(output_axes)
+        self._declared_outputs = None if output_axes is None else OutputAxes.declared(output_axes)
         self._host_arguments = host_arguments
-        self._static = {name: tuple(values) for name, values in (static or {}).items()}
         self._strict = strict
         self._on_capture_failure = on_capture_failure
         self._warmup_iterations = warmup_iterations
-        self._has_families = isinstance(buckets, Mapping)
-        families = buckets if isinstance(buckets, Mapping) else {DEFAULT_FAMILY: buckets}
         self.policy = DispatchPolicy(
-            buckets={name: _bucket_sizes(sizes) if sizes != () else () for name, sizes in families.items()},
+            buckets={name: bucket_sizes(sizes, self._axes.bucketed) for name, sizes in families.items()},
             enabled=enabled,
             max_padding_ratio=max_padding_ratio,
             capture_on_first_use=capture_on_first_use,
         )
         self._programs: dict[GraphKey, Program] = {}
+        self._outputs: dict[tuple[str, Hashable], OutputAxes] = {}
         self._context = CallContext(self.backend.device)
         self._addresses = Addresses()
         self._unchecked_replays = CHECK_EVERY
         self._failed: dict[GraphKey, Reason] = {}
-        self._bound: dict[int, BoundInputs] = {}
+        self._bound: dict[GraphKey, BoundInputs] = {}
+        self._plans: dict[Hashable, _Plan] = {}
         self._buffers = self._make_buffers()
         self._pool = Pool(self.backend)
+        self._turns = Turns(name_of(fn), self.backend.synchronize)
+        self._names = {spec.name: spec for spec in self._inputs}
+
+    @property
+    def carried(self) -> Mapping[str, torch.Tensor]:
+        """The state of each carried input, at its largest shape, on the device. Writing to it changes the state."""
+        return self._buffers.carried
 
     @property
     def keys(self) -> list[GraphKey]:
@@ -156,10 +214,10 @@ class GraphRunner:
         keys = [
             GraphKey(family, size, tuple(zip(names, values, strict=True)))
             for family, sizes in self.policy.buckets.items()
-            for values in product(*self._static.values())
+            for values in product(*(values.values() for values in self._static.values()))
             for size in (spread(sizes) if limited else sizes)
         ]
-        return keys if limited else sorted(keys, key=lambda key: -key.size)
+        return keys if limited else sorted(keys, key=lambda key: -volume(key.size))
 
     @property
     def failed(self) -> Mapping[GraphKey, Reason]:
@@ -179,16 +237,23 @@ class GraphRunner:
         Raises:
             CaptureError: a capture failed and the runner is strict, or another runner's function calls this while it
                 is captured.
+            InputError: a static argument has no such name or value.
         """
         refuse_inside_recording(self._fn)
+        wanted = {name: exact(self._static_value(name, value)) for name, value in static.items()}
         if not self.policy.enabled:
             return
-        keys = [
-            key
-            for key in self.keys
-            if key not in self._programs and key not in self._failed and static.items() <= dict(key.variant).items()
-        ]
-        self._capture_all(keys, progress)
+        with self._turns:
+            self._capture_all(
+                [
+                    key
+                    for key in self.keys
+                    if key not in self._programs
+                    and key not in self._failed
+                    and all(exact(value) == wanted.get(name, exact(value)) for name, value in key.variant)
+                ],
+                progress,
+            )
 
     def recapture(self, *, progress: bool | None = None) -> None:
         """Drop all graphs, and their memory, and capture those that there were again, with the weights as they are now.
@@ -202,15 +267,18 @@ class GraphRunner:
         Raises:
             CaptureError: a capture failed and the runner is strict.
         """
-        self._context = CallContext(self.backend.device)
-        self._context.check()
-        keys = [key for key in self.keys if key in self._programs]
-        self.backend.synchronize()  # what the graphs still compute
-        self._programs.clear()
-        self._addresses = Addresses()
-        self._pool = Pool(self.backend)
-        self.stats.graphs = self.stats.captures = self.stats.graph_bytes = 0
-        self._capture_all(keys, progress)
+        refuse_inside_recording(self._fn)
+        with self._turns:
+            self._context = CallContext(self.backend.device)
+            keys = [key for key in self.keys if key in self._programs]
+            self.backend.synchronize()  # what the graphs still compute
+            self._plans.clear()
+            self._programs.clear()
+            self._outputs.clear()
+            self._addresses = Addresses()
+            self._pool = Pool(self.backend)
+            self.stats.graphs = self.stats.captures = self.stats.graph_bytes = 0
+            self._capture_all(keys, progress)
 
     def check_addresses(self) -> None:
         """Check that all that the graphs read from outside of the function is still where it was at capture.
@@ -234,43 +302,70 @@ class GraphRunner:
                     self._capture(key)
         finally:
             gc.unfreeze()
+        for family, variant in dict.fromkeys((key.family, key.variant) for key in keys if key in self._programs):
+            outputs = self._outputs_of(family, variant)
+            if isinstance(outputs, str):
+                if self._strict:
+                    raise CaptureError(outputs)
+                log.warning("calls that need padding will be refused: %s", outputs)
 
-    def decide(self, size: int, family: str = DEFAULT_FAMILY, **static: Hashable) -> Decision:
-        """Say how a call of ``size`` on the bucketed axis would run, and why. Changes nothing."""
+    def decide(self, size: Size, /, family: str = DEFAULT_FAMILY, **static: Hashable) -> Decision:
+        """Say how a call of ``size`` on the bucketed axis (of each, where there are several) would run, and why.
+
+        Changes nothing.
+        """
         return dispatch(size, self.policy, self._programs, self._failed, family, self._variant(family, static))
 
     def __call__(self, *, family: str = DEFAULT_FAMILY, own: bool = False, repeats: int = 1, **values: Any) -> Any:
         """Run one step, or several over the same inputs as the function leaves them.
+
+        Calls from several threads take turns. Outputs that are not ``own`` belong to the thread that got them: while it
+        holds them, another thread's call is refused.
 
         Args:
             family: which family of graphs, where there are several.
             repeats: how many times in a row the step runs; what is returned is of the last.
             own: whether to return tensors that stay. Otherwise outputs are views of memory that the **next call of
                 this runner overwrites**: use them, or copy them, before it.
-            **values: the inputs, on the host or on the device, at their true sizes; and the static arguments.
+            **values: the inputs, on the host or on the device, at their true sizes, as tensors or numpy arrays; and the
+                static arguments. With no row at all nothing runs, and outputs are empty along the bucketed axis.
 
         Returns:
-            What the function returns, cut to the true sizes.
+            What the function returns, cut to the true sizes, in tensors that take no part in training.
 
         Raises:
-            InputError: a value does not fit its declaration, or a size its limit; or autocast is on around the call.
+            InputError: a value does not fit its declaration, or a size its limit; or outputs must be cut, and which of
+                their dimensions follow the axes is not declared and cannot be found.
             CaptureError: the step needed a capture, it failed, and the runner is strict; or another runner's function
                 calls this while it is captured.
             StaleAddressError: memory that the graph reads was freed or moved since capture.
+            GraphModeError: another thread still holds outputs of an earlier call, or the call comes from inside the
+                function.
         """
-        variant, sizes, decision = self._prepare(family, values)
-        self._count(decision, sizes[self._axes.bucketed], repeats)
-        if decision.mode is Mode.EAGER or decision.key is None:
-            return self._run_unpadded(family, variant, values, sizes, repeats)
-        outputs = self._replay(decision.key, values, sizes, repeats)
-        return _clone(outputs) if own else outputs
+        refuse_inside_recording(self._fn)
+        with self._turns:
+            self._context.check()
+            signature = self._signature(family, values)
+            if signature is None:
+                values = self._declared.values(values)
+                signature = self._signature(family, values)
+            plan = self._plans.get(signature) or self._planned(signature, family, values)
+            self._count(plan, repeats)
+            with torch.inference_mode():
+                leaves, structure = self._run(plan, values, repeats)
+            if own:
+                with torch.no_grad():
+                    leaves = [leaf.clone() for leaf in leaves]
+            else:
+                self._turns.lend(leaves)
+            return structure.build(leaves)
 
     def verify(self, *, family: str = DEFAULT_FAMILY, **values: Any) -> Verification:
         """Run one step in several ways and compare: replay, eager over the same buffers, other padding, no padding.
 
-        Counts no step, and puts back what it changes: memory that the function reads or writes (all but its weights)
-        and random states. A graph that is not there yet is captured, as by a call. Outputs of an earlier call are
-        overwritten.
+        Counts no step, and puts back what it changes: memory that the function reads or writes (all but its weights),
+        carried inputs and random states. A graph that is not there yet is captured, as by a call. Outputs of an earlier
+        call are overwritten.
 
         Args:
             family: which family of graphs, where there are several.
@@ -282,71 +377,45 @@ class GraphRunner:
         Raises:
             InputError, CaptureError, StaleAddressError: as for a call.
         """
-        variant, sizes, decision = self._prepare(family, values)
-        key = decision.key
-        if decision.mode is Mode.EAGER or key is None:
-            return no_graph(str(decision.reason))
-        return verify(
-            Step(
-                key=key,
-                inputs=self._inputs,
-                values=values,
-                sizes=sizes,
-                graph_sizes=self._bind(key.size).sizes,
-                replay=lambda given: self._replay(key, given, sizes, repeats=1),
-                eager=lambda: self.run_eagerly(key, **values),
-                unpadded=lambda: self._run_unpadded(family, variant, values, sizes, repeats=1),
-                carried={},
-                buffers=[self._buffers.arena],
-                device=self.backend.device,
-            )
-        )
-
-    def _prepare(
-        self, family: str, values: dict[str, Any]
-    ) -> tuple[tuple[tuple[str, Hashable], ...], dict[str, int], Decision]:
-        """Check a step and decide how it runs, capturing its graph where that is due; takes static arguments out."""
         refuse_inside_recording(self._fn)
-        self._context.check()
-        static = {name: values.pop(name) for name in self._static if name in values}
-        variant = self._variant(family, static)
-        sizes = true_sizes(self._inputs, values, self.backend.device)
-        size = sizes[self._axes.bucketed]
-        if size < 1:
-            raise InputError(f"axis {self._axes.bucketed!r} has size {size}; a step has at least one row")
-        decision = dispatch(size, self.policy, self._programs, self._failed, family, variant)
-        if decision.mode is not Mode.EAGER and decision.key is not None:
-            check_fit(sizes, self._bind(decision.key.size).sizes)
-        if decision.mode is Mode.CAPTURE and decision.key is not None:
-            self._capture(decision.key)
-            after = dispatch(size, self.policy, self._programs, self._failed, family, variant)
-            decision = replace(after, reason=after.reason or decision.reason)
-        return variant, sizes, decision
+        with self._turns:
+            self._context.check()
+            values = self._declared.values(values)
+            plan = self._planned(None, family, values)
+            decision, key, bound = plan.decision, plan.decision.key, plan.bound
+            if key is None or bound is None:
+                return no_graph(str(decision.reason))
+            static = dict(plan.variant)
 
-    def _run_unpadded(
-        self,
-        family: str,
-        variant: Sequence[tuple[str, Hashable]],
-        values: Mapping[str, torch.Tensor],
-        sizes: Mapping[str, int],
-        repeats: int,
-    ) -> Any:
-        """Call the function as it is, on copies of the values."""
-        if self._host_arguments is not None:
-            self._host_arguments.set(family, sizes, values)
-        device = self.backend.device
-        on_device = {
-            spec.name: values[spec.name].to(device, copy=True)
-            if spec.name in values
-            else all_padding(spec, sizes, device)
-            for spec in self._inputs
-        }
-        with torch.inference_mode():
-            for _ in range(repeats - 1):
-                self._call(family, variant, on_device)
-            return self._call(family, variant, on_device)
+            def run(given: Mapping[str, torch.Tensor], plan: _Plan) -> Any:
+                with torch.inference_mode():
+                    leaves, structure = self._run(plan, {**static, **given}, repeats=1)
+                return structure.build(leaves)
 
-    def run_eagerly(self, key: GraphKey, **values: torch.Tensor) -> Any:
+            def replay(given: Mapping[str, torch.Tensor]) -> Any:
+                return run(given, self._plan(decision, family, plan.variant, plan.sizes, plan.rows, given))
+
+            tensors = {name: value for name, value in values.items() if name not in static}
+            carried = self._buffers.bind_carried(plan.sizes)
+            return verify(
+                Step(
+                    key=key,
+                    inputs=[spec for spec in self._inputs if not spec.carried and spec.size_of is None],
+                    values=tensors,
+                    sizes=plan.sizes,
+                    graph_sizes=bound.sizes,
+                    replay=replay,
+                    eager=lambda: self._run_padded(key, tensors),
+                    unpadded=lambda: run(tensors, replace(plan, program=None)),
+                    carried={
+                        name: (self.carried[name], tuple(map(slice, corner.shape))) for name, corner in carried.items()
+                    },
+                    buffers=[self._buffers.arena],
+                    device=self.backend.device,
+                )
+            )
+
+    def run_eagerly(self, key: GraphKey, /, **values: Any) -> Any:
         """Run the function without its graph, over the same padded buffers as the graph of ``key``.
 
         What a replay of ``key`` returns for the same values is bitwise the same: this is what proves it.
@@ -357,74 +426,250 @@ class GraphRunner:
             CaptureError: another runner's function calls this while it is captured.
         """
         refuse_inside_recording(self._fn)
-        self._context.check()
-        sizes = true_sizes(self._inputs, values, self.backend.device)
-        bound = self._bind(key.size)
+        with self._turns:
+            self._context.check()
+            return self._run_padded(key, self._declared.values(values))
+
+    def _run_padded(self, key: GraphKey, values: Mapping[str, Any]) -> Any:
+        """Run the function eagerly over the buffers of a graph."""
+        sizes = self._sizes(values, key.variant)
+        bound = self._bind(key)
         check_fit(sizes, bound.sizes)
-        self._load(key.family, bound, values)
+        if self._host_arguments is not None:
+            self._host_arguments.set(key.family, bound.sizes, values)
         with torch.inference_mode():
-            return self._cut(self._call(key.family, key.variant, bound.views), sizes, bound.sizes)
+            self._buffers.load(bound, {**values, **self._true_sizes(sizes)})
+            with _left_as_they_are(self._buffers.beyond(bound, sizes)):
+                leaves, structure = flatten(self._call(key.family, key.variant, bound.views))
+                leaves = [leaf.clone() for leaf in leaves]
+            if self._declared_outputs is None and sizes == bound.sizes:
+                return structure.build(leaves)
+            here = Sample(bound.sizes, _shapes(leaves))
+            outputs = self._output_axes(key.family, key.variant, [here])
+            if isinstance(outputs, str):
+                raise InputError(outputs)
+            return structure.build(_cut(leaves, outputs.cuts(here.shapes, sizes)))
 
-    def _call(self, family: str, variant: Sequence[tuple[str, Hashable]], inputs: Mapping[str, torch.Tensor]) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise GraphModeError(
+            f"the GraphRunner of {name_of(self._fn)} cannot be copied or pickled: its graphs read the memory of its "
+            "own function. Copy the function or the module without it, and make a runner of the copy"
+        )
+
+    def _call(self, family: str, variant: Variant, inputs: Mapping[str, torch.Tensor]) -> Any:
+        arguments = self._declared.as_arguments(inputs)
         if self._has_families:
-            return self._fn(family=family, **dict(variant), **inputs)
-        return self._fn(**dict(variant), **inputs)
+            return self._fn(family=family, **dict(variant), **arguments)
+        return self._fn(**dict(variant), **arguments)
 
-    def _variant(self, family: str, static: Mapping[str, Hashable]) -> tuple[tuple[str, Hashable], ...]:
+    def _signature(self, family: str, values: Mapping[str, Any]) -> Hashable:
+        """Return what a call's plan hangs on; None where its values must be looked at one by one."""
+        parts: list[Hashable] = [family]
+        for name, value in values.items():
+            if name in self._static:
+                if exact(value) not in self._static[name]:
+                    return None
+                parts.append((name, exact(value)))
+            elif isinstance(value, torch.Tensor) and name in self._names:
+                parts.append((name, value.shape, value.dtype, value.device, value.layout))
+            else:
+                return None
+        return tuple(parts)
+
+    def _planned(self, signature: Hashable, family: str, values: dict[str, Any]) -> _Plan:
+        """Decide what a call does, after a capture if it needs one."""
+        static = {name: value for name, value in values.items() if name in self._static}
+        variant = self._variant(family, static)
+        sizes = self._sizes({name: value for name, value in values.items() if name not in static}, variant)
+        size = self._axes.size_of(sizes)
+        rows = volume(size)
+        wanted = size if rows else self._axes.size_of({axis: max(1, size) for axis, size in sizes.items()})
+        decision = dispatch(wanted, self.policy, self._programs, self._failed, family, variant)
+        if decision.mode is not Mode.EAGER and decision.key is not None:
+            check_fit(sizes, self._bind(decision.key).sizes)
+        if decision.mode is Mode.CAPTURE and decision.key is not None:
+            self._capture(decision.key)
+            after = dispatch(wanted, self.policy, self._programs, self._failed, family, variant)
+            plan = self._plan(after, family, variant, sizes, rows, values)
+            now = replace(plan, decision=replace(after, reason=after.reason or decision.reason))
+        else:
+            now = plan = self._plan(decision, family, variant, sizes, rows, values)
+        if signature is not None:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            self._plans[signature] = plan
+        return now
+
+    def _plan(
+        self,
+        decision: Decision,
+        family: str,
+        variant: Variant,
+        sizes: dict[str, int],
+        rows: int,
+        values: Mapping[str, Any],
+    ) -> _Plan:
+        true = self._true_sizes(sizes)
+        plan = _Plan(decision, family, variant, sizes, rows, true)
+        if decision.mode is Mode.EAGER or decision.key is None:
+            carried_axes = {axis for spec in self._inputs if spec.carried for axis in spec.shape}
+            for axis, size in sizes.items():
+                if axis in carried_axes and size > self._limits[axis]:
+                    raise InputError(
+                        f"axis {axis!r} has size {size}; carried inputs have room for {self._limits[axis]}, by the "
+                        "largest bucket: make it larger"
+                    )
+            return plan
+        program, bound = self._programs[decision.key], self._bind(decision.key)
+        shapes = {name: value.shape for name, value in {**values, **true}.items() if name in self._names}
+        cuts: Sequence[tuple[slice, ...] | None] = [None] * len(program.outputs)
+        if self._declared_outputs is not None or any(sizes[axis] != bound.sizes[axis] for axis in sizes):
+            outputs = self._outputs_of(family, variant)
+            if isinstance(outputs, str):
+                raise InputError(outputs)
+            cuts = outputs.cuts(_shapes(program.outputs), sizes)
+        return replace(
+            plan,
+            program=program,
+            bound=bound,
+            load=self._buffers.loader(bound, shapes),
+            beyond=self._buffers.beyond(bound, sizes),
+            cuts=cuts,
+        )
+
+    def _run(self, plan: _Plan, values: Mapping[str, Any], repeats: int) -> tuple[list[torch.Tensor], Structure]:
+        """Run a step and return its outputs at their true sizes, flat, and how they nest."""
+        if self._static or plan.values:
+            values = {name: value for name, value in values.items() if name not in self._static} | plan.values
+        if plan.program is None or plan.bound is None or plan.load is None:
+            return self._run_unpadded(plan, values, repeats)
+        if plan.rows:
+            self._unchecked_replays += 1
+            if self._unchecked_replays > CHECK_EVERY:
+                self.check_addresses()
+            if self._host_arguments is not None:
+                self._host_arguments.set(plan.family, plan.bound.sizes, values)
+            plan.load(values)
+            kept = [view.clone() for view in plan.beyond]
+            for _ in range(repeats):
+                plan.program.replay()
+            for view, before in zip(plan.beyond, kept, strict=True):
+                view.copy_(before)
+        return _cut(plan.program.outputs, plan.cuts), plan.program.structure
+
+    def _run_unpadded(
+        self, plan: _Plan, values: Mapping[str, torch.Tensor], repeats: int
+    ) -> tuple[list[torch.Tensor], Structure]:
+        """Run the function eagerly at the true sizes, on copies of its inputs."""
+        device = self.backend.device
+        if self._host_arguments is not None:
+            self._host_arguments.set(plan.family, plan.sizes, values)
+        inputs = self._unpadded_inputs(plan.sizes)
+        for name, value in values.items():
+            if self._names[name].carried:
+                inputs[name].copy_(value)
+            else:
+                inputs[name] = value.to(device, copy=True)
+        for _ in range(repeats - 1):
+            self._call(plan.family, plan.variant, inputs)
+        leaves, structure = flatten(self._call(plan.family, plan.variant, inputs))
+        _check_outputs(leaves)
+        return [leaf.detach() for leaf in leaves], structure
+
+    def _unpadded_inputs(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Return all inputs at the axis ``sizes``: carried ones as they are, the others all padding."""
+        carried = self._buffers.bind_carried(sizes)
+        return {
+            spec.name: carried[spec.name] if spec.carried else all_padding(spec, sizes, self.backend.device)
+            for spec in self._inputs
+        }
+
+    def _sizes(self, values: Mapping[str, Any], variant: Variant) -> dict[str, int]:
+        """Check a call's values and return the true size of every axis, also of those that outputs alone have."""
+        sizes = true_sizes(self._inputs, values, self.backend.device)
+        left_out = [spec for spec in self._inputs if spec.name not in values]
+        for axis in self._axes.bucketed:
+            if axis not in sizes:
+                if not any(axis in spec.shape and not spec.carried for spec in left_out):
+                    raise InputError(f"no input gives axis {axis!r} a size in this call; pass one that has it")
+                sizes[axis] = 0
+        bucketed = {axis: sizes[axis] for axis in self._axes.bucketed}
+        for axis in self._axes.sizes:
+            if axis not in sizes:
+                padded = any(axis in spec.shape and not spec.carried for spec in left_out)
+                sizes[axis] = 0 if padded else self._axes.other(axis, bucketed, dict(variant))
+        return sizes
+
+    def _true_sizes(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Return the inputs that the runner itself fills."""
+        return {spec.name: torch.tensor(sizes[spec.size_of], dtype=spec.dtype) for spec in self._inputs if spec.size_of}
+
+    def _variant(self, family: str, static: Mapping[str, Any]) -> Variant:
         if family not in self.policy.buckets:
             raise InputError(f"family {family!r} is not one of {sorted(self.policy.buckets)}")
         if len(static) != len(self._static):
             raise InputError(f"static arguments given: {sorted(static)}; declared are {sorted(self._static)}")
-        for name, value in static.items():
-            if value not in self._static[name]:
-                raise InputError(f"static argument {name!r} is {value!r}; declared values are {self._static[name]}")
-        return tuple((name, static[name]) for name in self._static)
+        return tuple((name, self._static_value(name, static[name])) for name in self._static)
+
+    def _static_value(self, name: str, value: Any) -> Hashable:
+        if name not in self._static:
+            raise InputError(f"static argument {name!r} is not declared; declared are {sorted(self._static)}")
+        values = self._static[name]
+        try:
+            return values[exact(value)]
+        except (KeyError, TypeError):
+            raise InputError(
+                f"static argument {name!r} is {value!r}, a {type(value).__name__}; declared values are "
+                f"{tuple(values.values())}"
+            ) from None
 
     def _make_buffers(self) -> InputBuffers:
-        largest = [sizes[-1] for sizes in self.policy.buckets.values() if sizes]
-        if not largest:
+        if not self.policy.buckets or not any(self.policy.buckets.values()):
             raise InputError("no family has buckets; give at least one, or enabled=False to run everything eagerly")
-        at_largest = [self._axes.at(size) for size in largest]
-        limits = {axis: max(sizes[axis] for sizes in at_largest) for axis in at_largest[0]}
-        return InputBuffers(self._inputs, limits, self.backend)
+        return InputBuffers(self._inputs, self._limits, self.backend)
 
-    def _bind(self, bucket: int) -> BoundInputs:
-        if bucket not in self._bound:
-            self._bound[bucket] = self._buffers.bind(self._axes.at(bucket))
-        return self._bound[bucket]
+    @cached_property
+    def _limits(self) -> dict[str, int]:
+        """The largest size of every axis in any graph."""
+        all_sizes = [self._axes.at(key.size, key.variant) for key in self.keys]
+        return {axis: max(sizes[axis] for sizes in all_sizes) for axis in all_sizes[0]}
 
-    def _load(self, family: str, bound: BoundInputs, values: Mapping[str, torch.Tensor]) -> None:
-        """Write a step's values where its graph reads them."""
-        if self._host_arguments is not None:
-            self._host_arguments.set(family, bound.sizes, values)
-        self._buffers.load(bound, values)
+    def _bind(self, key: GraphKey) -> BoundInputs:
+        if key not in self._bound:
+            self._bound[key] = self._buffers.bind(self._axes.at(key.size, key.variant))
+        return self._bound[key]
 
     def _capture(self, key: GraphKey) -> None:
         if problem := self._no_room(key):
             self._stop_capturing(problem)
             return
-        bound = self._bind(key.size)
+        self._plans.clear()
         start = time.perf_counter()
         try:
             with self._pool.measured() as taken:
-                self._record(key, bound)
+                self._record(key, self._bind(key))
         finally:
             self.stats.capture_seconds += time.perf_counter() - start
             self.stats.graph_bytes += taken.kept
             self.stats.capture_peak_bytes = max(self.stats.capture_peak_bytes, taken.peak)
 
     def _record(self, key: GraphKey, bound: BoundInputs) -> None:
-        self._load(key.family, bound, {})
+        if self._host_arguments is not None:
+            self._host_arguments.set(key.family, bound.sizes, {})
         try:
-            program = record(
-                lambda **kwargs: self._call(key.family, key.variant, kwargs),
-                self.backend,
-                self._pool,
-                bound.views,
-                self._host_arguments,
-                warmup_iterations=self._warmup_iterations,
-            )
-            self._cut(tree_unflatten(program.outputs, program.spec), bound.sizes, bound.sizes)
+            with self._buffers.carried_kept():
+                self._buffers.load(bound, examples(self._inputs, bound.sizes))
+                program = record(
+                    lambda **kwargs: self._call(key.family, key.variant, kwargs),
+                    self.backend,
+                    self._pool,
+                    bound.views,
+                    self._host_arguments,
+                    warmup_iterations=self._warmup_iterations,
+                )
+            known = self._declared_outputs or self._outputs.get((key.family, key.variant))
+            if known is not None and (problem := known.problem(_shapes(program.outputs), bound.sizes)):
+                raise CaptureError(problem)
         except CaptureError as error:
             if self._strict:
                 raise
@@ -444,6 +689,32 @@ class GraphRunner:
             self.stats.breaks.update(program.breaks)
         if self._failed.get(key) is Reason.OUT_OF_MEMORY:
             gc.collect()  # what the broken capture held in cycles is needed for the next
+
+    def _outputs_of(self, family: str, variant: Variant) -> OutputAxes | str:
+        """Return how the outputs of graphs that are there follow the axes, or why that cannot be told."""
+        keys = [key for key in self._programs if (key.family, key.variant) == (family, variant)]
+        samples = [Sample(self._bind(key).sizes, _shapes(self._programs[key].outputs)) for key in keys]
+        return self._output_axes(family, variant, samples)
+
+    def _output_axes(self, family: str, variant: Variant, samples: list[Sample]) -> OutputAxes | str:
+        """Return how outputs follow the axes: as declared, as known, or as shapes at several sizes show."""
+        known = self._declared_outputs or self._outputs.get((family, variant))
+        if known is not None:
+            return known.problem(samples[0].shapes, samples[0].sizes) or known
+
+        def shapes_at(sizes: dict[str, int]) -> tuple[tuple[int, ...], ...]:
+            if self._host_arguments is not None:
+                self._host_arguments.set(family, sizes, {})
+            inputs = {spec.name: all_padding(spec, sizes, self.backend.device) for spec in self._inputs}
+            for name, value in examples(self._inputs, sizes).items():
+                inputs[name] = value.to(self.backend.device)
+            with torch.inference_mode():
+                return _shapes(flatten(self._call(family, variant, inputs))[0])
+
+        found = find_output_axes(samples, self._axes, self._declared.axes, self._limits, variant, shapes_at)
+        if isinstance(found, OutputAxes):
+            self._outputs[family, variant] = found
+        return found
 
     def _no_room(self, key: GraphKey) -> str | None:
         """Return why the device has no room for the graphs of ``key``, as far as that is known beforehand."""
@@ -476,37 +747,10 @@ class GraphRunner:
         if self._on_capture_failure is not None:
             self._on_capture_failure(failure)
 
-    def _replay(self, key: GraphKey, values: Mapping[str, torch.Tensor], sizes: Mapping[str, int], repeats: int) -> Any:
-        program, bound = self._programs[key], self._bind(key.size)
-        self._unchecked_replays += 1
-        if self._unchecked_replays > CHECK_EVERY:
-            self.check_addresses()
-        self._load(key.family, bound, values)
-        for _ in range(repeats):
-            program.replay()
-        return self._cut(tree_unflatten(program.outputs, program.spec), sizes, bound.sizes)
-
-    def _cut(self, outputs: Any, sizes: Mapping[str, int], graph_sizes: Mapping[str, int]) -> Any:
-        """Cut outputs from the graph's sizes to the true ones."""
-        leaves, spec = tree_flatten(outputs)
-        output_axes = self._output_axes or [(self._axes.bucketed,)] * len(leaves)
-        if len(output_axes) != len(leaves):
-            raise CaptureError(f"the function returned {len(leaves)} tensors; output_axes declares {len(output_axes)}")
-        cut = []
-        for index, (leaf, axes) in enumerate(zip(leaves, output_axes, strict=True)):
-            expected = [
-                graph_sizes[axis] if axis is not None else size for axis, size in zip(axes, leaf.shape, strict=False)
-            ]
-            if leaf.dim() < len(axes) or list(leaf.shape[: len(axes)]) != expected:
-                raise CaptureError(
-                    f"output {index} has shape {tuple(leaf.shape)}, but its dimensions are taken to be the axes "
-                    f"{tuple(axes)} of sizes {expected}; declare them with output_axes"
-                )
-            cut.append(leaf[tuple(slice(None if axis is None else sizes[axis]) for axis in axes)])
-        return tree_unflatten(cut, spec)
-
-    def _count(self, decision: Decision, size: int, repeats: int) -> None:
-        stats = self.stats
+    def _count(self, plan: _Plan, repeats: int) -> None:
+        if not plan.rows:
+            return
+        stats, decision = self.stats, plan.decision
         stats.steps += repeats
         if decision.reason is not None:
             # A capture at first use serves the repeats too.
@@ -515,23 +759,93 @@ class GraphRunner:
             stats.eager_steps += repeats
         else:
             stats.replays += repeats
-            stats.rows += size * repeats
+            stats.rows += plan.rows * repeats
             stats.padded_rows += decision.padding * repeats
 
+    def _check_axes_are_used(self, output_axes: Sequence[Sequence[str | None]] | None) -> None:
+        """Check the names of axes: those of outputs, and those whose size is given or asked for."""
+        known = {*self._axes.bucketed, *self._axes.sizes}
+        of_outputs = {axis for output in output_axes or () for axis in output if axis is not None}
+        sized = {spec.size_of for spec in self._inputs if spec.size_of}
+        for axis in of_outputs | sized:
+            if axis not in known:
+                where = "output_axes" if axis in of_outputs else "the size_of of an input"
+                raise InputError(
+                    f"{where} names axis {axis!r}, which no input has and axes= does not give; there are "
+                    f"{sorted(known)}"
+                )
+        for axis in self._axes.sizes:
+            if axis not in {*self._declared.axes, *of_outputs, *sized}:
+                raise InputError(f"axes= gives axis {axis!r} a size, but no input and no output has that axis")
 
-def _bucket_sizes(buckets: Buckets) -> tuple[int, ...]:
-    return make_buckets(buckets) if isinstance(buckets, int) else check_buckets(buckets)
+
+def _check_names(
+    fn: Callable[..., Any], inputs: Sequence[str], static: Mapping[str, object], *, has_family: bool
+) -> None:
+    """Check that arguments can be told apart and that ``fn`` takes them."""
+    for name in (*inputs, *static):
+        if name in ("family", "own", "repeats", "progress"):
+            raise InputError(
+                f"an input or static argument is called {name!r}, which is an argument of the runner; rename it"
+            )
+    if both := set(inputs) & static.keys():
+        raise InputError(f"{sorted(both)} are declared both as inputs and as static arguments")
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return  # a callable that does not tell
+    try:
+        signature.bind(**dict.fromkeys([*inputs, *static, *(["family"] if has_family else [])]))
+    except TypeError as error:
+        raise InputError(
+            f"{getattr(fn, '__qualname__', fn)}{signature} cannot be called with the declared arguments "
+            f"{[*inputs, *static]}: {error}"
+        ) from None
+
+
+def _static_values(name: str, values: Sequence[Hashable]) -> dict[Hashable, Hashable]:
+    """Return the declared values of a static argument by what tells them apart."""
+    found: dict[Hashable, Hashable] = {}
+    for value in values:
+        try:
+            found[exact(value)] = value
+        except TypeError:
+            raise InputError(
+                f"static argument {name!r} is declared with {value!r}, a {type(value).__name__}, which cannot be "
+                "hashed and so cannot select a graph; use a tuple, or another value that can"
+            ) from None
+    if not found:
+        raise InputError(f"static argument {name!r} is declared without values; give a list of all that it may take")
+    return found
+
+
+def _check_outputs(leaves: Sequence[object]) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            raise CaptureError(f"the function returned {leaf!r}, a {type(leaf).__name__}; return tensors")
+
+
+def _shapes(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in tensors)
+
+
+def _cut(leaves: Sequence[torch.Tensor], cuts: Sequence[tuple[slice, ...] | None]) -> list[torch.Tensor]:
+    """Return the outputs at their true sizes; in inference mode, so that none takes part in training."""
+    return [leaf.detach() if cut is None else leaf[cut] for leaf, cut in zip(leaves, cuts, strict=True)]
+
+
+@contextmanager
+def _left_as_they_are(views: Sequence[torch.Tensor]) -> Iterator[None]:
+    before = [view.clone() for view in views]
+    yield
+    for view, values in zip(views, before, strict=True):
+        view.copy_(values)
 
 
 def _reason(error: CaptureError) -> Reason:
     if isinstance(error, CaptureMemoryError):
         return Reason.OUT_OF_MEMORY
     return Reason.UNSUPPORTED_OP if isinstance(error, UnsupportedOpError) else Reason.CAPTURE_FAILED
-
-
-def _clone(outputs: Any) -> Any:
-    leaves, spec = tree_flatten(outputs)
-    return tree_unflatten([leaf.clone() for leaf in leaves], spec)
 
 
 @contextmanager

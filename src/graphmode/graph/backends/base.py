@@ -27,6 +27,7 @@ class Capabilities:
         shared_pool: graphs of one pool share the memory of their intermediate results.
         random: random operators inside a graph give new numbers at each replay.
         pinned_host_memory: copies from the staging ring are asynchronous.
+        host_memory: the device's memory is the host's, so a step's values are written where graphs read them.
         host_arguments: operators take lengths on the host, and graphs are updated with them at each replay.
         graph_limit: graphs that the device holds at most; None where none is known.
     """
@@ -35,6 +36,7 @@ class Capabilities:
     shared_pool: bool
     random: bool
     pinned_host_memory: bool
+    host_memory: bool = False
     host_arguments: bool = False
     graph_limit: int | None = None
 

@@ -87,7 +87,9 @@ class _Done:
 class CpuBackend:
     """Graphs on the CPU."""
 
-    capabilities = Capabilities(runs_while_capturing=True, shared_pool=True, random=True, pinned_host_memory=False)
+    capabilities = Capabilities(
+        runs_while_capturing=True, shared_pool=True, random=True, pinned_host_memory=False, host_memory=True
+    )
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device(device.type)
