@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ class Comparison:
 
     Attributes:
         passed: whether they agree; None where the comparison could not be made.
-        differences: what differs, or the error that was raised: one sentence each.
+        differences: outputs and carried inputs that differ, or the error that was raised: a sentence each.
+        memory: memory from outside that the function left different: a sentence each.
         largest: the largest absolute difference of any element; infinite where NaN stands beside a number. 0 where
             nothing can be subtracted.
         inputs: of the comparison with another padding: the inputs whose padding values change the result, each alone
@@ -33,6 +34,7 @@ class Comparison:
 
     passed: bool | None
     differences: tuple[str, ...] = ()
+    memory: tuple[str, ...] = ()
     largest: float = 0.0
     inputs: tuple[str, ...] = ()
     note: str = ""
@@ -42,8 +44,8 @@ class Comparison:
         if self.passed and self.largest:
             verdict = f"close: the largest difference is {self.largest:.3g}"
         if self.inputs:
-            verdict += f" with the padding of {', '.join(map(repr, self.inputs))}"
-        return "\n    ".join((f"{verdict}; {self.note}" if self.note else verdict, *self.differences))
+            verdict += f" with the padding of {_names(self.inputs)}"
+        return "\n    ".join((f"{verdict}; {self.note}" if self.note else verdict, *self.differences, *self.memory))
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def verify(step: Step) -> Verification:
 
 
 def other_padding(
-    spec: Input, value: torch.Tensor | None, sizes: Mapping[str, int], graph_sizes: Mapping[str, int], number: float
+    spec: Input, value: torch.Tensor, sizes: Mapping[str, int], graph_sizes: Mapping[str, int], number: float
 ) -> torch.Tensor | None:
     """Return the value of an input at the size of its graph, with something else than its padding around it.
 
@@ -152,8 +154,6 @@ def other_padding(
     )
     if shape == full:
         return None
-    if value is None:
-        value = torch.full(shape, spec.padding, dtype=spec.dtype)
     grown = torch.empty(full, dtype=spec.dtype, device=value.device)
     if spec.dtype is torch.bool:
         grown.fill_(not spec.padding)
@@ -172,38 +172,50 @@ def other_padding(
 def _with_another_padding(step: Step, surroundings: _Surroundings, graph: _Run) -> Comparison:
     """Vary all padding at once; where that shows, find the inputs that it comes from.
 
-    NaN shows what reads padding at all, 0 * NaN among it. An input whose true rows change with NaN, but not with large
-    numbers of either sign, is only multiplied by zero: its padding, which is finite, is harmless.
+    Floats become NaN, and large numbers of either sign: sorting takes NaN for the largest. Where true rows change with
+    NaN alone, padding is only multiplied by zero; finite padding is harmless then.
     """
-    values = step.values
     numbers = (math.nan, _large(step, 1), _large(step, -1))
-
-    def padded(number: float) -> dict[str, torch.Tensor]:
-        grown = {
-            spec.name: other_padding(spec, values.get(spec.name), step.sizes, step.graph_sizes, number)
-            for spec in step.inputs
-        }
-        return {name: value for name, value in grown.items() if value is not None}
-
-    def compare(changed: Mapping[str, torch.Tensor]) -> Comparison:
-        return _compare(graph, surroundings.run(lambda: step.replay({**values, **changed})), bitwise=True)
-
-    with_nan, *finite = (padded(number) for number in numbers)
-    if not with_nan:
-        full = all(step.sizes[axis] == size for axis, size in step.graph_sizes.items() if axis in step.sizes)
+    padded = [_other_paddings(step, number) for number in numbers]
+    if not padded[0]:
+        full = all(size == step.graph_sizes[axis] for axis, size in step.sizes.items())
         reason = "the call fills its graph; verify a smaller one" if full else "no other value is known to be allowed"
         return Comparison(None, note=reason)
-    together = compare(with_nan)
-    if together.passed:
-        return together
-    alone = {name: [compare({name: grown[name]}) for grown in (with_nan, *finite)] for name in with_nan}
-    relied = [name for name, (_, *others) in alone.items() if not all(other.passed for other in others)]
-    if relied:
-        return replace(together, inputs=tuple(relied))
-    if all(compare(grown).passed for grown in finite):
-        not_nan = [name for name, (first, *_) in alone.items() if not first.passed]
-        return Comparison(True, note=f"the padding of {', '.join(map(repr, not_nan))} must not be NaN")
-    return replace(together, inputs=tuple(with_nan))
+
+    def compare(changed: Mapping[str, torch.Tensor]) -> Comparison:
+        return _compare(graph, surroundings.run(lambda: step.replay({**step.values, **changed})), bitwise=True)
+
+    together = [compare(changed) for changed in padded]
+    failed = next((made for made in together if not made.passed), None)
+    if failed is None:
+        kept = [name for name in step.values if name not in padded[0] and _is_padded(step, name)]
+        note = f"the padding of {_names(kept)} was not varied: the call's values are all like it" if kept else ""
+        return Comparison(True, note=note)
+    alone = {name: [compare({name: changed[name]}) for changed in padded] for name in padded[0]}
+    relied = [name for name, (_, *finite) in alone.items() if not all(made.passed for made in finite)]
+    if not relied and all(made.passed for made in together[1:]):
+        not_nan = [name for name, (with_nan, *_) in alone.items() if not with_nan.passed]
+        return Comparison(True, note=f"the padding of {_names(not_nan)} must not be NaN")
+    return replace(failed, inputs=tuple(relied or padded[0]))
+
+
+def _other_paddings(step: Step, number: float) -> dict[str, torch.Tensor]:
+    """Return all values of a step that can have another padding, with it."""
+    grown = {
+        spec.name: other_padding(spec, step.values[spec.name], step.sizes, step.graph_sizes, number)
+        for spec in step.inputs
+        if spec.name in step.values  # one that is left out says so by its padding
+    }
+    return {name: value for name, value in grown.items() if value is not None}
+
+
+def _is_padded(step: Step, name: str) -> bool:
+    (spec,) = (spec for spec in step.inputs if spec.name == name)
+    return any(isinstance(axis, str) and step.sizes[axis] != step.graph_sizes[axis] for axis in spec.shape)
+
+
+def _names(inputs: Sequence[str]) -> str:
+    return ", ".join(map(repr, inputs))
 
 
 def _large(step: Step, sign: int) -> float:
@@ -229,12 +241,14 @@ class _Run:
     """What one run left.
 
     Attributes:
-        values: its outputs, and memory from outside as it was afterwards, by what to call them in a sentence.
+        values: its outputs, and carried inputs as they were afterwards, by what to call them in a sentence.
+        memory: memory from outside as it was afterwards, likewise.
         error: what it raised instead.
         random: whether it drew random numbers.
     """
 
     values: dict[str, Any]
+    memory: dict[str, Any]
     error: Exception | None
     random: bool
 
@@ -253,6 +267,11 @@ class _Memory:
     before: torch.Tensor
     corner: tuple[slice, ...] = ()
 
+    def now(self) -> torch.Tensor:
+        """Return what the part holds. What stayed as it was is the same object each time: it need not be compared."""
+        now = self.tensor.to("cpu", copy=True)
+        return self.before if _same_bits(now, self.before).all() else now[self.corner]
+
 
 class _Surroundings:
     """All that a run finds outside of its inputs: memory that it may change, and random generators."""
@@ -260,10 +279,11 @@ class _Surroundings:
     def __init__(self, step: Step) -> None:
         self._step = step
         self._memory: dict[str, _Memory] = {}
+        self._carried: dict[str, _Memory] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in (*step.buffers, *step.values.values())}
         self._generators = {generator: generator.get_state() for generator in _default_generators(step.device)}
         for name, (tensor, corner) in step.carried.items():
-            self._memory[f"carried input {name!r}"] = _Memory(tensor, tensor.to("cpu", copy=True), corner)
+            self._carried[name] = _Memory(tensor, tensor.to("cpu", copy=True), corner)
             self._known.add(tensor.untyped_storage()._cdata)
 
     @contextmanager
@@ -283,21 +303,20 @@ class _Surroundings:
         values: dict[str, Any] = {}
         error = None
         try:
-            for path, leaf in tree_flatten_with_path(run())[0]:
-                name = f"output {keystr(path)}" if path else "the output"
-                values[name] = leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+            for name, leaf in _leaves(run(), ""):
+                values[f"output {name}" if name else "the output"] = (
+                    leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+                )
         except Exception as raised:
             error = raised
-        for name, memory in self._memory.items():
-            now = memory.tensor.to("cpu", copy=True)
-            # What stayed as it was is the same object in every run, and costs nothing to compare.
-            values[name] = memory.before if _same_bits(now, memory.before).all() else now[memory.corner]
+        values |= {f"carried input {name!r}": memory.now() for name, memory in self._carried.items()}
+        memory = {name: memory.now() for name, memory in self._memory.items()}
         random = any(not torch.equal(generator.get_state(), state) for generator, state in self._generators.items())
-        return _Run(values, error, random)
+        return _Run(values, memory, error, random)
 
     def _put_back(self) -> None:
         with torch.inference_mode():
-            for memory in self._memory.values():
+            for memory in (*self._memory.values(), *self._carried.values()):
                 memory.tensor.copy_(memory.before)
         for generator, state in self._generators.items():
             generator.set_state(state)
@@ -346,6 +365,17 @@ class _Watch(TorchDispatchMode):
         return results
 
 
+def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield what outputs consist of, in order, each with where it stands in them."""
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        at = name + keystr(path)
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            for each in fields(leaf):
+                yield from _leaves(getattr(leaf, each.name), f"{at}.{each.name}")
+        else:
+            yield at, leaf
+
+
 def _default_generators(device: torch.device) -> list[torch.Generator]:
     """Return the generators that operators draw from where they are given none."""
     found = [torch.default_generator]
@@ -358,19 +388,22 @@ def _default_generators(device: torch.device) -> list[torch.Generator]:
 
 def _compare(graph: _Run, other: _Run, *, bitwise: bool) -> Comparison:
     if other.error is not None:
-        return Comparison(False, (f"it raised {type(other.error).__name__}: {other.error}",), math.inf)
-    differences, largest = [], 0.0
-    for name in dict.fromkeys([*graph.values, *other.values]):
-        if name not in graph.values or name not in other.values:
-            differences.append(f"{name} is there in {'the replay' if name in graph.values else 'the other run'} alone")
-            continue
-        here, there = graph.values[name], other.values[name]
-        if here is there:
-            continue
-        if problem := _problem(here, there, bitwise=bitwise):
-            differences.append(f"{name}: {problem}")
-        largest = max(largest, _largest(here, there))
-    return Comparison(not differences, tuple(differences), largest)
+        raised = f"it raised {type(other.error).__name__}: {other.error}"
+        return Comparison(False, (raised,), largest=math.inf)
+    largest = 0.0
+
+    def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
+        nonlocal largest
+        for name in dict.fromkeys([*here, *there]):
+            if name not in here or name not in there:
+                yield f"{name} is there in {'the replay' if name in here else 'the other run'} alone"
+            elif here[name] is not there[name]:
+                largest = max(largest, _largest(here[name], there[name]))
+                if problem := _problem(here[name], there[name], bitwise=bitwise):
+                    yield f"{name}: {problem}"
+
+    outputs, memory = tuple(differences(graph.values, other.values)), tuple(differences(graph.memory, other.memory))
+    return Comparison(not outputs and not memory, outputs, memory, largest)
 
 
 def _problem(here: Any, there: Any, *, bitwise: bool) -> str | None:
