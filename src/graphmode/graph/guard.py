@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphmode.graph.addresses import OutsideMemory
 from graphmode.graph.errors import UnsupportedOpError
+from graphmode.graph.host_reads import REMEDY, refused
 
 _OWN_CODE = os.path.dirname(os.path.abspath(__file__))
 _TORCH_CODE = os.path.dirname(os.path.abspath(torch.__file__))
-
-# Python methods that read memory on the host without an operator that a dispatch mode would see.
-_HOST_READS: dict[Callable[..., Any], str] = {
-    torch.Tensor.tolist: "Tensor.tolist",
-    torch.Tensor.numpy: "Tensor.numpy",
-    torch.Tensor.__array__: "Tensor.__array__",
-    torch.Tensor.__repr__: "Tensor.__repr__",
-}
-
-_MARK = "compute it with tensor operators, or move the code into a function marked @outside_graph"
+_STANDARD_LIBRARY = os.path.dirname(os.path.abspath(os.__file__))
 
 
 def tensors_in(tree: object) -> list[torch.Tensor]:
@@ -48,14 +39,71 @@ def _collect(tree: object, found: list[torch.Tensor]) -> None:
             _collect(leaf, found)
 
 
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
 @cache
-def is_composite(func: Any) -> bool:
-    """Return whether an operator is made of others, which a dispatch mode sees only if it takes it apart."""
-    composite: bool = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    return composite
+def is_composite(func: Any, device_type: str) -> bool:
+    """Return whether an operator is made of others on a device: a dispatch mode sees them only if it takes it apart.
+
+    Python decompositions, which torch has for its compiler, do not count: without a recorder they do not run.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    own = "PrivateUse1" if device_type == torch._C._get_privateuse1_backend_name() else device_type.upper()
+    return has_kernel(func.name(), _COMPOSITE) and not has_kernel(func.name(), own)
+
+
+@contextmanager
+def _dispatch_where_called(func: Any) -> Iterator[None]:
+    """Dispatch as where a composite operator was called, instead of below a mode: what it does may depend on that."""
+    with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "ADInplaceOrView"):
+            with torch._C._AutoDispatchBelowADInplaceOrView():  # that kernel is running
+                yield
+        else:
+            yield
 
 
 _MASKABLE = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+
+
+_READS_VALUE = "it reads a tensor's value into Python, which a replay would not read again"
+_SPARSE = "how much memory a sparse tensor has depends on data; use dense tensors (to_dense())"
+_NESTED = (
+    "the shapes of a nested tensor depend on data; use padded tensors and masks "
+    "(nn.TransformerEncoder: enable_nested_tensor=False)"
+)
+_OPAQUE = "the memory of an mkldnn tensor cannot be seen; use dense tensors (to_dense())"
+# Names of operators that make such tensors begin with these, after underscores.
+_LAYOUTS = {"to_sparse": _SPARSE, "sparse_c": _SPARSE, "spdiags": _SPARSE, "nested_": _NESTED, "to_mkldnn": _OPAQUE}
+
+# Their numbers follow from shapes and dtypes alone.
+# fmt: off
+_NUMBERS_OF_SHAPES = {
+    "_cudnn_attention_forward", "_dimI", "_dimV", "_efficient_attention_forward", "_fused_sdp_choice",
+    "_has_same_storage_numel", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention",
+    "_use_miopen_ctc_loss", "_use_cudnn_ctc_loss", "_scaled_dot_product_fused_attention_overrideable", "dense_dim",
+    "is_coalesced", "is_pinned", "is_same_size", "is_set_to", "qscheme", "q_per_channel_axis", "q_scale",
+    "q_zero_point", "sparse_dim",
+}
+# fmt: on
+
+
+@cache
+def _reads_below(func: Any) -> str | None:
+    """Return why no graph can hold an operator that reads values on the host, or decides by them, unseen."""
+    namespace, _, name = func.overloadpacket._qualified_op_name.partition("::")
+    if namespace == "aten":
+        if name in ("_pack_padded_sequence", "_pad_packed_sequence"):
+            return "its result's shape depends on data; use padded tensors"
+        if name in ("lstm", "gru", "rnn_tanh", "rnn_relu") and func._overloadname == "data":
+            return "it reads the lengths of packed sequences on the host; use padded tensors"
+        if func in (torch.ops.aten.tensor_split.tensor_indices_or_sections, torch.ops.aten.ctc_loss.Tensor):
+            return _READS_VALUE
+        for beginning, reason in _LAYOUTS.items():
+            if name.lstrip("_").startswith(beginning):
+                return reason
+    return None
 
 
 @cache
@@ -63,8 +111,12 @@ def _always_unsupported(func: Any) -> str | None:
     """Return why no graph can hold an operator whatever its arguments are, or None."""
     if func.overloadpacket in _MASKABLE:
         return None
+    takes_tensors = any("Tensor" in str(argument.type) for argument in func._schema.arguments)
+    returns_numbers = any("Tensor" not in str(returned.type) for returned in func._schema.returns)
+    if takes_tensors and returns_numbers and func.overloadpacket.__name__ not in _NUMBERS_OF_SHAPES:
+        return _READS_VALUE
     if torch.Tag.data_dependent_output in func.tags:
-        return "it reads a tensor's value into Python, which a replay would not read again"
+        return _READS_VALUE
     if torch.Tag.dynamic_output_shape in func.tags:
         return "its result's shape depends on data"
     if func.overloadpacket in (torch.ops.aten.resize_, torch.ops.aten.set_):
@@ -74,6 +126,8 @@ def _always_unsupported(func: Any) -> str | None:
 
 def why_unsupported(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
     """Return why no graph can hold this operator call, or None where one can."""
+    if reason := _unusual_layout(tensors_in((args, kwargs))):
+        return reason
     if reason := _always_unsupported(func):
         sized = func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is not None
         return None if sized else reason
@@ -87,15 +141,26 @@ def why_unsupported(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> s
     return None
 
 
+def _unusual_layout(tensors: Sequence[torch.Tensor]) -> str | None:
+    """Return why no graph can hold one of these tensors, or None."""
+    for tensor in tensors:
+        if tensor.is_nested:
+            return _NESTED
+        if tensor.layout is not torch.strided:
+            return _OPAQUE if tensor.is_mkldnn else _SPARSE
+    return None
+
+
 def _leaves_device(source: torch.Tensor, device: torch.device | None) -> bool:
     return device is not None and device.type == "cpu" and source.device.type != "cpu"
 
 
 def user_location(error: BaseException) -> str | None:
-    """Return ``file:line: code`` of the innermost frame of ``error`` that is neither torch's nor the runtime's."""
+    """Return ``file:line: code`` of the innermost frame of ``error`` that is not Python's, torch's or the runtime's."""
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
-        if not frame.filename.startswith((_OWN_CODE, _TORCH_CODE, "<")):
+        standard = frame.filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in frame.filename
+        if not standard and not frame.filename.startswith((_OWN_CODE, _TORCH_CODE, "<")):
             return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return None
 
@@ -124,7 +189,7 @@ class Guard:
     @contextmanager
     def installed(self) -> Iterator[Guard]:
         """Check every operator that runs inside."""
-        with _FunctionGuard(self), _DispatchGuard(self):
+        with refused(lambda: self.active), _DispatchGuard(self):
             yield self
 
     @contextmanager
@@ -160,23 +225,6 @@ class Guard:
                 self._produced.add(key)
 
 
-class _FunctionGuard(TorchFunctionMode):
-    def __init__(self, guard: Guard) -> None:
-        super().__init__()
-        self._guard = guard
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self._guard.active and func in _HOST_READS:
-            raise UnsupportedOpError(
-                f"{_HOST_READS[func]} cannot be captured: it reads a tensor's value into Python, which a replay would "
-                f"not read again; {_MARK}",
-                operator=_HOST_READS[func],
-            )
-        return func(*args, **(kwargs or {}))
-
-
 class _DispatchGuard(TorchDispatchMode):
     def __init__(self, guard: Guard) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -189,13 +237,18 @@ class _DispatchGuard(TorchDispatchMode):
         guard = self._guard
         if not guard.active:
             return func(*args, **kwargs)
-        if is_composite(func):
-            with self:
-                return func.decompose(*args, **kwargs)
-        guard.operator = func.name()
-        if reason := why_unsupported(func, args, kwargs):
-            raise UnsupportedOpError(f"{func.name()} cannot be captured: {reason}; {_MARK}", operator=func.name())
+        composite = is_composite(func, guard.device.type)
+        if not composite:
+            guard.operator = func.name()
+        if reason := _reads_below(func) or (None if composite else why_unsupported(func, args, kwargs)):
+            raise UnsupportedOpError(f"{func.name()} cannot be captured: {reason}; {REMEDY}", operator=func.name())
+        if composite:
+            with self, _dispatch_where_called(func):
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         guard.note_arguments(func, args, kwargs)
-        results = func(*args, **kwargs)
+        with guard.suspended():  # a kernel may read what it likes: it runs again at each replay
+            results = func(*args, **kwargs)
+        if reason := _unusual_layout(tensors_in(results)):
+            raise UnsupportedOpError(f"{func.name()} cannot be captured: {reason}; {REMEDY}", operator=func.name())
         guard.note_results(results)
         return results

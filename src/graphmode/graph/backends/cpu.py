@@ -1,8 +1,8 @@
 """A real CPU backend: it records the operator calls of a function into a flat program and replays that.
 
 Views are computed once, at capture. Operators that compute write into the memory that they wrote at capture, by their
-``out=`` variants where those exist. After recording, memory is planned: results that are never alive together share a
-place in the pool, and graphs share the pool, so that it has the size of the largest graph.
+``out=`` forms where those exist and give the same. After recording, memory is planned: results that are never alive
+together share a place in the pool, and graphs share the pool, so that it has the size of the largest graph.
 
 A replay reads what lies in memory then, as a device graph does, and nothing else: Python scalars, shapes and addresses
 are those of the capture.
@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphmode.graph.backends.base import Capabilities, MemoryTaken, Support
+from graphmode.graph.backends.out_forms import out_form
+from graphmode.graph.errors import CaptureError
 from graphmode.graph.guard import tensors_in
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.staging import Event
@@ -274,18 +276,23 @@ class _TapeMode(TorchDispatchMode):
 
     def _write(self, tape: Tape, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: object) -> None:
         known = {_key(tensor) for tensor in tensors_in((args, kwargs))}
-        results, fresh = [], []
-        for tensor in tensors_in(result):
+        results: list[torch.Tensor | None] = []
+        fresh, made = [], set[int]()
+        for index, tensor in enumerate(_results(result)):
+            if tensor is None:
+                results.append(None)
+                continue
             key = _key(tensor)
             if key not in known:
                 if key not in self.made:
                     self.made[key] = Made(self._position, tensor.untyped_storage().nbytes())
                     self.nbytes += self.made[key].nbytes
-                fresh.append(self._owned(tensor))
+                fresh.append(index)
+                made.add(key)
             results.append(self._owned(tensor))
         run = _instruction(func, self._owned_in(args), self._owned_in(kwargs), results, fresh)
         if run is not None:
-            memory = frozenset(key for key in known | {_key(tensor) for tensor in fresh} if key in self.made)
+            memory = frozenset(key for key in known | made if key in self.made)
             bind = getattr(func, "bind", None)
             bind = None if bind is None else partial(bind, *self._owned_in(args), **self._owned_in(kwargs))
             tape.instructions.append(Instruction(run, memory, bind))
@@ -387,27 +394,24 @@ def _counted_for_python() -> int:
 
 
 def _instruction(
-    func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: list[torch.Tensor], fresh: list[torch.Tensor]
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: list[torch.Tensor | None], fresh: list[int]
 ) -> Callable[[], object] | None:
     """Return the call that makes at replay what ``func(*args, **kwargs)`` made at capture; None where it is nothing.
 
     Args:
-        results: the tensors that the call returned.
-        fresh: those among them in memory of their own, which the replay writes.
+        results: the tensors that the call returned; None where one is undefined.
+        fresh: which of them have memory of their own, which the replay writes.
     """
     if not fresh:
         changes_memory = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         return partial(func._op, *args, **kwargs) if changes_memory or not func._schema.returns else None
     if func.overloadpacket in _UNINITIALISED:
         return None
+    tensors = [result for result in results if result is not None]
     if func is torch.ops.aten._to_copy.default:
-        return partial(fresh[0].copy_, args[0])
-    out = _out_variant(func)
-    if out is None or len(fresh) != len(results):
-        return partial(_run_and_copy, func, args, kwargs, results, fresh)
-    overload, names, dropped = out
-    kept = {name: value for name, value in kwargs.items() if name not in dropped}
-    return partial(overload._op, *args, **kept, **dict(zip(names, results, strict=True)))
+        return partial(tensors[0].copy_, args[0])
+    form = out_form(func, args, kwargs, tensors) if len(fresh) == len(results) == len(tensors) else None
+    return form or partial(_run_and_copy, func, args, kwargs, results, set(fresh))
 
 
 _UNINITIALISED = {
@@ -417,41 +421,32 @@ _UNINITIALISED = {
     torch.ops.aten.new_empty,
     torch.ops.aten.new_empty_strided,
 }
-_FACTORY_OPTIONS = frozenset({"dtype", "layout", "device", "pin_memory"})
-
-
-@cache
-def _out_variant(func: Any) -> tuple[Any, tuple[str, ...], frozenset[str]] | None:
-    """Return the overload of ``func`` that writes into given tensors, their names, and arguments that it does without.
-
-    Only a factory, which reads no tensor, does without its options: the given tensor has them.
-    """
-    schema = func._schema
-    wanted = [(argument.name, str(argument.type)) for argument in schema.arguments]
-    factory = not any("Tensor" in kind for _, kind in wanted)
-    if any(str(returned.type) != "Tensor" for returned in schema.returns):
-        return None
-    for name in func.overloadpacket.overloads():
-        candidate = getattr(func.overloadpacket, name)
-        outs = tuple(argument.name for argument in candidate._schema.arguments if argument.is_out)
-        rest = [(argument.name, str(argument.type)) for argument in candidate._schema.arguments if not argument.is_out]
-        if not outs or len(outs) != len(schema.returns):
-            continue
-        dropped = frozenset(name for name, _ in wanted) - {name for name, _ in rest}
-        if rest == wanted:
-            return candidate, outs, frozenset()
-        if factory and dropped <= _FACTORY_OPTIONS and rest == [pair for pair in wanted if pair[0] not in dropped]:
-            return candidate, outs, dropped
-    return None
 
 
 def _run_and_copy(
-    func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: list[torch.Tensor], fresh: list[torch.Tensor]
+    func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: Sequence[torch.Tensor | None], fresh: set[int]
 ) -> None:
-    targets = {id(tensor) for tensor in fresh}
-    for fixed, now in zip(results, tensors_in(func._op(*args, **kwargs)), strict=True):
-        if id(fixed) in targets:
+    """Run an operator and copy what it made anew to where the graph keeps it.
+
+    Raises:
+        CaptureError: a result has another shape than at capture.
+    """
+    for index, (fixed, now) in enumerate(zip(results, _results(func._op(*args, **kwargs)), strict=True)):
+        if index in fresh and fixed is not None and now is not None:
+            if fixed.shape != now.shape:
+                raise CaptureError(
+                    f"a result of {func.name()} has shape {tuple(now.shape)}; at capture it had {tuple(fixed.shape)}. "
+                    "Its shape depends on data: move the call into a function marked @outside_graph",
+                    operator=func.name(),
+                )
             fixed.copy_(now)
+
+
+def _results(returned: object) -> list[torch.Tensor | None]:
+    """Return what an operator returned, flat: tensors, and None for each that is undefined or no tensor."""
+    if isinstance(returned, (list, tuple)):
+        return [result for item in returned for result in _results(item)]
+    return [returned if isinstance(returned, torch.Tensor) else None]
 
 
 def plan_memory(lifetimes: Mapping[int, Lifetime]) -> tuple[dict[int, int], int]:

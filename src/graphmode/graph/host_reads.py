@@ -1,0 +1,184 @@
+"""Traps for what reads or writes tensors' memory on the host without an operator that a dispatch mode would see.
+
+They are in place while a function is warmed up or captured, and act in that thread alone. A function mode sees methods
+of tensors, those bound before too; what it does not see (storages, DLPack) is replaced where Python looks it up. The
+mode itself must not be seen: ``has_torch_function`` would let modules of torch leave their fast paths for it.
+
+Not seen are reads by address (``ctypes`` at ``data_ptr()``) and by C extensions that take a tensor apart themselves.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import lru_cache, wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from graphmode.graph.errors import UnsupportedOpError
+
+REMEDY = "compute it with tensor operators, or move the code into a function marked @outside_graph"
+
+_READS = "it reads a tensor's value into Python, which a replay would not read again"
+_SHARES = "it hands a tensor's memory to code whose reads and writes a replay would not repeat"
+_CALLS = "it calls Python for each element, which a replay would not do again"
+_MOVES = "it moves a tensor's memory, which a replay would not do again"
+
+_METHODS: dict[Callable[..., Any], tuple[str, str]] = {
+    torch.Tensor.tolist: ("Tensor.tolist", _READS),
+    torch.Tensor.__repr__: ("Tensor.__repr__", _READS),
+    torch.Tensor.numpy: ("Tensor.numpy", _READS),
+    torch.Tensor.__array__: ("Tensor.__array__", _READS),
+    torch.Tensor.__dlpack__: ("Tensor.__dlpack__", _SHARES),
+    torch.Tensor.__deepcopy__: ("copy.deepcopy of a tensor", "it copies memory without an operator; use clone()"),
+    torch.Tensor.share_memory_: ("Tensor.share_memory_", _MOVES),
+    torch.Tensor.apply_: ("Tensor.apply_", _CALLS),
+    torch.Tensor.map_: ("Tensor.map_", _CALLS),
+    torch.Tensor.map2_: ("Tensor.map2_", _CALLS),
+    torch.Tensor.__float__: ("float() of a tensor", _READS),
+    torch.Tensor.__int__: ("int() of a tensor", _READS),
+    torch.Tensor.__index__: ("a tensor taken as an index of Python", _READS),
+    torch.Tensor.__complex__: ("complex() of a tensor", _READS),
+}
+
+# They read each tensor in a list, where a tensor by itself is copied by an operator.
+_FROM_LISTS: dict[Callable[..., Any], str] = {
+    torch.tensor: "torch.tensor",
+    torch.as_tensor: "torch.as_tensor",
+    torch.asarray: "torch.asarray",
+    torch.sparse_coo_tensor: "torch.sparse_coo_tensor",
+    torch.Tensor.new: "Tensor.new",
+    torch.Tensor.new_tensor: "Tensor.new_tensor",
+}
+
+# fmt: off
+_STORAGE_READS = [
+    "__getitem__", "__iter__", "__repr__", "__str__", "__copy__", "__deepcopy__", "__reduce__", "__setitem__",
+    "_getitem", "_setitem", "tolist", "clone", "cpu", "cuda", "to", "hpu", "copy_", "fill_", "byteswap",
+    "share_memory_", "_share_fd_cpu_", "_share_filename_cpu_", "_share_cuda_", "_write_file", "bfloat16", "bool",
+    "byte", "char", "complex_double", "complex_float", "double", "float", "half", "int", "long", "short",
+]
+# fmt: on
+
+# Functions by the names that modules hold them by.
+_EXPORTS: dict[str, Callable[..., Any]] = {
+    "to_dlpack": torch._C._to_dlpack,
+    "_to_dlpack": torch._C._to_dlpack,
+    "_to_dlpack_versioned": torch._C._to_dlpack_versioned,
+}
+_QUESTIONS: dict[str, Callable[..., Any]] = {
+    "has_torch_function": torch.overrides.has_torch_function,
+    "has_torch_function_unary": torch.overrides.has_torch_function_unary,
+    "has_torch_function_variadic": torch.overrides.has_torch_function_variadic,
+}
+
+_active: ContextVar[Callable[[], bool] | None] = ContextVar("active", default=None)
+_lock = threading.Lock()
+_captures = 0
+_replaced = ExitStack()
+
+
+@contextmanager
+def refused(active: Callable[[], bool]) -> Iterator[None]:
+    """Refuse host reads inside, in this thread, while ``active()``.
+
+    Raises:
+        UnsupportedOpError: from the call that reads.
+    """
+    global _captures
+    with _lock:
+        _captures += 1
+        if _captures == 1:
+            _replace_all()
+    token = _active.set(active)
+    try:
+        with _FunctionTraps():
+            yield
+    finally:
+        _active.reset(token)
+        with _lock:
+            _captures -= 1
+            if not _captures:
+                _replaced.close()
+
+
+class _FunctionTraps(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METHODS:
+            _refuse(*_METHODS[func])
+        elif func in _FROM_LISTS and any(_lists_tensors(value) for value in (*args, *kwargs.values())):
+            _refuse(f"{_FROM_LISTS[func]} of tensors in a list", f"{_READS} (use torch.stack)")
+        return func(*args, **kwargs)
+
+
+def _lists_tensors(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) or _lists_tensors(v) for v in value)
+
+
+def _refuse(name: str, reason: str) -> None:
+    active = _active.get()
+    if active is not None and active():
+        raise UnsupportedOpError(f"{name} cannot be captured: {reason}; {REMEDY}", operator=name)
+
+
+def _trap(original: Callable[..., Any], name: str, reason: str) -> Callable[..., Any]:
+    @wraps(original)
+    def trap(*args: Any, **kwargs: Any) -> Any:
+        _refuse(name, reason)
+        return original(*args, **kwargs)
+
+    return trap
+
+
+def _without_traps(question: Callable[..., bool]) -> Callable[..., bool]:
+    """Return ``question``, of the kind of ``has_torch_function``, as it is answered without the mode of the traps."""
+
+    @wraps(question)
+    def ask(*args: Any) -> bool:
+        if torch._C._len_torch_function_stack() == 1 and isinstance(torch._C._get_function_stack_at(0), _FunctionTraps):
+            with torch.overrides._pop_mode_temporarily():
+                return question(*args)
+        return question(*args)
+
+    return ask
+
+
+def _replace_all() -> None:
+    pickle = _trap(torch.Tensor._reduce_ex_internal, "pickle or copy.copy of a tensor", _READS)
+    _replaced.enter_context(patch.object(torch.Tensor, "_reduce_ex_internal", pickle))
+    for kind in (torch.UntypedStorage, torch.TypedStorage):
+        for name in _STORAGE_READS:
+            if hasattr(kind, name):
+                trap = _trap(getattr(kind, name), f"{kind.__name__}.{name}", _SHARES)
+                _replaced.enter_context(patch.object(kind, name, trap))
+    for module, name in _holders(len(sys.modules)):
+        original = getattr(module, name)
+        replacement = _without_traps(original) if name in _QUESTIONS else _trap(original, name, _SHARES)
+        _replaced.enter_context(patch.object(module, name, replacement))
+
+
+@lru_cache(maxsize=1)
+def _holders(modules: int) -> list[tuple[Any, str]]:
+    """Return the modules that hold what is to be replaced, and by which name.
+
+    Those of torch itself, other than ``torch.overrides``, ask for handlers of torch functions, which is no other path.
+
+    Args:
+        modules: their number: they are looked through again when others were imported.
+    """
+    found = []
+    for path, module in list(sys.modules.items()):
+        held = getattr(module, "__dict__", {})
+        found += [(module, name) for name, export in _EXPORTS.items() if held.get(name) is export]
+        if path == "torch.overrides" or path.partition(".")[0] != "torch":
+            found += [(module, name) for name, question in _QUESTIONS.items() if held.get(name) is question]
+    return found
