@@ -187,7 +187,7 @@ class GraphRunner:
         self._programs: dict[GraphKey, Program] = {}
         self._outputs: dict[tuple[str, Hashable], OutputAxes] = {}
         self._context = CallContext(self.backend.device)
-        self._addresses = Addresses()
+        self._addresses = Addresses(fn)
         self._unchecked_replays = CHECK_EVERY
         self._failed: dict[GraphKey, Reason] = {}
         self._bound: dict[GraphKey, BoundInputs] = {}
@@ -270,12 +270,13 @@ class GraphRunner:
         refuse_inside_recording(self._fn)
         with self._turns:
             self._context = CallContext(self.backend.device)
+            self._context.check()
             keys = [key for key in self.keys if key in self._programs]
             self.backend.synchronize()  # what the graphs still compute
             self._plans.clear()
             self._programs.clear()
             self._outputs.clear()
-            self._addresses = Addresses()
+            self._addresses = Addresses(self._fn)
             self._pool = Pool(self.backend)
             self.stats.graphs = self.stats.captures = self.stats.graph_bytes = 0
             self._capture_all(keys, progress)
@@ -286,7 +287,8 @@ class GraphRunner:
         The runner checks by itself before the first replay of each graph and every ``CHECK_EVERY`` (256) replays.
 
         Raises:
-            StaleAddressError: naming the tensor that was freed or moved. Then call :meth:`recapture`.
+            StaleAddressError: naming the tensor that was replaced, moved or freed, or the module that was switched
+                between training and evaluation, by its path from the function. Then call :meth:`recapture`.
         """
         self._addresses.check()
         self._unchecked_replays = 0

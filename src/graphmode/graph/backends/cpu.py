@@ -325,16 +325,14 @@ class _TapeMode(TorchDispatchMode):
         return _users(key) > len(self.made[key].own)
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tape's own tensor for one over memory made while recording; others stand for themselves."""
-        memory = self.made.get(_key(tensor))
-        if memory is None:
-            return tensor
+        """Return the tape's own tensor over the same memory: a graph knows memory, and keeps no object alive."""
         own: torch.Tensor | None = self._own.get(tensor)
         if own is None:
             own = self._own[tensor] = tensor.detach()
-            memory.own.append(own)
             key = _key(tensor)
-            memory.theirs.append(weakref.ref(tensor, lambda _: self._let_go.add(key)))
+            if (memory := self.made.get(key)) is not None:
+                memory.own.append(own)
+                memory.theirs.append(weakref.ref(tensor, lambda _: self._let_go.add(key)))
         return own
 
     def _owned_in(self, tree: Any) -> Any:
