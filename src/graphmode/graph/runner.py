@@ -340,7 +340,7 @@ class GraphRunner:
                 their dimensions follow the axes is not declared and cannot be found.
             CaptureError: the step needed a capture, it failed, and the runner is strict; or another runner's function
                 calls this while it is captured.
-            StaleAddressError: memory that the graph reads was freed or moved since capture.
+            StaleAddressError: as of :meth:`check_addresses`, which a call runs now and then.
             GraphModeError: another thread still holds outputs of an earlier call, or the call comes from inside the
                 function.
         """
