@@ -290,6 +290,58 @@ def test_families_static_arguments_and_breaks(device: str) -> None:
         assert found.key.family == family
 
 
+def test_a_call_without_rows_proves_nothing(device: str) -> None:
+    runner = GraphRunner(lambda x: x + 1, [X], [8], backend=device, strict=True)
+    found = runner.verify(x=torch.ones(0, 4))
+    assert found.key is None
+    assert not found.ok
+    assert "no row" in str(found)
+
+
+HIDDEN = Input("hidden", torch.float32, ("n", 4), carried=True)
+
+
+def test_carried_state_is_kept(device: str) -> None:
+    def step(x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.mul_(0.5).add_(x) * 1
+
+    runner = GraphRunner(step, [X, HIDDEN], [8], backend=device, strict=True)
+    runner(x=torch.ones(8, 4))
+    before = runner.carried["hidden"].clone()
+    found = runner.verify(x=torch.ones(5, 4))
+    assert found.ok, str(found)
+    assert torch.equal(runner.carried["hidden"], before)
+    assert runner.verify(x=torch.ones(5, 4), hidden=torch.zeros(5, 4)).ok
+    assert torch.equal(runner.carried["hidden"], before)
+
+
+def test_padding_that_leaks_into_carried_state_is_found(device: str) -> None:
+    def step(x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        hidden.add_(x.mean(0))
+        return x * 2
+
+    runner = GraphRunner(step, [X, HIDDEN], [8], output_axes=[("n",)], backend=device, strict=True)
+    found = runner.verify(x=torch.ones(5, 4))
+    assert (found.replay.passed, found.padding.passed, found.unpadded.passed) == (True, False, False)
+    assert found.unpadded.differences[0].startswith("carried input 'hidden': ")
+
+
+@pytest.mark.parametrize(("rows", "length"), [(3, 5), (4, 5), (3, 8)])
+def test_two_axes_and_true_sizes(rows: int, length: int, device: str) -> None:
+    """A mean over true tokens alone does not leak; one over all tokens does."""
+
+    def means(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        inside = torch.arange(x.shape[1], device=x.device) < tokens
+        return (x * inside).sum(1) / tokens
+
+    inputs = [Input("x", torch.float32, ("n", "t")), Input("tokens", torch.int64, (), size_of="t")]
+    runner = GraphRunner(means, inputs, {"n": [4], "t": [8]}, backend=device, strict=True)
+    found = runner.verify(x=torch.rand(rows, length))
+    assert found.ok, str(found)
+    leaky = GraphRunner(lambda x: x.mean(1), inputs[:1], {"n": [4], "t": [8]}, backend=device, strict=True)
+    assert leaky.verify(x=torch.rand(rows, length) + 1).ok == (length == 8)
+
+
 # Seeded faults of the runtime itself.
 
 

@@ -115,8 +115,8 @@ class Step:
 
 
 def no_graph(reason: str) -> Verification:
-    """Return what there is to say of a call that no graph serves."""
-    nothing = Comparison(None, note=f"the call runs eagerly, without padding: {reason}")
+    """Return what there is to say of a call that replays no graph, and why."""
+    nothing = Comparison(None, note=reason)
     return Verification(None, nothing, nothing, nothing)
 
 
@@ -188,7 +188,8 @@ def _with_another_padding(step: Step, surroundings: _Surroundings, graph: _Run) 
     together = [compare(changed) for changed in padded]
     failed = next((made for made in together if not made.passed), None)
     if failed is None:
-        kept = [name for name in step.values if name not in padded[0] and _is_padded(step, name)]
+        given = [spec for spec in step.inputs if spec.name in step.values and _is_padded(step, spec)]
+        kept = [spec.name for spec in given if spec.name not in padded[0]]
         note = f"the padding of {_names(kept)} was not varied: the call's values are all like it" if kept else ""
         return Comparison(True, note=note)
     alone = {name: [compare({name: changed[name]}) for changed in padded] for name in padded[0]}
@@ -209,8 +210,7 @@ def _other_paddings(step: Step, number: float) -> dict[str, torch.Tensor]:
     return {name: value for name, value in grown.items() if value is not None}
 
 
-def _is_padded(step: Step, name: str) -> bool:
-    (spec,) = (spec for spec in step.inputs if spec.name == name)
+def _is_padded(step: Step, spec: Input) -> bool:
     return any(isinstance(axis, str) and step.sizes[axis] != step.graph_sizes[axis] for axis in spec.shape)
 
 
