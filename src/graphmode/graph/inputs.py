@@ -78,15 +78,12 @@ class Input:
 
 def _holds(dtype: torch.dtype, value: float | int | bool) -> bool:
     """Return whether ``dtype`` can hold ``value``; of a fraction, closely."""
+    if dtype.is_floating_point and isinstance(value, (int, float)):
+        return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
     try:
-        held = (
-            torch.tensor(value).to(dtype).item() if dtype.is_floating_point else torch.tensor(value, dtype=dtype).item()
-        )
+        return bool(torch.tensor(value, dtype=dtype).item() == value)
     except (RuntimeError, OverflowError, ValueError, TypeError):
         return False
-    if dtype.is_floating_point and isinstance(value, (int, float)):
-        return math.isfinite(held) == math.isfinite(value)
-    return bool(held == value)
 
 
 InputTree = Any
@@ -112,7 +109,7 @@ class DeclaredInputs:
         if isinstance(inputs, Mapping):
             found: list[Input] = []
             for argument, tree in inputs.items():
-                match(tree, tree, argument, lambda leaf, _: found.append(leaf))
+                map_leaves(tree, Input, found.append)
                 if not isinstance(tree, Input) or tree.name != argument:
                     self._trees[argument] = tree
             self.flat = tuple(found)
@@ -137,12 +134,12 @@ class DeclaredInputs:
         values: dict[str, Any] = {}
 
         def take(spec: Input, value: Any) -> None:
-            if value is not None or spec.required:
+            if value is not None:
                 values[spec.name] = value
 
         for argument, value in given.items():
             if argument in self._trees:
-                match(self._trees[argument], value, argument, take)
+                match(self._trees[argument], Input, value, argument, take)
             elif not self._trees or argument in self.arguments:
                 values[argument] = value
             else:
@@ -154,7 +151,7 @@ class DeclaredInputs:
         if not self._trees:
             return tensors
         return {
-            argument: map_leaves(self._trees[argument], lambda spec: tensors[spec.name])
+            argument: map_leaves(self._trees[argument], Input, lambda spec: tensors[spec.name])
             if argument in self._trees
             else tensors[argument]
             for argument in self.arguments

@@ -13,19 +13,19 @@ Shapes = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Length:
-    """The length of a dimension: a constant and a multiple of each axis.
+    """The length of a dimension.
 
     Attributes:
-        constant: what is added, such as -2 of a convolution over 3 rows.
-        multiples: axes and by what they are multiplied.
+        constant: what is added to the size of the axis, such as -2 of a convolution over 3 rows.
+        axis: the axis that it follows; None where its length is the constant.
     """
 
     constant: int
-    multiples: tuple[tuple[str, int], ...] = ()
+    axis: str | None = None
 
     def at(self, sizes: Sizes) -> int:
         """Return the length at the axis ``sizes``, at least 0."""
-        return max(0, self.constant + sum(factor * sizes[axis] for axis, factor in self.multiples))
+        return max(0, self.constant + (0 if self.axis is None else sizes[self.axis]))
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,7 @@ class OutputAxes:
     @classmethod
     def declared(cls, names: Sequence[Sequence[str | None]]) -> OutputAxes:
         """Return what a user declares: an axis, or None, for each dimension."""
-        return cls(
-            tuple(tuple(None if axis is None else Length(0, ((axis, 1),)) for axis in output) for output in names)
-        )
+        return cls(tuple(tuple(None if axis is None else Length(0, axis) for axis in output) for output in names))
 
     def problem(self, shapes: Shapes, sizes: Sizes) -> str | None:
         """Return why outputs of ``shapes`` cannot be those of the axis ``sizes``, or None where they fit."""
@@ -142,8 +140,8 @@ def _undeclared(problem: str) -> str:
 def infer_output_axes(samples: Sequence[Sample], axes: Sequence[str]) -> OutputAxes | str:
     """Tell from the shapes of ``samples`` which dimensions follow which of ``axes``, or why that cannot be told.
 
-    A dimension follows an axis where it grows by a whole multiple of it, between samples that differ in that axis
-    alone; and every sample must have the length that this gives, else it depends on sizes in some other way.
+    A dimension follows an axis where it is as long, or shorter by a constant, in every sample. Of longer ones, such as
+    two inputs joined or rows repeated, shapes do not tell whether true rows come before all padding.
     """
     ranks = [len(shape) for shape in samples[0].shapes]
     for sample in samples:
@@ -163,20 +161,21 @@ def infer_output_axes(samples: Sequence[Sample], axes: Sequence[str]) -> OutputA
 
 def _find_length(seen: Sequence[tuple[Sizes, int]], axes: Sequence[str]) -> Length | str:
     """Return the length of one dimension, seen at several sizes, or why it cannot be told."""
-    multiples: list[tuple[str, int]] = []
+    follows: list[str] = []
     for axis in axes:
         pair = _pair_apart_in(axis, [sizes for sizes, _ in seen], axes)
         if pair is None:
             continue
         (sizes, length), (other, other_length) = seen[pair[0]], seen[pair[1]]
-        factor, rest = divmod(length - other_length, sizes[axis] - other[axis])
-        if rest or factor < 0:
+        if length - other_length == sizes[axis] - other[axis]:
+            follows.append(axis)
+        elif length != other_length:
             return _told(seen)
-        if factor:
-            multiples.append((axis, factor))
     sizes, length = seen[0]
-    found = Length(length - sum(factor * sizes[axis] for axis, factor in multiples), tuple(multiples))
-    return found if all(found.at(sizes) == length for sizes, length in seen) else _told(seen)
+    found = Length(length - sizes[follows[0]], follows[0]) if follows else Length(length)
+    if len(follows) > 1 or (follows and found.constant > 0) or any(found.at(at) != length for at, length in seen):
+        return _told(seen)
+    return found
 
 
 def _pair_apart_in(axis: str, sizes: Sequence[Sizes], axes: Sequence[str]) -> tuple[int, int] | None:
@@ -190,4 +189,4 @@ def _pair_apart_in(axis: str, sizes: Sequence[Sizes], axes: Sequence[str]) -> tu
 
 def _told(seen: Sequence[tuple[Sizes, int]]) -> str:
     pairs = ", ".join(f"{length} at {dict(sizes)}" for sizes, length in seen)
-    return f"has the length {pairs}, which is no sum of whole multiples of the axes"
+    return f"has the length {pairs}, which neither is constant nor follows one axis"

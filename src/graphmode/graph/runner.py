@@ -114,7 +114,7 @@ class GraphRunner:
             that no input has may be one of an output: ``{"samples": lambda frames: 256 * frames}``.
         output_axes: for each output in flat order, the axis name (or None) of each leading dimension, to cut outputs to
             the true size. Default: found from the shapes of the outputs at two sizes or more, for which the function
-            runs eagerly on padding once or a few times; where these do not tell, the graphs are refused.
+            runs eagerly on padding once or a few times; where these do not tell, calls that need padding are refused.
         static: Python arguments of ``fn`` by name, with all values they may take; each has graphs of its own.
         host_arguments: lists of integers that operators take on the host. Values that they are computed from must be
             given on the host. Only for a backend with the capability ``host_arguments``.
@@ -471,11 +471,11 @@ class GraphRunner:
         parts: list[Hashable] = [family]
         for name, value in values.items():
             if name in self._static:
-                if exact(value) not in self._static[name]:
-                    return None
-                parts.append((name, exact(value)))
+                parts.append((name, exact(self._static_value(name, value))))
             elif isinstance(value, torch.Tensor) and name in self._names:
-                parts.append((name, value.shape, value.dtype, value.device, value.layout))
+                if value.layout is not torch.strided or value.is_nested:
+                    return None
+                parts.append((name, value.shape, value.dtype, value.device))
             else:
                 return None
         return tuple(parts)

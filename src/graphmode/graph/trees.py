@@ -72,17 +72,22 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     return flat, Structure(spec, tuple(parts))
 
 
-def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Return a declared tree with each leaf replaced by ``function(leaf)``, in order."""
+def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Return a declared tree with each leaf, which is of ``kind``, replaced by ``function(leaf)``, in order."""
+    if isinstance(tree, kind):
+        return function(tree)
     if isinstance(tree, Mapping):
-        return {key: map_leaves(value, function) for key, value in tree.items()}
+        return {key: map_leaves(value, kind, function) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_leaves(value, function) for value in tree))
+        return type(tree)(*(map_leaves(value, kind, function) for value in tree))
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map_leaves(value, function) for value in tree)
+        return type(tree)(map_leaves(value, kind, function) for value in tree)
     if is_dataclass_value(tree):
-        return _with_fields(tree, {each.name: map_leaves(getattr(tree, each.name), function) for each in fields(tree)})
-    return function(tree)
+        names = [each.name for each in fields(tree)]
+        return _with_fields(tree, {name: map_leaves(getattr(tree, name), kind, function) for name in names})
+    raise InputError(
+        f"{tree!r} stands in a tree of inputs; it takes dicts, tuples, lists, dataclasses and {kind.__name__}s"
+    )
 
 
 def _with_fields(value: Any, changed: Mapping[str, Any]) -> Any:
@@ -93,30 +98,35 @@ def _with_fields(value: Any, changed: Mapping[str, Any]) -> Any:
     return new
 
 
-def match(declared: Any, value: Any, path: str, take: Callable[[Any, Any], None]) -> None:
-    """Go through ``value`` along a declared tree and call ``take(leaf, value)`` for each leaf.
+def match(declared: Any, kind: type, value: Any, path: str, take: Callable[[Any, Any], None]) -> None:
+    """Go through ``value`` along a declared tree and call ``take(leaf, value)`` for each leaf, which is of ``kind``.
+
+    A dict may lack keys: then what is declared there gets None.
 
     Raises:
         InputError: the value nests otherwise, naming the path and what is declared there.
     """
+    if isinstance(declared, kind):
+        take(declared, value)
+        return
+    if value is None:
+        map_leaves(declared, kind, lambda leaf: take(leaf, None))
+        return
     if isinstance(declared, Mapping):
         _expect(isinstance(value, Mapping), path, value, f"a dict with the keys {sorted(map(str, declared))}")
         if unknown := [key for key in value if key not in declared]:
-            raise InputError(f"{path} has the keys {unknown}, which are not declared; declared are {list(declared)}")
+            raise InputError(f"input {path} has the keys {unknown}; declared are {list(declared)}")
         pairs = [(f"{path}[{key!r}]", leaf, value.get(key)) for key, leaf in declared.items()]
     elif isinstance(declared, (list, tuple)):
         fits = isinstance(value, (list, tuple)) and len(value) == len(declared)
         _expect(fits, path, value, f"a {type(declared).__name__} of {len(declared)} values")
         pairs = [(f"{path}[{at}]", leaf, value[at]) for at, leaf in enumerate(declared)]
-    elif is_dataclass_value(declared):
+    else:
         _expect(isinstance(value, type(declared)), path, value, f"a {type(declared).__name__}")
         names = [each.name for each in fields(declared)]
         pairs = [(f"{path}.{name}", getattr(declared, name), getattr(value, name)) for name in names]
-    else:
-        take(declared, value)
-        return
     for where, leaf, each in pairs:
-        match(leaf, each, where, take)
+        match(leaf, kind, each, where, take)
 
 
 def _expect(fits: bool, path: str, value: object, wanted: str) -> None:
@@ -127,4 +137,4 @@ def _expect(fits: bool, path: str, value: object, wanted: str) -> None:
 def _in_words(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)} values"
-    return "missing" if value is None else f"a {type(value).__name__}"
+    return f"a {type(value).__name__}"

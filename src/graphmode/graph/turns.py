@@ -34,15 +34,17 @@ class Turns:
                 f"the GraphRunner of {self._name} was called inside of its own call; call the function itself there"
             )
         self._lock.acquire()
-        if self._last != thread:
-            if any(ref() is not None for ref in self._lent):
-                self._lock.release()
-                raise GraphModeError(
-                    f"the GraphRunner of {self._name} was called from two threads: one still holds outputs that this "
-                    "call would overwrite. Pass own=True where threads share a runner, or give each one of its own"
-                )
-            if self._last is not None:
+        try:
+            if self._last not in (None, thread):
+                if any(ref() is not None for ref in self._lent):
+                    raise GraphModeError(
+                        f"the GraphRunner of {self._name} was called from two threads: one still holds outputs that "
+                        "this call would overwrite. Where threads share a runner pass own=True, or give each its own"
+                    )
                 self._hand_over()
+        except BaseException:
+            self._lock.release()
+            raise
         self._inside = self._last = thread
 
     def __exit__(self, *error: object) -> None:
