@@ -119,8 +119,6 @@ def _always_unsupported(func: Any) -> str | None:
         return _READS_VALUE
     if torch.Tag.dynamic_output_shape in func.tags:
         return "its result's shape depends on data"
-    if func.overloadpacket in (torch.ops.aten.resize_, torch.ops.aten.set_):
-        return "it exchanges a tensor's memory, which a replay would not do again"
     return None
 
 
@@ -132,6 +130,10 @@ def why_unsupported(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> s
         sized = func is torch.ops.aten.repeat_interleave.Tensor and kwargs.get("output_size") is not None
         return None if sized else reason
     packet = func.overloadpacket
+    if packet in (torch.ops.aten.resize_, torch.ops.aten.set_):
+        # cuDNN's recurrent layers look at all their weights through a new tensor, which has no memory to exchange.
+        new = packet is torch.ops.aten.set_ and args[0].device.type != "cpu" and not args[0].untyped_storage().nbytes()
+        return None if new else "it exchanges a tensor's memory, which a replay would not do again"
     if packet in _MASKABLE:
         masks = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         fills = packet is not torch.ops.aten.index and args[2].numel() == 1
