@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,10 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphmode.graph.addresses import OutsideMemory
 from graphmode.graph.errors import UnsupportedOpError
 from graphmode.graph.host_reads import REMEDY, refused
-
-_OWN_CODE = os.path.dirname(os.path.abspath(__file__))
-_TORCH_CODE = os.path.dirname(os.path.abspath(torch.__file__))
-_STANDARD_LIBRARY = os.path.dirname(os.path.abspath(os.__file__))
 
 
 def tensors_in(tree: object) -> list[torch.Tensor]:
@@ -155,16 +149,6 @@ def _unusual_layout(tensors: Sequence[torch.Tensor]) -> str | None:
 
 def _leaves_device(source: torch.Tensor, device: torch.device | None) -> bool:
     return device is not None and device.type == "cpu" and source.device.type != "cpu"
-
-
-def user_location(error: BaseException) -> str | None:
-    """Return ``file:line: code`` of the innermost frame of ``error`` that is not Python's, torch's or the runtime's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        standard = frame.filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in frame.filename
-        if not standard and not frame.filename.startswith((_OWN_CODE, _TORCH_CODE, "<")):
-            return f"{frame.filename}:{frame.lineno}: {frame.line}"
-    return None
 
 
 class Guard:

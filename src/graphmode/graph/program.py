@@ -17,8 +17,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from graphmode.graph.backends.base import Backend, Graph, MemoryTaken, Recording
 from graphmode.graph.errors import CaptureError, CaptureMemoryError, GraphModeError, UnsupportedOpError
-from graphmode.graph.guard import Guard, user_location
+from graphmode.graph.guard import Guard
 from graphmode.graph.host_arguments import HostArguments
+from graphmode.graph.host_reads import REMEDY
+from graphmode.graph.locations import location_of
 from graphmode.graph.memory import free_memory, in_words, is_out_of_memory
 from graphmode.graph.trees import Structure, flatten
 
@@ -274,13 +276,15 @@ def _errors_located(guard: Guard) -> Iterator[None]:
     try:
         yield
     except GraphModeError as error:
-        location = user_location(error)
+        location = location_of(error)
         if isinstance(error, CaptureError) and location:
             kind = UnsupportedOpError if isinstance(error, UnsupportedOpError) else CaptureError
-            raise kind(f"{error}\n  at {location}", operator=error.operator, location=location) from error
+            told = str(error).replace(REMEDY, location.remedy)
+            raise kind(f"{told}\n  at {location}", operator=error.operator, location=location.line) from error
         raise
     except Exception as error:
-        location = user_location(error)
+        location = location_of(error)
+        line = None if location is None else location.line
         if is_out_of_memory(error):
             left = in_words(free_memory(guard.device))
             raise CaptureMemoryError(
@@ -288,13 +292,13 @@ def _errors_located(guard: Guard) -> Iterator[None]:
                 f"{location}\n  {left} are free on {guard.device} now. Capture smaller sizes (by graph_sizes,"
                 " max_num_batched_tokens or max_num_seqs), or leave more memory (by a smaller kv_cache_memory)",
                 operator=guard.operator,
-                location=location,
+                location=line,
             ) from error
         raise CaptureError(
             f"capture failed in or after {guard.operator}: {type(error).__name__}: {error}\n  at {location}\n  If the "
-            "code there must read values or wait for the device, move it into a function marked @outside_graph",
+            f"code there must read values or wait for the device: {REMEDY if location is None else location.remedy}",
             operator=guard.operator,
-            location=location,
+            location=line,
         ) from error
 
 
