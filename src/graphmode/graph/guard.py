@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphmode.graph.addresses import OutsideMemory
 from graphmode.graph.errors import UnsupportedOpError
-from graphmode.graph.host_reads import REMEDY, refused
+from graphmode.graph.host_reads import refused
+from graphmode.graph.locations import REMEDY
 
 
 def tensors_in(tree: object) -> list[torch.Tensor]:

@@ -22,8 +22,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from graphmode.graph.errors import UnsupportedOpError
-
-REMEDY = "compute it with tensor operators, or move the code into a function marked @outside_graph"
+from graphmode.graph.locations import REMEDY
+from graphmode.graph.training import refuse_training
 
 _READS = "it reads a tensor's value into Python, which a replay would not read again"
 _SHARES = "it hands a tensor's memory to code whose reads and writes a replay would not repeat"
@@ -113,6 +113,8 @@ class _FunctionTraps(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _is_active():
+            refuse_training(func, args, kwargs)
         if func in _METHODS:
             _refuse(*_METHODS[func])
         elif func in _FROM_LISTS and any(_lists_tensors(value) for value in (*args, *kwargs.values())):
@@ -124,9 +126,13 @@ def _lists_tensors(value: object) -> bool:
     return isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) or _lists_tensors(v) for v in value)
 
 
-def _refuse(name: str, reason: str) -> None:
+def _is_active() -> bool:
     active = _active.get()
-    if active is not None and active():
+    return active is not None and active()
+
+
+def _refuse(name: str, reason: str) -> None:
+    if _is_active():
         raise UnsupportedOpError(f"{name} cannot be captured: {reason}; {REMEDY}", operator=name)
 
 

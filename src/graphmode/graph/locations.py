@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from graphmode.graph.host_reads import REMEDY
+REMEDY = "compute it with tensor operators, or move the code into a function marked @outside_graph"
+"""What to do about the user's own code that no graph can hold."""
 
 _PASSED_OVER = (
     os.path.dirname(os.path.abspath(__file__)),

@@ -19,8 +19,7 @@ from graphmode.graph.backends.base import Backend, Graph, MemoryTaken, Recording
 from graphmode.graph.errors import CaptureError, CaptureMemoryError, GraphModeError, UnsupportedOpError
 from graphmode.graph.guard import Guard
 from graphmode.graph.host_arguments import HostArguments
-from graphmode.graph.host_reads import REMEDY
-from graphmode.graph.locations import location_of
+from graphmode.graph.locations import REMEDY, location_of
 from graphmode.graph.memory import free_memory, in_words, is_out_of_memory
 from graphmode.graph.trees import Structure, flatten
 

@@ -38,6 +38,7 @@ from graphmode.graph.inputs import (
 from graphmode.graph.outputs import OutputAxes, Sample, find_output_axes
 from graphmode.graph.program import Pool, Program, name_of, record, refuse_inside_recording
 from graphmode.graph.stats import CaptureFailure, RunnerStats
+from graphmode.graph.training import inference_only
 from graphmode.graph.trees import Structure, flatten
 from graphmode.graph.turns import Turns
 from graphmode.graph.verify import Step, Verification, no_graph, verify
@@ -462,9 +463,9 @@ class GraphRunner:
 
     def _call(self, family: str, variant: Variant, inputs: Mapping[str, torch.Tensor]) -> Any:
         arguments = self._declared.as_arguments(inputs)
-        if self._has_families:
-            return self._fn(family=family, **dict(variant), **arguments)
-        return self._fn(**dict(variant), **arguments)
+        named = {"family": family} if self._has_families else {}
+        with inference_only(inputs):
+            return self._fn(**named, **dict(variant), **arguments)
 
     def _signature(self, family: str, values: Mapping[str, Any]) -> Hashable:
         """Return what a call's plan hangs on; None where its values must be looked at one by one."""
