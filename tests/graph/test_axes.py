@@ -90,9 +90,22 @@ def test_an_axis_may_follow_a_static_argument(device: str) -> None:
 
 @pytest.mark.parametrize("rows", [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize("enabled", [True, False])
-def test_no_rows_give_empty_outputs_and_run_nothing(device: str, rows: tuple[int, int], enabled: bool) -> None:
+def test_no_rows_give_empty_outputs(device: str, rows: tuple[int, int], enabled: bool) -> None:
+    """What still has elements, as the sums over no tokens, is computed; else nothing runs."""
     runner = GraphRunner(pooled, INPUTS, {"batch": [4], "length": [8]}, backend=device, enabled=enabled)
+    runner(x=torch.ones(4, 8, 3), keep=torch.ones(4, 8))
+    before = runner.stats.steps
     x, keep = torch.zeros(*rows, 3), torch.zeros(*rows)
-    got, expected = runner(x=x, keep=keep), pooled(x, keep)
-    assert [output.shape for output in got] == [output.shape for output in expected]
-    assert runner.stats.steps == 0
+    for got, expected in zip(runner(x=x, keep=keep), pooled(x, keep), strict=True):
+        assert torch.equal(got.cpu(), expected)
+    assert runner.stats.steps == before + (enabled and rows == (3, 0))
+
+
+def test_a_sum_over_no_rows_is_zero(device: str) -> None:
+    runner = GraphRunner(
+        lambda x: (x.sum(0), x + 1), [Input("x", torch.float32, ("n", 2))], [4], backend=device, strict=True
+    )
+    assert runner(x=torch.ones(3, 2))[0].tolist() == [3.0, 3.0]
+    total, rows = runner(x=torch.ones(0, 2))
+    assert total.tolist() == [0.0, 0.0]
+    assert rows.shape == (0, 2)

@@ -91,11 +91,13 @@ def test_axes_of_other_inputs_are_found_too(device: str) -> None:
     torch.testing.assert_close([each.cpu() for each in runner(x=x, y=y)], [x @ y.T, y])
 
 
-def test_sizes_that_must_agree_are_tried_together(device: str) -> None:
+@pytest.mark.parametrize("patches_first", [True, False])
+def test_sizes_that_must_agree_are_tried_together(device: str, patches_first: bool) -> None:
     """The number of patches is four times that of units, and the function takes nothing else."""
+    inputs = [Input("patches", torch.float32, ("p", 2)), Input("units", torch.float32, ("u", 2))]
     runner = GraphRunner(
         lambda patches, units: patches.view(len(units), 4, 2).sum(1) + units,
-        [Input("patches", torch.float32, ("p", 2)), Input("units", torch.float32, ("u", 2))],
+        inputs if patches_first else inputs[::-1],
         [8],
         axes={"p": lambda u: 4 * u},
         backend=device,

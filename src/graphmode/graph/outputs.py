@@ -106,7 +106,7 @@ def find_output_axes(
 
     for axis in used:
         others = [size for size in (1, 2, 3) if size <= limits[axis] and size != full[axis]]
-        if not others or _pair_apart_in(axis, [sample.sizes for sample in samples], free):
+        if axis not in free or not others or _pair_apart_in(axis, [sample.sizes for sample in samples], free):
             continue
         if any(tried({**full, axis: other}) for other in others):
             continue

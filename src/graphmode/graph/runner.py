@@ -63,6 +63,7 @@ class _Plan:
         variant: the static arguments.
         sizes: the true size of every axis.
         rows: how many rows that is.
+        idle: whether nothing runs, as there is no row and no output has an element.
         values: what the runner itself adds to the inputs: true sizes.
         program: the graph, where one serves them.
         bound: the inputs as the graph sees them.
@@ -76,6 +77,7 @@ class _Plan:
     variant: Variant
     sizes: dict[str, int]
     rows: int
+    idle: bool
     values: dict[str, torch.Tensor]
     program: Program | None = None
     bound: BoundInputs | None = None
@@ -331,7 +333,8 @@ class GraphRunner:
             own: whether to return tensors that stay. Otherwise outputs are views of memory that the **next call of
                 this runner overwrites**: use them, or copy them, before it.
             **values: the inputs, on the host or on the device, at their true sizes, as tensors or numpy arrays; and the
-                static arguments. With no row at all nothing runs, and outputs are empty along the bucketed axis.
+                static arguments. With no row at all outputs are empty; nothing runs, unless one of them has elements
+                nevertheless, such as a sum over rows.
 
         Returns:
             What the function returns, cut to the true sizes, in tensors that take no part in training.
@@ -388,7 +391,7 @@ class GraphRunner:
             decision, key, bound = plan.decision, plan.decision.key, plan.bound
             if key is None or bound is None:
                 return no_graph(f"the call runs eagerly, without padding: {decision.reason}")
-            if not plan.rows:
+            if plan.idle:
                 return no_graph("the call has no row, so nothing runs")
             static = dict(plan.variant)
 
@@ -515,7 +518,7 @@ class GraphRunner:
         values: Mapping[str, Any],
     ) -> _Plan:
         true = self._true_sizes(sizes)
-        plan = _Plan(decision, family, variant, sizes, rows, true)
+        plan = _Plan(decision, family, variant, sizes, rows, not rows, true)
         if decision.mode is Mode.EAGER or decision.key is None:
             carried_axes = {axis for spec in self._inputs if spec.carried for axis in spec.shape}
             for axis, size in sizes.items():
@@ -535,6 +538,7 @@ class GraphRunner:
             cuts = outputs.cuts(_shapes(program.outputs), sizes)
         return replace(
             plan,
+            idle=not rows and not any(leaf.numel() for leaf in _cut(program.outputs, cuts)),
             program=program,
             bound=bound,
             load=self._buffers.loader(bound, shapes),
@@ -548,7 +552,7 @@ class GraphRunner:
             values = {name: value for name, value in values.items() if name not in self._static} | plan.values
         if plan.program is None or plan.bound is None or plan.load is None:
             return self._run_unpadded(plan, values, repeats)
-        if plan.rows:
+        if not plan.idle:
             self._unchecked_replays += 1
             if self._unchecked_replays > CHECK_EVERY:
                 self.check_addresses()
@@ -753,7 +757,7 @@ class GraphRunner:
             self._on_capture_failure(failure)
 
     def _count(self, plan: _Plan, repeats: int) -> None:
-        if not plan.rows:
+        if plan.idle:
             return
         stats, decision = self.stats, plan.decision
         stats.steps += repeats
