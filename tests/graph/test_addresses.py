@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize, prune
 
 from graphmode.graph import GraphRunner, Input, StaleAddressError
 from graphmode.graph.runner import CHECK_EVERY
@@ -90,6 +92,17 @@ def modules(device: str) -> dict[str, Case]:
             lambda h: h.policy.extra.__setitem__(0, {"w": torch.zeros(4, device=device)}), r"policy\.extra\[0\]\['w'\]"
         ),
         "none": case(lambda h: put(h, "layers.0.weight", None), r"policy\.layers\.0\.weight .*replaced"),
+        "pruned": case(
+            lambda h: prune.l1_unstructured(h.policy.layers[1], "weight", 0.5), r"policy\.layers\.1\.weight .*replaced"
+        ),
+        "parametrized": case(
+            lambda h: parametrize.register_parametrization(h.policy.layers[1], "weight", torch.nn.Tanh()),
+            r"policy\.layers\.1\.weight .*replaced",
+        ),
+        "wrapped": case(
+            lambda h: h.policy.layers.__setitem__(0, torch.nn.Sequential(h.policy.layers[0])),
+            r"policy\.layers\.0\.weight .*replaced",
+        ),
         "half": case(lambda h: h.policy.double(), r"policy\.\S+ .*(moved|replaced)"),
     }
 
@@ -128,6 +141,7 @@ class Slotted:
 
 class Shared:
     w = torch.ones(4, 4)
+    bias = torch.ones(4)
 
     @staticmethod
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -138,7 +152,7 @@ class Shared:
         return TABLE * 2
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.doubled
+        return x @ self.doubled + self.bias
 
 
 def by_global(x: torch.Tensor) -> torch.Tensor:
@@ -165,7 +179,7 @@ def variables(device: str) -> dict[str, Case]:
     """Functions that reach a tensor in all ways that Python has, and what replaces it."""
     global TABLE
     TABLE = tensor(device, 1.0)
-    Shared.w = tensor(device, 1.0)
+    Shared.w, Shared.bias = tensor(device, 1.0), torch.ones(4, device=device)
     w, new = tensor(device, 1.0), tensor(device, 3.0)
     weights, slotted, pair = Weights(w), Slotted(w), [tensor(device, 1.0), deque([w])]
     by_key = {("layer", 1): tensor(device, 1.0), Weights: {"w": w}}
@@ -183,6 +197,7 @@ def variables(device: str) -> dict[str, Case]:
 
     by_closure = lambda x: x @ w  # noqa: E731
     bound = functools.partial(lambda weights, x: x @ weights.w, weights)
+    shared = Shared()
     reference, slot_step = weakref.ref(weights), slotted.step
     holder = SimpleNamespace(mul=tensor(device, 1.0).matmul)
     module = torch.nn.Linear(4, 4, device=device).eval()
@@ -194,6 +209,7 @@ def variables(device: str) -> dict[str, Case]:
         "global of a called function": (deep, rebind_table, "TABLE .*replaced"),
         "global of a nested function": (nested, rebind_table, "TABLE .*replaced"),
         "global of a property": (Shared(), rebind_table, "TABLE .*replaced"),
+        "attribute before that of the class": (shared, lambda: setattr(shared, "bias", new[0]), r"bias .*replaced"),
         "class attribute": (Shared.step, lambda: setattr(Shared, "w", new), r"Shared\.w .*replaced"),
         "dataclass": (lambda x: x @ weights.w, lambda: setattr(weights, "w", new), r"weights\.w .*replaced"),
         "default": (with_default, lambda: setattr(weights, "w", new), r"weights\.w .*replaced"),
@@ -411,3 +427,51 @@ def test_weights_are_found_behind_what_is_large(device: str) -> None:
     holder["w"].w = tensor(device, 3.0)
     with pytest.raises(StaleAddressError, match=r"holder\['w'\]\.w .*replaced"):
         runner.check_addresses()
+
+
+def test_recapture_lets_go_of_the_memory_of_old_weights(device: str) -> None:
+    holder = SimpleNamespace(policy=Policy(device))
+    runner, x = make_runner(lambda x: holder.policy(x), device), torch.randn(2, 4)
+    runner(x=x)
+    memory = [StorageWeakRef(weight.untyped_storage()) for weight in holder.policy.state_dict().values()]
+    holder.policy = Policy(device, 2.0)
+    gc.collect()
+    assert not any(storage.expired() for storage in memory), "graphs may read it"
+    runner.recapture()
+    assert all(storage.expired() for storage in memory)
+    torch.testing.assert_close(runner(x=x), holder.policy(x.to(device)).detach())
+
+
+def test_a_runner_may_be_an_attribute_of_its_own_module(device: str) -> None:
+    policy = Policy(device)
+    policy.runner = make_runner(policy.forward, device)
+    x = torch.ones(2, 4)
+    policy.runner(x=x)
+    policy.runner.check_addresses()
+    policy.head = torch.nn.Linear(4, 4, bias=False, device=device).eval()
+    with pytest.raises(StaleAddressError, match=r"self\.head\.weight .*replaced"):
+        policy.runner.check_addresses()
+
+
+def test_a_graph_captured_after_a_replacement_does_not_hide_it(device: str) -> None:
+    layer = torch.nn.Linear(4, 4, device=device)
+    runner = GraphRunner(lambda x: layer(x), INPUT, [1, 2], backend=device)
+    runner(x=torch.ones(1, 4))
+    layer.weight = torch.nn.Parameter(tensor(device, 3.0))
+    with pytest.raises(StaleAddressError, match=r"layer\.weight .*replaced"):
+        runner(x=torch.ones(2, 4))
+    with pytest.raises(StaleAddressError, match=r"layer\.weight .*replaced"):
+        runner.check_addresses()
+    runner.recapture()
+    assert runner.stats.captures == 2
+    for size in (1, 2):
+        torch.testing.assert_close(runner(x=torch.ones(size, 4)).cpu(), layer(torch.ones(size, 4, device=device)).cpu())
+
+
+def test_recapture_before_any_capture_does_nothing(device: str) -> None:
+    for enabled in (True, False):
+        runner = make_runner(lambda x: x + 1, device, enabled=enabled)
+        runner.recapture()
+        runner.check_addresses()
+        assert runner.stats.captures == 0
+        assert torch.equal(runner(x=torch.zeros(2, 4)).cpu(), torch.ones(2, 4))

@@ -60,6 +60,8 @@ def _slot(instance: Any, name: str) -> Any:
 
 
 def _class_attribute(instance: Any, name: str) -> Any:
+    if name in getattr(instance, "__dict__", ()):
+        return instance.__dict__[name]
     return next(vars(kind)[name] for kind in type(instance).__mro__ if name in vars(kind))
 
 
@@ -112,6 +114,16 @@ def _inner(wrapper: Any, name: str) -> Any:
 
 def _referent(reference: Any, _: None) -> Any:
     return reference()
+
+
+def _by_name(instance: Any, get: Callable[[Any, Any], Any], name: Any) -> Any:
+    """Return what code gets by the name of an attribute that is not any more where it was found, or None."""
+    if get not in (_parameter, _buffer, _child, _attribute, _slot, _class_attribute):
+        return None
+    try:
+        return getattr(instance, name, None)
+    except Exception:  # of a property
+        return None
 
 
 Step = tuple[Callable[[Any, Any], Any], Any]
@@ -438,9 +450,11 @@ class Node:
             try:
                 now = get(value, key)
             except Exception:  # what stands here now may answer with anything
-                replaced = not self.held(value)
-                changes.extend(Change(node, None, replaced) for node in child.watched())
-                continue
+                now = _by_name(value, get, key)
+                if now is None:
+                    replaced = not self.held(value)
+                    changes.extend(Change(node, None, replaced) for node in child.watched())
+                    continue
             if child.path is not None and not (
                 child.held(now) and (child.address is None or now.data_ptr() == child.address)
             ):
