@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphmode.graph import GraphRunner, Input, outside_graph
+from graphmode.graph import CaptureError, GraphRunner, Input, UnsupportedOpError, outside_graph
 from graphmode.graph.backends.cpu import ALIGNMENT, Lifetime, plan_memory
 
 lifetimes = st.lists(
@@ -73,7 +73,17 @@ FUNCTIONS = {
     "data": lambda x: (x * 2).data + (x + 1).data.sin(),
     "data_returned": lambda x: (x * 2).data,
     "foreach": lambda x: torch._foreach_add([x, x * 2], 1.0)[1],
+    "loss": lambda x: x * torch.nn.functional.binary_cross_entropy(x.sigmoid(), x.abs().clamp(max=1)),
+    "out of no size": lambda x: torch.mul(x, 3, out=torch.empty(0)) + torch.add(x, x, out=torch.empty(0)),
+    "in place beside a view in place": lambda x: _unsqueezed(x),
+    "memory shared by results": lambda x: x * torch.linalg.qr(x.T @ x).R.sum(),
 }
+
+
+def _unsqueezed(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    y.unsqueeze_(0).mul_(torch.full((1, 4, 8), 3.0))
+    return y.squeeze_(0).add_(x)
 
 
 def _assign(x: torch.Tensor) -> torch.Tensor:
@@ -89,6 +99,146 @@ def test_replays_equal_eager_over_many_operators(name: str) -> None:
     for _ in range(3):
         x = torch.randn(4, 8)
         assert torch.equal(runner(x=x), FUNCTIONS[name](x))
+
+
+WRONG_FORMS: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "other results": lambda x, out: out.copy_(x * 2.0001),
+    "other where padding is not": lambda x, out: out.copy_(torch.where(x == 0, x, x * 3)),
+    "other zeros": lambda x, out: out.copy_(torch.where(x == 0, -0.0, x * 2)),
+    "reads what it overwrites": lambda x, out: out.add_(x * 2).sub_(0),
+    "writes nothing": lambda x, out: None,
+    "writes before": lambda x, out: out.copy_(x * 2) and out.as_strided((1,), (1,), out.storage_offset() - 1).fill_(7),
+    "writes beyond": lambda x, out: (
+        out.copy_(x * 2) and out.as_strided((1,), (1,), out.storage_offset() + out.numel()).fill_(7)
+    ),
+    "exchanges memory": lambda x, out: out.set_(x * 2),
+    "resizes": lambda x, out: out.resize_(8, 8)[: len(x)].copy_(x * 2),
+    "transposes": lambda x, out: out.t_().copy_((x * 2).t()),
+    "draws": lambda x, out: out.copy_(x * 2) and torch.rand(3),
+    "raises": lambda x, out: 1 / 0,
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FORMS)
+def test_an_out_form_that_is_not_the_operator_is_not_taken(name: str) -> None:
+    operator = f"graphmode_tests::twice_{name.replace(' ', '_')}"
+    torch.library.define(operator, "(Tensor x) -> Tensor")
+    torch.library.define(f"{operator}.out", "(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")
+    torch.library.impl(operator, "CPU", lambda x: x * 2)
+    torch.library.impl(f"{operator}.out", "CPU", lambda x, out: (WRONG_FORMS[name](x, out), out)[1])
+    twice = getattr(torch.ops.graphmode_tests, operator.partition("::")[2])
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        before, y = x + 1, twice(x)
+        after = x + 3
+        return torch.cat([before, y, after], 1)
+
+    x = torch.cat([torch.zeros(1, 8), torch.randn(3, 8)])
+    runner = GraphRunner(fn, [Input("x", torch.float32, ("rows", 8))], [4], backend="cpu", strict=True)
+    state = torch.get_rng_state()
+    for values in (x, x.flip(0), x):
+        result = runner(x=values)
+        assert torch.equal(result, fn(values))
+        assert torch.equal(result.signbit(), fn(values).signbit())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_out_form_is_tried_once_for_all_layers_and_captures_alike() -> None:
+    calls = []
+
+    def write(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        calls.append(out.data_ptr())
+        return out.copy_(x * 2)
+
+    torch.library.define("graphmode_tests::counted", "(Tensor x) -> Tensor")
+    torch.library.define("graphmode_tests::counted.out", "(Tensor x, *, Tensor(a!) out) -> Tensor(a!)")
+    torch.library.impl("graphmode_tests::counted", "CPU", lambda x: x * 2)
+    torch.library.impl("graphmode_tests::counted.out", "CPU", write)
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(10):
+            x = torch.ops.graphmode_tests.counted(x)
+        return x
+
+    for _ in range(3):
+        GraphRunner(fn, [Input("x", torch.float32, ("rows", 8))], [4], backend="cpu", strict=True).capture()
+    assert len(calls) == 2  # with the arguments, padding, and with others
+
+
+def test_random_operators_draw_in_a_replay_what_they_draw_eagerly() -> None:
+    def fn(x: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            torch.rand_like(x),
+            torch.randn(4, 8),
+            torch.randint(9, (4, 8)),
+            torch.bernoulli(x.sigmoid()),
+            torch.nn.functional.dropout(x + 1),
+            torch.multinomial(x.abs() + 1, 8, replacement=True),
+            (x + 1).exponential_(),
+            torch.normal(x, x.abs()),
+        ]
+
+    runner = GraphRunner(fn, [Input("x", torch.float32, ("rows", 8))], [4], backend="cpu", strict=True)
+    runner.capture()
+    for seed in range(3):
+        x = torch.randn(4, 8)
+        torch.manual_seed(seed)
+        replayed = [result.clone() for result in runner(x=x)]
+        torch.manual_seed(seed)
+        assert all(map(torch.equal, replayed, fn(x)))
+
+
+SEEDS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "manual_seed": lambda x: torch.manual_seed(3) and torch.rand(4, 8),
+    "set_rng_state": lambda x: torch.set_rng_state(torch.get_rng_state()) or torch.rand(4, 8),
+    "fork_rng": lambda x: _forked(),
+    "generator": lambda x: torch.rand(4, 8, generator=torch.Generator().manual_seed(3)),
+    "generator seeded": lambda x: torch.rand(4, 8, generator=GENERATOR.manual_seed(3)),
+}
+GENERATOR = torch.Generator()
+
+
+def _forked() -> torch.Tensor:
+    with torch.random.fork_rng():
+        return torch.rand(4, 8)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_seed_that_a_replay_would_not_set_again_is_refused(name: str) -> None:
+    GENERATOR.manual_seed(7)
+    runner = GraphRunner(SEEDS[name], [Input("x", torch.float32, ("rows", 8))], [4], backend="cpu", strict=True)
+    with pytest.raises(UnsupportedOpError, match="random generator"):
+        runner.capture()
+
+
+def test_a_generator_from_outside_goes_on_with_each_replay() -> None:
+    generator, same = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    inputs = [Input("x", torch.float32, ("rows", 8))]
+    runner = GraphRunner(lambda x: x + torch.rand(4, 8, generator=generator), inputs, [4], backend="cpu", strict=True)
+    runner.capture()
+    generator.set_state(same.get_state())
+    for _ in range(3):
+        assert torch.equal(runner(x=torch.zeros(4, 8)), torch.rand(4, 8, generator=same))
+
+
+def test_a_shape_that_depends_on_data_unseen_is_an_error_at_replay_and_not_a_wrong_result() -> None:
+    torch.library.define("graphmode_tests::as_many_as_positive", "(Tensor x) -> Tensor")
+    torch.library.impl("graphmode_tests::as_many_as_positive", "CPU", lambda x: x[x > 0])
+    positive = torch.ops.graphmode_tests.as_many_as_positive
+    runner = GraphRunner(
+        lambda x: x + positive(x).sum(), [Input("x", torch.float32, ("rows", 8), padding=1)], [4], backend="cpu"
+    )
+    runner.capture()
+    with pytest.raises(CaptureError, match=r"at capture it had.*outside_graph"):
+        runner(x=torch.eye(4, 8))
+
+
+def test_a_tensor_that_an_operator_in_place_enlarges_is_refused() -> None:
+    inputs = [Input("x", torch.float32, ("rows", 8))]
+    matrices = torch.ones(2, 4, 3), torch.ones(2, 3, 8)
+    runner = GraphRunner(lambda x: x.sum(0)[:1].addbmm_(*matrices) + x, inputs, [4], backend="cpu", strict=True)
+    with pytest.raises(UnsupportedOpError, match="resizes a tensor"):
+        runner.capture()
 
 
 def test_the_graph_does_not_hold_memory_of_dead_results() -> None:

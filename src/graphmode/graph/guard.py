@@ -48,6 +48,20 @@ def is_composite(func: Any, device_type: str) -> bool:
     return has_kernel(func.name(), _COMPOSITE) and not has_kernel(func.name(), own)
 
 
+_LINALG = {torch.ops.aten.linalg_svdvals, torch.ops.aten.linalg_eigvals, torch.ops.aten.linalg_eigvalsh}
+
+
+def _decides_by_modes(func: Any, args: Sequence[Any]) -> bool:
+    """Return whether a composite operator computes otherwise below a mode, so that it must not be taken apart.
+
+    It would make vectors for gradients, or leave a batch of one out of a product. None of these reads values.
+    """
+    if func.overloadpacket is torch.ops.aten.matmul:
+        one, other = args[0], args[1]
+        return bool(one.dim() == other.dim() == 3 and one.shape[0] != other.shape[0])
+    return func.overloadpacket in _LINALG
+
+
 @contextmanager
 def _dispatch_where_called(func: Any) -> Iterator[None]:
     """Dispatch as where a composite operator was called, instead of below a mode: what it does may depend on that."""
@@ -148,6 +162,21 @@ def _unusual_layout(tensors: Sequence[torch.Tensor]) -> str | None:
     return None
 
 
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that an operator call changes in place."""
+    if not func._schema.is_mutable:
+        return []
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    return tensors_in([named.get(argument.name) for argument in func._schema.arguments if argument.is_write])
+
+
+def _resized(func: Any, written: Sequence[tuple[torch.Tensor, torch.Size]]) -> str | None:
+    """Return why no graph can hold an operator that gave a tensor another shape, or None. One without elements may."""
+    if torch.Tag.inplace_view in func.tags or all(t.shape == before or not before.numel() for t, before in written):
+        return None
+    return "it resizes a tensor that it writes, which a replay would not do again; give it one of the result's shape"
+
+
 def _leaves_device(source: torch.Tensor, device: torch.device | None) -> bool:
     return device is not None and device.type == "cpu" and source.device.type != "cpu"
 
@@ -158,6 +187,10 @@ class Guard:
     Composite operators are taken apart, so that a host read inside one is seen too; each operator is checked before
     it runs; and the memory that comes from outside of the function is noted, to be checked while the graph is in use.
 
+    Args:
+        device: where the work is captured.
+        generators: the random generators that are known from warming up; None while that is under way.
+
     Attributes:
         device: where the work is captured.
         operator: the last operator that ran, for the message of a capture that fails inside one.
@@ -165,9 +198,10 @@ class Guard:
         reads: the memory from outside of the function that operators read or write.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] | None = None) -> None:
         self.operator: str | None = None
         self.generators: list[torch.Generator] = []
+        self._states = None if generators is None else [(known, known.get_state()) for known in generators]
         self.device = device
         self.reads = OutsideMemory()
         self._outside = 0
@@ -197,10 +231,23 @@ class Guard:
         """Note the memory and the generators that an operator call takes."""
         generator = kwargs.get("generator")
         if generator is not None and all(generator is not known for known in self.generators):
+            self._check_generator(generator)
             self.generators.append(generator)
         for tensor in tensors_in((args, kwargs)):
             if tensor.device.type == self.device.type and tensor.untyped_storage()._cdata not in self._produced:
                 self.reads.note(tensor, func.name())
+
+    def _check_generator(self, generator: torch.Generator) -> None:
+        """Refuse, at its first use in a capture, a generator that the function makes or seeds itself."""
+        if self._states is None:
+            return
+        state = next((state for known, state in self._states if known is generator), None)
+        if state is None or not torch.equal(state, generator.get_state()):
+            raise UnsupportedOpError(
+                "the function makes or seeds a random generator, which a replay would not do again; make and seed it "
+                "once, outside of the function",
+                operator=self.operator,
+            )
 
     def note_results(self, results: object) -> None:
         """Note the memory that an operator call made."""
@@ -224,7 +271,7 @@ class _DispatchGuard(TorchDispatchMode):
         guard = self._guard
         if not guard.active:
             return func(*args, **kwargs)
-        composite = is_composite(func, guard.device.type)
+        composite = is_composite(func, guard.device.type) and not _decides_by_modes(func, args)
         if not composite:
             guard.operator = func.name()
         if reason := _reads_below(func) or (None if composite else why_unsupported(func, args, kwargs)):
@@ -233,9 +280,10 @@ class _DispatchGuard(TorchDispatchMode):
             with self, _dispatch_where_called(func):
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         guard.note_arguments(func, args, kwargs)
+        written = [(tensor, tensor.shape) for tensor in _written(func, args, kwargs)]
         with guard.suspended():  # a kernel may read what it likes: it runs again at each replay
             results = func(*args, **kwargs)
-        if reason := _unusual_layout(tensors_in(results)):
+        if reason := _unusual_layout(tensors_in(results)) or _resized(func, written):
             raise UnsupportedOpError(f"{func.name()} cannot be captured: {reason}; {REMEDY}", operator=func.name())
         guard.note_results(results)
         return results

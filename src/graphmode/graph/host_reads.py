@@ -66,12 +66,19 @@ _STORAGE_READS = [
 ]
 # fmt: on
 
-# Functions by the names that modules hold them by.
-_EXPORTS: dict[str, Callable[..., Any]] = {
-    "to_dlpack": torch._C._to_dlpack,
-    "_to_dlpack": torch._C._to_dlpack,
-    "_to_dlpack_versioned": torch._C._to_dlpack_versioned,
-}
+_SEEDS = "it sets the state of a random generator, which a replay would not do again; seed before the call"
+# Functions, the names that modules hold them by, and what is wrong with them.
+_FUNCTIONS: list[tuple[str, Callable[..., Any], str]] = [
+    ("to_dlpack", torch._C._to_dlpack, _SHARES),
+    ("_to_dlpack", torch._C._to_dlpack, _SHARES),
+    ("_to_dlpack_versioned", torch._C._to_dlpack_versioned, _SHARES),
+    ("manual_seed", torch.manual_seed, _SEEDS),
+    ("seed", torch.seed, _SEEDS),
+    ("set_rng_state", torch.set_rng_state, _SEEDS),
+    ("manual_seed", torch.cuda.manual_seed, _SEEDS),
+    ("manual_seed_all", torch.cuda.manual_seed_all, _SEEDS),
+    ("set_rng_state", torch.cuda.set_rng_state, _SEEDS),
+]
 _QUESTIONS: dict[str, Callable[..., Any]] = {
     "has_torch_function": torch.overrides.has_torch_function,
     "has_torch_function_unary": torch.overrides.has_torch_function_unary,
@@ -166,25 +173,26 @@ def _replace_all() -> None:
             if hasattr(kind, name):
                 trap = _trap(getattr(kind, name), f"{kind.__name__}.{name}", _SHARES)
                 _replaced.enter_context(patch.object(kind, name, trap))
-    for module, name in _holders(len(sys.modules)):
-        original = getattr(module, name)
-        replacement = _without_traps(original) if name in _QUESTIONS else _trap(original, name, _SHARES)
+    for module, name, replacement in _replacements(len(sys.modules)):
         _replaced.enter_context(patch.object(module, name, replacement))
 
 
 @lru_cache(maxsize=1)
-def _holders(modules: int) -> list[tuple[Any, str]]:
-    """Return the modules that hold what is to be replaced, and by which name.
+def _replacements(modules: int) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Return what modules hold that is to be replaced: the module, the name, and by what.
 
     Those of torch itself, other than ``torch.overrides``, ask for handlers of torch functions, which is no other path.
 
     Args:
         modules: their number: they are looked through again when others were imported.
     """
+    traps = [(name, held, _trap(held, name, reason)) for name, held, reason in _FUNCTIONS]
+    answers = [(name, held, _without_traps(held)) for name, held in _QUESTIONS.items()]
     found = []
     for path, module in list(sys.modules.items()):
-        held = getattr(module, "__dict__", {})
-        found += [(module, name) for name, export in _EXPORTS.items() if held.get(name) is export]
-        if path == "torch.overrides" or path.partition(".")[0] != "torch":
-            found += [(module, name) for name, question in _QUESTIONS.items() if held.get(name) is question]
+        attributes = getattr(module, "__dict__", {})
+        asks = path == "torch.overrides" or path.partition(".")[0] != "torch"
+        for name, held, replacement in traps + answers if asks else traps:
+            if attributes.get(name) is held:
+                found.append((module, name, replacement))
     return found

@@ -245,7 +245,7 @@ def record(
             for _ in range(warmup_iterations):
                 fn(**kwargs)
         backend.synchronize()
-        guard = Guard(backend.device)
+        guard = Guard(backend.device, warm_up.generators)
         recording = backend.recording(pool.handle, host_arguments)
         recorder = _Recorder(backend, recording, guard, pool)
         installed = recording.installed(warm_up.generators)

@@ -276,6 +276,8 @@ class _TapeMode(TorchDispatchMode):
 
     def _write(self, tape: Tape, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: object) -> None:
         known = {_key(tensor) for tensor in tensors_in((args, kwargs))}
+        if func._schema.is_mutable:
+            self._follow(tensors_in((args, kwargs)))
         results: list[torch.Tensor | None] = []
         fresh, made = [], set[int]()
         for index, tensor in enumerate(_results(result)):
@@ -334,6 +336,17 @@ class _TapeMode(TorchDispatchMode):
                 memory.own.append(own)
                 memory.theirs.append(weakref.ref(tensor, lambda _: self._let_go.add(key)))
         return own
+
+    def _follow(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Follow tensors that an operator gave another shape, and with it more memory, in place."""
+        for tensor in tensors:
+            own, memory = self._own.get(tensor), self.made.get(_key(tensor))
+            if own is None or memory is None or (own.shape, own.stride()) == (tensor.shape, tensor.stride()):
+                continue
+            del self._own[tensor]
+            nbytes = tensor.untyped_storage().nbytes()
+            self.nbytes += nbytes - memory.nbytes
+            memory.nbytes = nbytes
 
     def _owned_in(self, tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):

@@ -6,7 +6,6 @@ beyond it or exchange it. So each is tried on memory as graphs plan it before it
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -20,6 +19,7 @@ _FACTORY_OPTIONS = frozenset({"dtype", "layout", "device", "pin_memory"})
 _CHANGES_UNMARKED = torch.ops.aten.native_batch_norm
 # Bytes before and after the memory of a trial; all of it is garbage that makes floats NaN and integers -1.
 _ZONE, _GARBAGE = 256, 0xFF
+_SMALL = 1 << 16  # bytes of arguments that lie beside results in a trial
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Whether the form was right, by operator and signature: few, since layers and captures are alike.
@@ -93,30 +93,45 @@ def _gives_the_same(
     kwargs: dict[str, Any],
     results: Sequence[torch.Tensor],
 ) -> bool:
-    """Try a form: whether it fills memory as a graph plans it with the results of the operator, and changes no other.
-
-    Arguments that tell nothing, such as padding, are replaced for the trial. The state of random generators is put
-    back.
-    """
-    out, names, dropped = overload
-    replaced: dict[int, torch.Tensor] = {}
-    args, kwargs = _telling(args, replaced), _telling(kwargs, replaced)
-    kept = {name: value for name, value in kwargs.items() if name not in dropped}
+    """Try a form with the arguments of the call, and again with others where those tell little, as padding does."""
     generator = kwargs.get("generator") or torch.default_generator
     state = generator.get_state()
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    replaced: dict[int, torch.Tensor] = {}
     try:
-        with warnings.catch_warnings(action="ignore"):
-            if replaced or torch.Tag.nondeterministic_seeded in func.tags:
-                results = tensors_in(func._op(*args, **kwargs))
-            drawn = generator.get_state()
-            generator.set_state(state)
-            buffers = [_Buffer(result) for result in results]
-            out._op(*args, **kept, **dict(zip(names, (buffer.target for buffer in buffers), strict=True)))
-            return torch.equal(drawn, generator.get_state()) and all(buffer.holds_the_same() for buffer in buffers)
+        others = _telling(args, replaced), _telling(kwargs, replaced)
+        return _trial(func, overload, args, kwargs, None if random else results, generator) and (
+            not replaced or _trial(func, overload, *others, None, generator)
+        )
     except Exception:
         return False  # what a form cannot do it is not asked to; the operator itself has run
     finally:
         generator.set_state(state)
+
+
+def _trial(
+    func: Any,
+    overload: tuple[Any, tuple[str, ...], frozenset[str]],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    results: Sequence[torch.Tensor] | None,
+    generator: torch.Generator,
+) -> bool:
+    """Return whether a form fills memory as a graph plans it with the results of the operator, and changes no other.
+
+    Args:
+        results: of these arguments; None where they are yet to be computed.
+    """
+    out, names, dropped = overload
+    state = generator.get_state()
+    if results is None:
+        results = tensors_in(func._op(*args, **kwargs))
+    drawn = generator.get_state()
+    generator.set_state(state)
+    memory = _Memory(results)
+    kept = {name: memory.with_arguments(value) for name, value in kwargs.items() if name not in dropped}
+    out._op(*memory.with_arguments(args), **kept, **dict(zip(names, memory.targets, strict=True)))
+    return torch.equal(drawn, generator.get_state()) and memory.holds(results)
 
 
 def _telling(tree: Any, replaced: dict[int, torch.Tensor]) -> Any:
@@ -131,7 +146,8 @@ def _telling(tree: Any, replaced: dict[int, torch.Tensor]) -> Any:
             return tree
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tree.shape, tree.stride(), strict=True))
         offset = tree.storage_offset() % 64
-        numbers = torch.rand(offset + extent, dtype=torch.complex64 if tree.is_complex() else torch.float32)
+        dtype = torch.complex64 if tree.is_complex() else torch.float32
+        numbers = torch.rand(offset + extent, dtype=dtype, generator=torch.Generator().manual_seed(len(replaced)))
         replaced[id(tree)] = numbers.to(tree.dtype).as_strided(tree.shape, tree.stride(), offset)
         return replaced[id(tree)]
     if isinstance(tree, (list, tuple)):
@@ -141,29 +157,66 @@ def _telling(tree: Any, replaced: dict[int, torch.Tensor]) -> Any:
     return tree
 
 
-class _Buffer:
-    """Memory as that of a result in a graph's pool: a part of a storage, with garbage in and around it."""
+class _Memory:
+    """One storage for results and small arguments, as a graph's pool has them, with garbage in and around results.
 
-    def __init__(self, result: torch.Tensor) -> None:
-        nbytes = result.untyped_storage().nbytes()
-        self._expected = result
-        self._bytes = torch.full((_ZONE + -(-nbytes // _ZONE) * _ZONE + _ZONE,), _GARBAGE, dtype=torch.uint8)
+    Attributes:
+        targets: tensors as the results are, over garbage.
+    """
+
+    def __init__(self, results: Sequence[torch.Tensor]) -> None:
+        self._spans: list[tuple[int, int]] = []
+        end = _ZONE
+        for result in results:
+            nbytes = result.untyped_storage().nbytes()
+            self._spans.append((end, end + nbytes))
+            end += -(-nbytes // _ZONE) * _ZONE + _ZONE
+        self._arguments, self._room = end, end + _SMALL
+        self._bytes = torch.full((self._room,), _GARBAGE, dtype=torch.uint8)
+        self._bytes[end:] = 0
         self._storage = self._bytes.untyped_storage()
-        self._planned = self._storage.data_ptr(), self._storage.nbytes(), result.shape, result.stride()
-        offset = _ZONE // result.dtype.itemsize + result.storage_offset()
-        self.target = torch.empty(0, dtype=result.dtype).set_(self._storage, offset, result.shape, result.stride())
-        self._end = _ZONE + nbytes
+        self._address = self._storage.data_ptr(), self._storage.nbytes()
+        self.targets = [self._over(start, result) for (start, _), result in zip(self._spans, results, strict=True)]
 
-    def holds_the_same(self) -> bool:
-        """Return whether the result was written here, and nothing else."""
-        target, expected = self.target, self._expected
-        storage = target.untyped_storage()
+    def _over(self, start: int, like: torch.Tensor) -> torch.Tensor:
+        offset = start // like.dtype.itemsize + like.storage_offset()
+        return torch.empty(0, dtype=like.dtype).set_(self._storage, offset, like.shape, like.stride())
+
+    def with_arguments(self, tree: Any) -> Any:
+        """Return arguments with those tensors moved into this memory that there is room for."""
+        if isinstance(tree, torch.Tensor):
+            nbytes = tree.untyped_storage().nbytes()
+            if self._arguments + nbytes > self._room or tree.is_conj() or tree.is_neg():
+                return tree
+            start, self._arguments = self._arguments, self._arguments + -(-nbytes // _ZONE) * _ZONE
+            moved = self._over(start, tree)
+            self._bytes[start : start + nbytes] = torch.empty(0, dtype=torch.uint8).set_(tree.untyped_storage())
+            return moved
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(map(self.with_arguments, tree))
+        if isinstance(tree, dict):
+            return {name: self.with_arguments(leaf) for name, leaf in tree.items()}
+        return tree
+
+    def holds(self, results: Sequence[torch.Tensor]) -> bool:
+        """Return whether the results were written here, and nothing else."""
+        where = [
+            (target.untyped_storage().data_ptr(), target.untyped_storage().nbytes(), target.storage_offset())
+            for target in self.targets
+        ]
+        planned = [
+            (*self._address, start // result.dtype.itemsize + result.storage_offset())
+            for (start, _), result in zip(self._spans, results, strict=True)
+        ]
+        ends = [0, *(end for _, end in self._spans)]
+        begins = [*(start for start, _ in self._spans), ends[-1] + _ZONE]
         return (
-            (storage.data_ptr(), storage.nbytes(), target.shape, target.stride()) == self._planned
-            and (expected.shape, expected.stride()) == self._planned[2:]
-            and bool((self._bytes[:_ZONE] == _GARBAGE).all())
-            and bool((self._bytes[self._end :] == _GARBAGE).all())
-            and _same_bits(target, expected)
+            where == planned
+            and all(bool((self._bytes[end:start] == _GARBAGE).all()) for end, start in zip(ends, begins, strict=True))
+            and all(
+                (target.shape, target.stride()) == (result.shape, result.stride()) and _same_bits(target, result)
+                for target, result in zip(self.targets, results, strict=True)
+            )
         )
 
 
