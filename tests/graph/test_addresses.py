@@ -201,6 +201,7 @@ def variables(device: str) -> dict[str, Case]:
     reference, slot_step = weakref.ref(weights), slotted.step
     holder = SimpleNamespace(mul=tensor(device, 1.0).matmul)
     module = torch.nn.Linear(4, 4, device=device).eval()
+    parameters = {name: value.detach().clone() for name, value in module.named_parameters()}
     module.register_forward_hook(lambda module, args, result: result + weights.w.sum())
     return {
         "closure": (by_closure, rebind, "the graphs cannot be replayed: w "),
@@ -231,6 +232,12 @@ def variables(device: str) -> dict[str, Case]:
             lambda x: holder.mul(x.T).T,
             lambda: setattr(holder, "mul", new.matmul),
             r"holder\.mul\.__self__ .*replaced",
+        ),
+        "decorated": (torch.no_grad()(by_global), rebind_table, "TABLE .*replaced"),
+        "functional_call": (
+            lambda x: torch.func.functional_call(module, parameters, (x,)),
+            lambda: parameters.update(weight=new),
+            r"parameters\['weight'\] .*replaced",
         ),
         "data": (lambda x: x @ weights.w.data, lambda: setattr(weights, "w", new), r"weights\.w .*replaced"),
         "view": (lambda x: x @ weights.w.t()[:, :4], lambda: setattr(weights, "w", new), r"weights\.w .*replaced"),
@@ -368,7 +375,9 @@ def test_a_module_switched_between_training_and_evaluation_is_named(device: str,
     runner, x = make_runner(lambda x: policy(x), device), torch.ones(2, 4)
     runner(x=x)
     policy.get_submodule(part).train()
-    with pytest.raises(StaleAddressError, match=rf"module policy\S*{part} was switched from eval\(\) to train\(\)"):
+    with pytest.raises(
+        StaleAddressError, match=rf"module policy\S*{part} was switched from eval\(\) to train\(\).*Switch"
+    ):
         runner.check_addresses()
     policy.eval()
     runner.check_addresses()

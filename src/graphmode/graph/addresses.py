@@ -150,12 +150,15 @@ class Addresses:
         self._paths.follow(self._function, changes)
         problems = [problem for change in changes if (problem := self._problem(change)) is not None]
         problems += [problem for read in self._without_path if (problem := read.problem()) is not None]
-        problems += [problem for mode in self._modes.values() if (problem := mode.problem()) is not None]
+        remedy = "Write new values into captured tensors (copy_, load_state_dict), or"
+        if not problems:
+            problems = [problem for mode in self._modes.values() if (problem := mode.problem()) is not None]
+            remedy = "Switch it back, or"
         if problems:
             others = f" ({len(problems) - 1} more like this)" if len(problems) > 1 else ""
             raise StaleAddressError(
-                f"the graphs cannot be replayed: {problems[0]} after capture{others}. Write new values into captured "
-                "tensors (copy_, load_state_dict), or call recapture() of the runner"
+                f"the graphs cannot be replayed: {problems[0]} after capture{others}. {remedy} call recapture() of the "
+                "runner"
             )
 
     def _problem(self, change: Change) -> str | None:
