@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from graphmode.graph import GraphRunner, Input, InputError
 from graphmode.graph.axes import AxisSize, resolve_axes
 from graphmode.graph.backends.cpu import CpuBackend
-from graphmode.graph.inputs import STAGING_SLOTS, DeclaredInputs, InputBuffers
+from graphmode.graph.buffers import STAGING_SLOTS, InputBuffers
+from graphmode.graph.inputs import DeclaredInputs
 
 DTYPES = [torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphmode.graph import GraphRunner, Input, InputError, Reason, StaleAddressError
-from graphmode.graph.inputs import STAGING_SLOTS
+from graphmode.graph.buffers import STAGING_SLOTS
 
 BUCKETS = [1, 2, 4, 8, 13]
 SIZES = sorted(
@@ -228,11 +228,12 @@ def test_a_step_that_leaves_the_next_ones_inputs_can_be_repeated(device: str) ->
         x.mul_(2)
         return x + 0
 
-    runner = GraphRunner(step, [Input("x", torch.float32, ("n",))], [2, 4], backend=device)
+    inputs = [Input("x", torch.float32, ("n",))]
+    runner = GraphRunner(step, inputs, [2, 4], backend=device)
     runner.capture()
     for size, repeats in ((3, 4), (1, 1), (2, 3)):
         for enabled in (True, False):
-            each = runner if enabled else GraphRunner(step, runner._inputs, [4], backend=device, enabled=False)
+            each = runner if enabled else GraphRunner(step, inputs, [4], backend=device, enabled=False)
             total.zero_()
             x = torch.arange(1.0, size + 1)
             last = each(x=x, repeats=repeats, own=True)

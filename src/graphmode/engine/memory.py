@@ -12,8 +12,8 @@ import torch
 from graphmode.engine.sampler import REPORT_BYTES, SLOT_BYTES
 from graphmode.engine.scheduler import Limits
 from graphmode.engine.step_runner import INPUTS
+from graphmode.graph.buffers import STAGING_SLOTS
 from graphmode.graph.errors import InputError
-from graphmode.graph.inputs import STAGING_SLOTS
 from graphmode.graph.memory import in_words
 
 log = logging.getLogger(__name__)

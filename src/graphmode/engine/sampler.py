@@ -21,8 +21,8 @@ from graphmode.engine.scheduler import Batch, Limits, Row
 from graphmode.engine.sequence import Sequence as TokenSequence
 from graphmode.graph import Input
 from graphmode.graph.backends.base import Backend
+from graphmode.graph.buffers import STAGING_SLOTS, InputBuffers
 from graphmode.graph.errors import InputError
-from graphmode.graph.inputs import STAGING_SLOTS, InputBuffers
 from graphmode.graph.memory import free_memory, in_words
 from graphmode.graph.staging import StagingRing
 from graphmode.kernels import (

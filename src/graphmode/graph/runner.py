@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import logging
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import product
 from typing import Any, NoReturn
 
 import torch
 
 from graphmode.graph.addresses import Addresses
-from graphmode.graph.axes import AxisSize, Size, resolve_axes, volume
+from graphmode.graph.axes import AxisSize, Size, volume
 from graphmode.graph.backends.base import Backend, get_backend
-from graphmode.graph.buckets import Buckets, bucket_sizes, spread
+from graphmode.graph.buckets import Buckets
+from graphmode.graph.buffers import BoundInputs, InputBuffers
 from graphmode.graph.context import CallContext
+from graphmode.graph.declaration import DEFAULT_FAMILY, Declaration, Variant
 from graphmode.graph.dispatch import Decision, DispatchPolicy, GraphKey, Mode, Reason, dispatch, exact
 from graphmode.graph.errors import CaptureError, CaptureMemoryError, GraphModeError, InputError, UnsupportedOpError
 from graphmode.graph.host_arguments import HostArguments
-from graphmode.graph.inputs import (
-    BoundInputs,
-    DeclaredInputs,
-    Input,
-    InputBuffers,
-    InputTree,
-    all_padding,
-    check_fit,
-    examples,
-    true_sizes,
-)
+from graphmode.graph.inputs import Input, InputTree, all_padding, check_fit, examples
 from graphmode.graph.outputs import OutputAxes, Sample, find_output_axes
 from graphmode.graph.program import Pool, Program, name_of, record, refuse_inside_recording
+from graphmode.graph.progress import with_progress
 from graphmode.graph.stats import CaptureFailure, RunnerStats
 from graphmode.graph.training import inference_only
 from graphmode.graph.trees import Structure, flatten
@@ -45,12 +35,9 @@ from graphmode.graph.verify import Step, Verification, no_graph, verify
 
 log = logging.getLogger(__name__)
 
-DEFAULT_FAMILY = "default"
 CHECK_EVERY = 256
 """Replays between two checks that the weights are still those of the capture."""
 _MAX_PLANS = 1024
-
-Variant = tuple[tuple[str, Hashable], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,23 +153,13 @@ class GraphRunner:
             )
         self.stats = RunnerStats()
         self._fn = fn
-        self._declared = DeclaredInputs(inputs)
-        self._inputs = self._declared.flat
-        self._static = {name: _static_values(name, values) for name, values in (static or {}).items()}
-        free = [axis for axis in self._declared.axes if axis not in (axes or {})]
-        self._has_families = isinstance(buckets, Mapping) and set(buckets) != set(free)
-        families: Mapping[str, Buckets] = buckets if self._has_families else {DEFAULT_FAMILY: buckets}  # type: ignore
-        named = [tuple(each) for each in families.values() if isinstance(each, Mapping)]
-        self._axes = resolve_axes(self._declared.axes, axes or {}, named[0] if named else (), tuple(self._static))
-        _check_names(fn, self._declared.arguments, self._static, has_family=self._has_families)
-        self._check_axes_are_used(output_axes)
-        self._declared_outputs = None if output_axes is None else OutputAxes.declared(output_axes)
+        self._declared = Declaration(fn, inputs, buckets, axes or {}, output_axes, static or {})
         self._host_arguments = host_arguments
         self._strict = strict
         self._on_capture_failure = on_capture_failure
         self._warmup_iterations = warmup_iterations
         self.policy = DispatchPolicy(
-            buckets={name: bucket_sizes(sizes, self._axes.bucketed) for name, sizes in families.items()},
+            buckets=self._declared.buckets,
             enabled=enabled,
             max_padding_ratio=max_padding_ratio,
             capture_on_first_use=capture_on_first_use,
@@ -195,10 +172,9 @@ class GraphRunner:
         self._failed: dict[GraphKey, Reason] = {}
         self._bound: dict[GraphKey, BoundInputs] = {}
         self._plans: dict[Hashable, _Plan] = {}
-        self._buffers = self._make_buffers()
+        self._buffers = InputBuffers(self._declared.inputs, self._declared.limits, self.backend)
         self._pool = Pool(self.backend)
         self._turns = Turns(name_of(fn), self.backend.synchronize)
-        self._names = {spec.name: spec for spec in self._inputs}
 
     @property
     def carried(self) -> Mapping[str, torch.Tensor]:
@@ -212,15 +188,7 @@ class GraphRunner:
         On a device that may run out of graphs, one family after the other as they were declared (full graphs first:
         piecewise ones take the room of many), each from its largest and smallest size to those between.
         """
-        names = list(self._static)
-        limited = self.backend.capabilities.graph_limit is not None
-        keys = [
-            GraphKey(family, size, tuple(zip(names, values, strict=True)))
-            for family, sizes in self.policy.buckets.items()
-            for values in product(*(values.values() for values in self._static.values()))
-            for size in (spread(sizes) if limited else sizes)
-        ]
-        return keys if limited else sorted(keys, key=lambda key: -volume(key.size))
+        return self._declared.keys(limited=self.backend.capabilities.graph_limit is not None)
 
     @property
     def failed(self) -> Mapping[GraphKey, Reason]:
@@ -243,7 +211,7 @@ class GraphRunner:
             InputError: a static argument has no such name or value.
         """
         refuse_inside_recording(self._fn)
-        wanted = {name: exact(self._static_value(name, value)) for name, value in static.items()}
+        wanted = {name: exact(self._declared.static_value(name, value)) for name, value in static.items()}
         if not self.policy.enabled:
             return
         with self._turns:
@@ -302,7 +270,7 @@ class GraphRunner:
         gc.freeze()
         try:
             show = sys.stderr.isatty() if progress is None else progress
-            for key in _with_progress(keys) if show else keys:
+            for key in with_progress(keys, "capturing graphs") if show else keys:
                 if key not in self._failed:
                     self._capture(key)
         finally:
@@ -319,7 +287,7 @@ class GraphRunner:
 
         Changes nothing.
         """
-        return dispatch(size, self.policy, self._programs, self._failed, family, self._variant(family, static))
+        return dispatch(size, self.policy, self._programs, self._failed, family, self._declared.variant(family, static))
 
     def __call__(self, *, family: str = DEFAULT_FAMILY, own: bool = False, repeats: int = 1, **values: Any) -> Any:
         """Run one step, or several over the same inputs as the function leaves them.
@@ -351,19 +319,19 @@ class GraphRunner:
         refuse_inside_recording(self._fn)
         with self._turns:
             self._context.check()
-            signature = self._signature(family, values)
+            signature = self._declared.signature(family, values)
             if signature is None:
-                values = self._declared.values(values)
-                signature = self._signature(family, values)
+                values = self._declared.flat_values(values)
+                signature = self._declared.signature(family, values)
             plan = self._plans.get(signature) or self._planned(signature, family, values)
             self._count(plan, repeats)
             with torch.inference_mode():
                 leaves, structure = self._run(plan, values, repeats)
             if own:
                 with torch.no_grad():
-                    leaves = [leaf.clone() for leaf in leaves]
+                    leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             else:
-                self._turns.lend(leaves)
+                self._turns.lend([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
             return structure.build(leaves)
 
     def verify(self, *, family: str = DEFAULT_FAMILY, **values: Any) -> Verification:
@@ -386,7 +354,7 @@ class GraphRunner:
         refuse_inside_recording(self._fn)
         with self._turns:
             self._context.check()
-            values = self._declared.values(values)
+            values = self._declared.flat_values(values)
             plan = self._planned(None, family, values)
             decision, key, bound = plan.decision, plan.decision.key, plan.bound
             if key is None or bound is None:
@@ -403,12 +371,12 @@ class GraphRunner:
             def replay(given: Mapping[str, torch.Tensor]) -> Any:
                 return run(given, self._plan(decision, family, plan.variant, plan.sizes, plan.rows, given))
 
-            tensors = {name: value for name, value in values.items() if name not in static}
+            tensors = self._declared.without_static(values)
             carried = self._buffers.bind_carried(plan.sizes)
             return verify(
                 Step(
                     key=key,
-                    inputs=[spec for spec in self._inputs if not spec.carried and spec.size_of is None],
+                    inputs=[spec for spec in self._declared.inputs if not spec.carried and spec.size_of is None],
                     values=tensors,
                     sizes=plan.sizes,
                     graph_sizes=bound.sizes,
@@ -436,21 +404,21 @@ class GraphRunner:
         refuse_inside_recording(self._fn)
         with self._turns:
             self._context.check()
-            return self._run_padded(key, self._declared.values(values))
+            return self._run_padded(key, self._declared.flat_values(values))
 
     def _run_padded(self, key: GraphKey, values: Mapping[str, Any]) -> Any:
         """Run the function eagerly over the buffers of a graph."""
-        sizes = self._sizes(values, key.variant)
+        sizes = self._declared.sizes(values, key.variant, self.backend.device)
         bound = self._bind(key)
         check_fit(sizes, bound.sizes)
         if self._host_arguments is not None:
             self._host_arguments.set(key.family, bound.sizes, values)
         with torch.inference_mode():
-            self._buffers.load(bound, {**values, **self._true_sizes(sizes)})
+            self._buffers.load(bound, {**values, **self._declared.size_values(sizes)})
             with _left_as_they_are(self._buffers.beyond(bound, sizes)):
                 leaves, structure = flatten(self._call(key.family, key.variant, bound.views))
                 leaves = [leaf.clone() for leaf in leaves]
-            if self._declared_outputs is None and sizes == bound.sizes:
+            if self._declared.output_axes is None and sizes == bound.sizes:
                 return structure.build(leaves)
             here = Sample(bound.sizes, _shapes(leaves))
             outputs = self._output_axes(key.family, key.variant, [here])
@@ -465,33 +433,16 @@ class GraphRunner:
         )
 
     def _call(self, family: str, variant: Variant, inputs: Mapping[str, torch.Tensor]) -> Any:
-        arguments = self._declared.as_arguments(inputs)
-        named = {"family": family} if self._has_families else {}
         with inference_only(inputs):
-            return self._fn(**named, **dict(variant), **arguments)
-
-    def _signature(self, family: str, values: Mapping[str, Any]) -> Hashable:
-        """Return what a call's plan hangs on; None where its values must be looked at one by one."""
-        parts: list[Hashable] = [family]
-        for name, value in values.items():
-            if name in self._static:
-                parts.append((name, exact(self._static_value(name, value))))
-            elif isinstance(value, torch.Tensor) and name in self._names:
-                if value.layout is not torch.strided or value.is_nested:
-                    return None
-                parts.append((name, value.shape, value.dtype, value.device))
-            else:
-                return None
-        return tuple(parts)
+            return self._fn(**self._declared.arguments(family, variant, inputs))
 
     def _planned(self, signature: Hashable, family: str, values: dict[str, Any]) -> _Plan:
         """Decide what a call does, after a capture if it needs one."""
-        static = {name: value for name, value in values.items() if name in self._static}
-        variant = self._variant(family, static)
-        sizes = self._sizes({name: value for name, value in values.items() if name not in static}, variant)
-        size = self._axes.size_of(sizes)
+        variant = self._declared.variant(family, values)
+        sizes = self._declared.sizes(self._declared.without_static(values), variant, self.backend.device)
+        size = self._declared.axes.size_of(sizes)
         rows = volume(size)
-        wanted = size if rows else self._axes.size_of({axis: max(1, size) for axis, size in sizes.items()})
+        wanted = size if rows else self._declared.axes.size_of({axis: max(1, size) for axis, size in sizes.items()})
         decision = dispatch(wanted, self.policy, self._programs, self._failed, family, variant)
         if decision.mode is not Mode.EAGER and decision.key is not None:
             check_fit(sizes, self._bind(decision.key).sizes)
@@ -517,21 +468,15 @@ class GraphRunner:
         rows: int,
         values: Mapping[str, Any],
     ) -> _Plan:
-        true = self._true_sizes(sizes)
+        true = self._declared.size_values(sizes)
         plan = _Plan(decision, family, variant, sizes, rows, not rows, true)
         if decision.mode is Mode.EAGER or decision.key is None:
-            carried_axes = {axis for spec in self._inputs if spec.carried for axis in spec.shape}
-            for axis, size in sizes.items():
-                if axis in carried_axes and size > self._limits[axis]:
-                    raise InputError(
-                        f"axis {axis!r} has size {size}; carried inputs have room for {self._limits[axis]}, by the "
-                        "largest bucket: make it larger"
-                    )
+            self._declared.check_state_holds(sizes)
             return plan
         program, bound = self._programs[decision.key], self._bind(decision.key)
-        shapes = {name: value.shape for name, value in {**values, **true}.items() if name in self._names}
+        shapes = {name: value.shape for name, value in {**values, **true}.items() if name in self._declared.names}
         cuts: Sequence[tuple[slice, ...] | None] = [None] * len(program.outputs)
-        if self._declared_outputs is not None or any(sizes[axis] != bound.sizes[axis] for axis in sizes):
+        if self._declared.output_axes is not None or any(sizes[axis] != bound.sizes[axis] for axis in sizes):
             outputs = self._outputs_of(family, variant)
             if isinstance(outputs, str):
                 raise InputError(outputs)
@@ -546,10 +491,11 @@ class GraphRunner:
             cuts=cuts,
         )
 
-    def _run(self, plan: _Plan, values: Mapping[str, Any], repeats: int) -> tuple[list[torch.Tensor], Structure]:
+    def _run(self, plan: _Plan, values: Mapping[str, Any], repeats: int) -> tuple[list[Any], Structure]:
         """Run a step and return its outputs at their true sizes, flat, and how they nest."""
-        if self._static or plan.values:
-            values = {name: value for name, value in values.items() if name not in self._static} | plan.values
+        values = self._declared.without_static(values)
+        if plan.values:
+            values = {**values, **plan.values}
         if plan.program is None or plan.bound is None or plan.load is None:
             return self._run_unpadded(plan, values, repeats)
         if not plan.idle:
@@ -568,91 +514,40 @@ class GraphRunner:
 
     def _run_unpadded(
         self, plan: _Plan, values: Mapping[str, torch.Tensor], repeats: int
-    ) -> tuple[list[torch.Tensor], Structure]:
+    ) -> tuple[list[Any], Structure]:
         """Run the function eagerly at the true sizes, on copies of its inputs."""
         device = self.backend.device
         if self._host_arguments is not None:
             self._host_arguments.set(plan.family, plan.sizes, values)
         inputs = self._unpadded_inputs(plan.sizes)
         for name, value in values.items():
-            if self._names[name].carried:
+            if self._declared.names[name].carried:
                 inputs[name].copy_(value)
             else:
                 inputs[name] = value.to(device, copy=True)
         for _ in range(repeats - 1):
             self._call(plan.family, plan.variant, inputs)
         leaves, structure = flatten(self._call(plan.family, plan.variant, inputs))
-        _check_outputs(leaves)
-        return [leaf.detach() for leaf in leaves], structure
+        return [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
 
     def _unpadded_inputs(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
         """Return all inputs at the axis ``sizes``: carried ones as they are, the others all padding."""
         carried = self._buffers.bind_carried(sizes)
         return {
             spec.name: carried[spec.name] if spec.carried else all_padding(spec, sizes, self.backend.device)
-            for spec in self._inputs
+            for spec in self._declared.inputs
         }
-
-    def _sizes(self, values: Mapping[str, Any], variant: Variant) -> dict[str, int]:
-        """Check a call's values and return the true size of every axis, also of those that outputs alone have."""
-        sizes = true_sizes(self._inputs, values, self.backend.device)
-        left_out = [spec for spec in self._inputs if spec.name not in values]
-        for axis in self._axes.bucketed:
-            if axis not in sizes:
-                if not any(axis in spec.shape and not spec.carried for spec in left_out):
-                    raise InputError(f"no input gives axis {axis!r} a size in this call; pass one that has it")
-                sizes[axis] = 0
-        bucketed = {axis: sizes[axis] for axis in self._axes.bucketed}
-        for axis in self._axes.sizes:
-            if axis not in sizes:
-                padded = any(axis in spec.shape and not spec.carried for spec in left_out)
-                sizes[axis] = 0 if padded else self._axes.other(axis, bucketed, dict(variant))
-        return sizes
-
-    def _true_sizes(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """Return the inputs that the runner itself fills."""
-        return {spec.name: torch.tensor(sizes[spec.size_of], dtype=spec.dtype) for spec in self._inputs if spec.size_of}
-
-    def _variant(self, family: str, static: Mapping[str, Any]) -> Variant:
-        if family not in self.policy.buckets:
-            raise InputError(f"family {family!r} is not one of {sorted(self.policy.buckets)}")
-        if len(static) != len(self._static):
-            raise InputError(f"static arguments given: {sorted(static)}; declared are {sorted(self._static)}")
-        return tuple((name, self._static_value(name, static[name])) for name in self._static)
-
-    def _static_value(self, name: str, value: Any) -> Hashable:
-        if name not in self._static:
-            raise InputError(f"static argument {name!r} is not declared; declared are {sorted(self._static)}")
-        values = self._static[name]
-        try:
-            return values[exact(value)]
-        except (KeyError, TypeError):
-            raise InputError(
-                f"static argument {name!r} is {value!r}, a {type(value).__name__}; declared values are "
-                f"{tuple(values.values())}"
-            ) from None
-
-    def _make_buffers(self) -> InputBuffers:
-        if not self.policy.buckets or not any(self.policy.buckets.values()):
-            raise InputError("no family has buckets; give at least one, or enabled=False to run everything eagerly")
-        return InputBuffers(self._inputs, self._limits, self.backend)
-
-    @cached_property
-    def _limits(self) -> dict[str, int]:
-        """The largest size of every axis in any graph."""
-        all_sizes = [self._axes.at(key.size, key.variant) for key in self.keys]
-        return {axis: max(sizes[axis] for sizes in all_sizes) for axis in all_sizes[0]}
 
     def _bind(self, key: GraphKey) -> BoundInputs:
         if key not in self._bound:
-            self._bound[key] = self._buffers.bind(self._axes.at(key.size, key.variant))
+            self._bound[key] = self._buffers.bind(self._declared.axes.at(key.size, key.variant))
         return self._bound[key]
 
     def _capture(self, key: GraphKey) -> None:
+        self._plans.clear()
         if problem := self._no_room(key):
             self._stop_capturing(problem)
             return
-        self._plans.clear()
         start = time.perf_counter()
         try:
             with self._pool.measured() as taken:
@@ -667,7 +562,7 @@ class GraphRunner:
             self._host_arguments.set(key.family, bound.sizes, {})
         try:
             with self._buffers.carried_kept():
-                self._buffers.load(bound, examples(self._inputs, bound.sizes))
+                self._buffers.load(bound, examples(self._declared.inputs, bound.sizes))
                 program = record(
                     lambda **kwargs: self._call(key.family, key.variant, kwargs),
                     self.backend,
@@ -676,7 +571,7 @@ class GraphRunner:
                     self._host_arguments,
                     warmup_iterations=self._warmup_iterations,
                 )
-            known = self._declared_outputs or self._outputs.get((key.family, key.variant))
+            known = self._declared.output_axes or self._outputs.get((key.family, key.variant))
             if known is not None and (problem := known.problem(_shapes(program.outputs), bound.sizes)):
                 raise CaptureError(problem)
         except CaptureError as error:
@@ -707,20 +602,22 @@ class GraphRunner:
 
     def _output_axes(self, family: str, variant: Variant, samples: list[Sample]) -> OutputAxes | str:
         """Return how outputs follow the axes: as declared, as known, or as shapes at several sizes show."""
-        known = self._declared_outputs or self._outputs.get((family, variant))
+        known = self._declared.output_axes or self._outputs.get((family, variant))
         if known is not None:
             return known.problem(samples[0].shapes, samples[0].sizes) or known
 
         def shapes_at(sizes: dict[str, int]) -> tuple[tuple[int, ...], ...]:
             if self._host_arguments is not None:
                 self._host_arguments.set(family, sizes, {})
-            inputs = {spec.name: all_padding(spec, sizes, self.backend.device) for spec in self._inputs}
-            for name, value in examples(self._inputs, sizes).items():
+            inputs = {spec.name: all_padding(spec, sizes, self.backend.device) for spec in self._declared.inputs}
+            for name, value in examples(self._declared.inputs, sizes).items():
                 inputs[name] = value.to(self.backend.device)
             with torch.inference_mode():
                 return _shapes(flatten(self._call(family, variant, inputs))[0])
 
-        found = find_output_axes(samples, self._axes, self._declared.axes, self._limits, variant, shapes_at)
+        found = find_output_axes(
+            samples, self._declared.axes, self._declared.input_axes, self._declared.limits, variant, shapes_at
+        )
         if isinstance(found, OutputAxes):
             self._outputs[family, variant] = found
         return found
@@ -771,68 +668,6 @@ class GraphRunner:
             stats.rows += plan.rows * repeats
             stats.padded_rows += decision.padding * repeats
 
-    def _check_axes_are_used(self, output_axes: Sequence[Sequence[str | None]] | None) -> None:
-        """Check the names of axes: those of outputs, and those whose size is given or asked for."""
-        known = {*self._axes.bucketed, *self._axes.sizes}
-        of_outputs = {axis for output in output_axes or () for axis in output if axis is not None}
-        sized = {spec.size_of for spec in self._inputs if spec.size_of}
-        for axis in of_outputs | sized:
-            if axis not in known:
-                where = "output_axes" if axis in of_outputs else "the size_of of an input"
-                raise InputError(
-                    f"{where} names axis {axis!r}, which no input has and axes= does not give; there are "
-                    f"{sorted(known)}"
-                )
-        for axis in self._axes.sizes:
-            if axis not in {*self._declared.axes, *of_outputs, *sized}:
-                raise InputError(f"axes= gives axis {axis!r} a size, but no input and no output has that axis")
-
-
-def _check_names(
-    fn: Callable[..., Any], inputs: Sequence[str], static: Mapping[str, object], *, has_family: bool
-) -> None:
-    """Check that arguments can be told apart and that ``fn`` takes them."""
-    for name in (*inputs, *static):
-        if name in ("family", "own", "repeats", "progress"):
-            raise InputError(
-                f"an input or static argument is called {name!r}, which is an argument of the runner; rename it"
-            )
-    if both := set(inputs) & static.keys():
-        raise InputError(f"{sorted(both)} are declared both as inputs and as static arguments")
-    try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):
-        return  # a callable that does not tell
-    try:
-        signature.bind(**dict.fromkeys([*inputs, *static, *(["family"] if has_family else [])]))
-    except TypeError as error:
-        raise InputError(
-            f"{getattr(fn, '__qualname__', fn)}{signature} cannot be called with the declared arguments "
-            f"{[*inputs, *static]}: {error}"
-        ) from None
-
-
-def _static_values(name: str, values: Sequence[Hashable]) -> dict[Hashable, Hashable]:
-    """Return the declared values of a static argument by what tells them apart."""
-    found: dict[Hashable, Hashable] = {}
-    for value in values:
-        try:
-            found[exact(value)] = value
-        except TypeError:
-            raise InputError(
-                f"static argument {name!r} is declared with {value!r}, a {type(value).__name__}, which cannot be "
-                "hashed and so cannot select a graph; use a tuple, or another value that can"
-            ) from None
-    if not found:
-        raise InputError(f"static argument {name!r} is declared without values; give a list of all that it may take")
-    return found
-
-
-def _check_outputs(leaves: Sequence[object]) -> None:
-    for leaf in leaves:
-        if not isinstance(leaf, torch.Tensor):
-            raise CaptureError(f"the function returned {leaf!r}, a {type(leaf).__name__}; return tensors")
-
 
 def _shapes(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tensor.shape) for tensor in tensors)
@@ -855,20 +690,3 @@ def _reason(error: CaptureError) -> Reason:
     if isinstance(error, CaptureMemoryError):
         return Reason.OUT_OF_MEMORY
     return Reason.UNSUPPORTED_OP if isinstance(error, UnsupportedOpError) else Reason.CAPTURE_FAILED
-
-
-@contextmanager
-def _progress_bar(total: int) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("capturing graphs", total=total)
-        yield lambda: progress.advance(task)
-
-
-def _with_progress(keys: Sequence[GraphKey]) -> Iterator[GraphKey]:
-    with _progress_bar(len(keys)) as advance:
-        for key in keys:
-            yield key
-            advance()

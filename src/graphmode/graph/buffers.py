@@ -1,0 +1,219 @@
+"""The persistent buffers of inputs: where graphs read a step's values, and how these and their padding get there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from graphmode.graph.backends.base import Backend
+from graphmode.graph.inputs import Input, all_padding, shape_at
+from graphmode.graph.staging import StagingRing
+
+ALIGNMENT = 256
+STAGING_SLOTS = 4
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Where an input lies in the arena, at its maximum shape."""
+
+    spec: Input
+    offset: int
+    shape: tuple[int, ...]
+
+    def view(self, memory: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the leading corner ``shape`` of this region of ``memory``, uint8 ``[bytes]``."""
+        itemsize = self.spec.dtype.itemsize
+        flat = memory[self.offset : self.offset + prod(self.shape) * itemsize].view(self.spec.dtype)
+        return flat.view(self.shape)[_slices(shape)]
+
+    def end(self, shape: tuple[int, ...]) -> int:
+        """Return the byte after the last one that the leading corner ``shape`` touches."""
+        last = 0
+        for size, full in zip(shape, self.shape, strict=True):
+            last = last * full + size - 1
+        return self.offset + (last + 1) * self.spec.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class BoundInputs:
+    """The inputs as one graph sees them.
+
+    Attributes:
+        sizes: the size of every axis.
+        views: each input's prefix of its persistent buffer, on the device.
+        nbytes: length of the arena's prefix that holds all of them but those that are carried.
+    """
+
+    sizes: dict[str, int]
+    views: dict[str, torch.Tensor]
+    nbytes: int
+
+
+class _Staged:
+    """One input in one slot of the staging ring: a leading corner holds values, all else its padding.
+
+    Args:
+        region: which input.
+        memory: of the slot, uint8 ``[bytes]``.
+    """
+
+    def __init__(self, region: _Region, memory: torch.Tensor) -> None:
+        self._padding = region.spec.padding
+        self._buffer = region.view(memory, region.shape).fill_(self._padding)
+        self._corner: torch.Size | None = None
+
+    def write(self, value: torch.Tensor | None) -> None:
+        """Write a value, None for nothing but padding. Only what held values before is padded again."""
+        before, self._corner = self._corner, None if value is None else value.shape
+        if before is not None and (
+            value is None or any(old > new for old, new in zip(before, value.shape, strict=True))
+        ):
+            self._buffer[_slices(before)].fill_(self._padding)
+        if value is not None:
+            self._buffer[_slices(value.shape)].copy_(value)
+
+
+class InputBuffers:
+    """One persistent buffer of maximum size per input: those of each step in one arena on the device.
+
+    The largest inputs lie last, so that a small step copies a small prefix of the arena. Where the device's memory is
+    the host's, values are written where graphs read them.
+
+    Attributes:
+        arena: uint8 ``[bytes]``.
+        carried: the buffers of carried inputs by name, at their largest shape.
+
+    Args:
+        inputs: the declarations.
+        limits: the largest size of every axis.
+        backend: allocates the arena, the host buffers and the events.
+    """
+
+    def __init__(self, inputs: Sequence[Input], limits: Mapping[str, int], backend: Backend) -> None:
+        offset, self._regions = 0, list[_Region]()
+        self._device = backend.device
+        shapes = {spec.name: shape_at(spec, limits) for spec in inputs}
+        self._carried = {spec.name: spec for spec in inputs if spec.carried}
+        self.carried = {name: all_padding(spec, limits, backend.device) for name, spec in self._carried.items()}
+        in_arena = [spec for spec in inputs if not spec.carried]
+        for spec in sorted(in_arena, key=lambda spec: prod(shapes[spec.name]) * spec.dtype.itemsize):
+            self._regions.append(_Region(spec, offset, shapes[spec.name]))
+            offset += -(-prod(shapes[spec.name]) * spec.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.arena = torch.zeros(offset, dtype=torch.uint8, device=backend.device)
+        self._ring: StagingRing | None = None
+        if not backend.capabilities.host_memory:
+            self._ring = StagingRing(offset, STAGING_SLOTS, backend.host_buffer, backend.event)
+            self._staged = [
+                {region.spec.name: _Staged(region, slot.memory) for region in self._regions}
+                for slot in self._ring.slots
+            ]
+
+    def bind(self, sizes: dict[str, int]) -> BoundInputs:
+        """Return the view of every buffer at the axis ``sizes``."""
+        views = {
+            region.spec.name: region.view(self.arena, shape_at(region.spec, sizes)) for region in self._regions
+        } | self.bind_carried(sizes)
+        ends = (region.end(shape_at(region.spec, sizes)) for region in self._regions)
+        return BoundInputs(sizes=sizes, views=views, nbytes=max(ends, default=0))
+
+    def bind_carried(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Return the view of every carried input at the axis ``sizes``."""
+        return {name: self.carried[name][_slices(shape_at(spec, sizes))] for name, spec in self._carried.items()}
+
+    def loader(
+        self, bound: BoundInputs, shapes: Mapping[str, Sequence[int]]
+    ) -> Callable[[Mapping[str, torch.Tensor]], None]:
+        """Return what copies values of ``shapes`` into the buffers that ``bound`` sees and refills their padding.
+
+        Host values go through one slot of the staging ring and one copy; device values are copied on the device. An
+        input without a shape is all padding, or what it was if it is carried. Everything is put on the current stream.
+        """
+        if self._ring is not None:
+            return lambda values: self._load_staged(bound, values)
+        writes = []
+        for name, view in bound.views.items():
+            if name in self._carried:
+                rest: list[torch.Tensor] = []
+            else:
+                rest = outside_corner(view, shapes[name]) if name in shapes else [view]
+            corner = view[_slices(shapes[name])] if name in shapes else None
+            padding = self._padding(name)
+            writes.append((name, corner, rest, padding))
+
+        def load(values: Mapping[str, torch.Tensor]) -> None:
+            for name, corner, rest, padding in writes:
+                if corner is not None:
+                    corner.copy_(values[name])
+                for view in rest:
+                    view.fill_(padding)
+
+        return load
+
+    def load(self, bound: BoundInputs, values: Mapping[str, torch.Tensor]) -> None:
+        """Copy ``values`` into the buffers that ``bound`` sees, as :meth:`loader` says."""
+        self.loader(bound, {name: value.shape for name, value in values.items()})(values)
+
+    def _padding(self, name: str) -> float | int | bool:
+        specs = {region.spec.name: region.spec for region in self._regions} | self._carried
+        return specs[name].padding
+
+    def _load_staged(self, bound: BoundInputs, values: Mapping[str, torch.Tensor]) -> None:
+        assert self._ring is not None
+        on_device = {name: value for name, value in values.items() if value.device.type != "cpu"}
+        if any(region.spec.name not in on_device for region in self._regions):
+            slot = self._ring.acquire()
+            for name, staged in self._staged[slot.index].items():
+                if name not in on_device:
+                    staged.write(values.get(name))
+            self.arena[: bound.nbytes].copy_(slot.memory[: bound.nbytes], non_blocking=True)
+            self._ring.release(slot)
+        for region in self._regions:
+            name = region.spec.name
+            if name in on_device:
+                fill(bound.views[name], on_device[name], region.spec.padding)
+        for name in self._carried:
+            if name in values:
+                bound.views[name][_slices(values[name].shape)].copy_(values[name])
+
+    @contextmanager
+    def carried_kept(self) -> Iterator[None]:
+        """Put all carried inputs back to what they were."""
+        before = {name: tensor.clone() for name, tensor in self.carried.items()}
+        try:
+            yield
+        finally:
+            for name, tensor in before.items():
+                self.carried[name].copy_(tensor)
+
+    def beyond(self, bound: BoundInputs, sizes: Mapping[str, int]) -> list[torch.Tensor]:
+        """Return what of the carried inputs that ``bound`` sees lies beyond the true ``sizes``."""
+        return [
+            view
+            for name, spec in self._carried.items()
+            for view in outside_corner(bound.views[name], shape_at(spec, sizes))
+        ]
+
+
+def outside_corner(tensor: torch.Tensor, corner: Sequence[int]) -> list[torch.Tensor]:
+    """Return views that cover all of ``tensor`` but its leading corner, each element once."""
+    views = []
+    for dim, size in enumerate(corner):
+        if size < tensor.shape[dim]:
+            views.append(tensor[(*_slices(corner[:dim]), slice(size, None))])
+    return [view for view in views if view.numel()]
+
+
+def fill(target: torch.Tensor, value: torch.Tensor, padding: float | int | bool) -> None:
+    """Write ``value`` into the leading corner of ``target`` and ``padding`` everywhere else."""
+    target[_slices(value.shape)].copy_(value)
+    for view in outside_corner(target, value.shape):
+        view.fill_(padding)
+
+
+def _slices(corner: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(size) for size in corner)
