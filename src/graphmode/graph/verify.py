@@ -220,7 +220,7 @@ def _names(inputs: Sequence[str]) -> str:
 
 def _large(step: Step, sign: int) -> float:
     """Return a number larger than any that the step's values hold, which their dtypes can hold, too."""
-    floats = [value for value in step.values.values() if value.dtype.is_floating_point]
+    floats = [value.detach() for value in step.values.values() if value.dtype.is_floating_point]
     largest = max(
         (float(value.float().nan_to_num(0, 0, 0).abs().max()) for value in floats if value.numel()), default=0
     )
