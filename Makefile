@@ -7,7 +7,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # together; the one that is done first takes over some of the other's.
 PYTEST := -m pytest $(if $(shell command -v nvidia-smi 2>/dev/null),,--numprocesses 2 --dist worksteal)
 
-.PHONY: demo test test-oldest test-latest test-real lint format docs lock clean
+.PHONY: demo test test-oldest test-latest test-real test-operators lint format docs lock clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -29,6 +29,10 @@ test-latest: $(VENV)/.ready
 # With a real model of 135 million parameters, which a package brings; what else the package asks for is not wanted.
 test-real: $(VENV)/.real
 	$(BIN)/python -m pytest -m real tests/real
+
+# Every entry of torch's operator database, of which `test` tries one of each kind: some minutes.
+test-operators: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow tests/graph/test_operators.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """Torch's operator database: each operator is captured and its replays are bitwise eager ones, or it is refused.
 
-Every entry: ``python -m pytest -m slow tests/graph/test_operators.py``.
+Every entry: ``make test-operators``.
 """
 
 import logging

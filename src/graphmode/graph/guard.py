@@ -242,7 +242,8 @@ class Guard:
         if self._states is None:
             return
         state = next((state for known, state in self._states if known is generator), None)
-        if state is None or not torch.equal(state, generator.get_state()):
+        # A device's generator counts what a capture draws by other means, and refuses itself to be seeded there.
+        if state is None or (generator.device.type == "cpu" and not torch.equal(state, generator.get_state())):
             raise UnsupportedOpError(
                 "the function makes or seeds a random generator, which a replay would not do again; make and seed it "
                 "once, outside of the function",
