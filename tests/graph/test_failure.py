@@ -122,6 +122,24 @@ def test_a_capture_that_cuda_itself_refuses_is_cleaned_up() -> None:
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.gpu
+def test_random_numbers_can_be_drawn_after_a_capture_that_cuda_itself_refused() -> None:
+    generator = torch.Generator("cuda")
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = x + torch.rand_like(x) + torch.rand(x.shape, device="cuda", generator=generator)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return y
+
+    runner = GraphRunner(fn, INPUT, [2], backend="cuda")
+    runner.capture()
+    assert list(runner.failed.values()) == [Reason.CAPTURE_FAILED]
+    assert runner(x=torch.zeros(2, 4)).min() > 0
+    assert torch.rand(3, device="cuda").min() >= 0
+    assert torch.rand(3, device="cuda", generator=generator).min() >= 0
+
+
 def test_an_output_whose_axes_are_not_declared_is_an_error(device: str) -> None:
     """Every second row: their number is no multiple of the rows', and no two sizes could tell."""
     runner = GraphRunner(lambda x: x[::2], INPUT, [8], backend=device, strict=True)

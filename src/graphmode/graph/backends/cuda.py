@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from graphmode.graph.backends.base import Capabilities, Graph, Support
 from graphmode.graph.backends.streams import GraphInterface, StreamBackend, StreamPool, StreamRecording
 from graphmode.graph.host_arguments import HostArguments
+
+log = logging.getLogger(__name__)
 
 SUPPORT = Support(
     captured="torch.cuda.CUDAGraph, torch.cuda.graph(capture_error_mode='thread_local')",
@@ -42,7 +45,14 @@ class CudaRecording(StreamRecording):
         """Undo what a capture that the driver refused leaves behind.
 
         The caching allocators still take it to be under way: the device's is told otherwise; the one for pinned host
-        memory cannot be, and refuses the pool, so later captures get a new one.
+        memory cannot be, and refuses the pool, so later captures get a new one. Random generators draw nothing outside
+        of a capture until one has ended in order: an empty one.
         """
         torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool.handle)
         super().forget(graph)
+        try:
+            empty = self.registered(self.make_graph())
+            with warnings.catch_warnings(action="ignore"), self.open_capture(empty):
+                pass
+        except Exception as error:
+            log.warning("random generators may refuse to draw after the broken capture: %s", error)

@@ -168,9 +168,7 @@ class StreamRecording:
         yield
 
     def begin(self) -> None:
-        graph = self.make_graph()
-        for generator in self._generators:
-            graph.register_generator_state(generator)
+        graph = self.registered(self.make_graph())
         capture = self.open_capture(graph)
         try:
             capture.__enter__()
@@ -207,6 +205,12 @@ class StreamRecording:
     def make_graph(self) -> Any:
         """Return an empty graph."""
         return getattr(self.module, self.interface.graph)()
+
+    def registered(self, graph: Any) -> Any:
+        """Return a graph that knows the generators that the function draws from."""
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        return graph
 
     def open_capture(self, graph: Any) -> AbstractContextManager[object]:
         """Return the context in which ``graph`` captures."""
