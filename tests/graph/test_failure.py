@@ -46,7 +46,9 @@ def test_what_depends_on_data_is_refused_with_its_line(device: str, name: str) -
     assert error.value.operator is not None
 
 
-@pytest.mark.parametrize("read", [np.asarray, str, torch.Tensor.numpy], ids=["asarray", "str", "numpy"])
+@pytest.mark.parametrize(
+    "read", [np.asarray, str, "{}".format, torch.Tensor.numpy], ids=["asarray", "str", "format", "numpy"]
+)
 def test_reading_memory_on_the_cpu_is_refused_too(read: Callable[[torch.Tensor], object]) -> None:
     runner = GraphRunner(lambda x: x * len(str(read(x))), INPUT, [2], backend="cpu", strict=True)
     with pytest.raises(UnsupportedOpError):

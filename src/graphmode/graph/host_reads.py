@@ -33,6 +33,7 @@ _MOVES = "it moves a tensor's memory, which a replay would not do again"
 _METHODS: dict[Callable[..., Any], tuple[str, str]] = {
     torch.Tensor.tolist: ("Tensor.tolist", _READS),
     torch.Tensor.__repr__: ("Tensor.__repr__", _READS),
+    torch.Tensor.__format__: ("Tensor.__format__", _READS),
     torch.Tensor.numpy: ("Tensor.numpy", _READS),
     torch.Tensor.__array__: ("Tensor.__array__", _READS),
     torch.Tensor.__dlpack__: ("Tensor.__dlpack__", _SHARES),

@@ -58,6 +58,8 @@ def _overload(func: Any) -> tuple[Any, tuple[str, ...], frozenset[str]] | None:
     factory = not any("Tensor" in kind for _, kind in wanted)
     if any(str(returned.type) != "Tensor" for returned in schema.returns):
         return None
+    if any(name == "reduction" for name, _ in wanted):
+        return None  # losses compute in the result's memory before they reduce: it is resized, with a warning
     for name in func.overloadpacket.overloads():
         candidate = getattr(func.overloadpacket, name)
         outs = tuple(argument.name for argument in candidate._schema.arguments if argument.is_out)
