@@ -1,11 +1,12 @@
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graphmode.graph import InputError, make_buckets
-from graphmode.graph.buckets import check_buckets, powers_of_two, spread
+from graphmode.graph.buckets import bucket_sizes, check_buckets, powers_of_two, spread
 
 
 @given(st.integers(1, 100_000))
@@ -70,3 +71,9 @@ def test_powers_of_two_end_with_the_largest_step_and_pad_less_than_half(maximum:
     assert sizes[-1] == maximum
     assert all(size & (size - 1) == 0 for size in sizes[:-1])
     assert all(small < large <= 2 * small for small, large in pairwise(sizes))
+
+
+def test_numbers_and_arrays_of_numpy_are_sizes() -> None:
+    assert bucket_sizes(np.array([4, 2]), ["n"]) == (2, 4)
+    assert bucket_sizes(np.int64(4), ["n"]) == make_buckets(4)
+    assert bucket_sizes(range(1, 4), ["n"]) == (1, 2, 3)

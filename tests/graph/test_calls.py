@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphmode.graph import GraphModeError, GraphRunner, Input, InputError
+from graphmode.graph import GraphKey, GraphModeError, GraphRunner, Input, InputError
 
 X = Input("x", torch.float32, ("n",))
 
@@ -208,6 +208,32 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "sparse": (lambda: runner_of_x()(x=torch.ones(2).to_sparse()), "is a sparse_coo tensor"),
     "nested": (lambda: runner_of_x()(x=torch.nested.nested_tensor([torch.ones(2)])), "is a nested tensor"),
     "an unknown static": (lambda: runner_of_x().capture(level=3), "'level' is not declared"),
+    "letters for a shape": (lambda: Input("x", torch.float32, "batch"), r"shape 'batch'; give a tuple"),
+    "a number for a shape": (lambda: Input("x", torch.float32, 3), "shape 3; give a tuple"),
+    "a number for a name": (lambda: Input(3, torch.float32, ("n",)), "an input is called 3"),
+    "infinity that is none": (
+        lambda: Input("x", torch.float8_e4m3fn, ("n",), padding=torch.inf),
+        "padded with inf, which torch.float8_e4m3fn cannot hold",
+    ),
+    "no bucketed axis": (lambda: GraphRunner(print, [Input("x", torch.float32, (3,))], [1]), r"buckets=\[3\]"),
+    "a fraction for buckets": (lambda: GraphRunner(print, [X], 4.0), "buckets are 4.0; give a list of sizes"),
+    "a text for buckets": (lambda: GraphRunner(print, [X], "4"), "buckets are '4'; give a list of sizes"),
+    "no axis of that name": (
+        lambda: GraphRunner(lambda x: x, [X], {"m": [2]}),
+        r"the keys of buckets=\['m'\] are not the bucketed axes",
+    ),
+    "a foreign array": (lambda: runner_of_x()(x=np.ones(2, ">f4")), "'x' is an array of .*no tensor can hold"),
+    "an array of objects": (lambda: runner_of_x()(x=np.array([None, 1])), "'x' is an array of dtype"),
+    "no repeats": (lambda: runner_of_x()(x=torch.ones(2), repeats=0), "repeats is 0"),
+    "a fraction of repeats": (lambda: runner_of_x()(x=torch.ones(2), repeats=1.5), "repeats is 1.5"),
+    "a fraction for a size": (lambda: runner_of_x().decide(1.5), r"size is 1.5; give a number of .* \['n'\]"),
+    "two numbers for a size": (lambda: runner_of_x().decide((1, 2)), r"size is \(1, 2\); give a number"),
+    "a negative size": (lambda: runner_of_x().decide(-1), "size is -1"),
+    "a size for a key": (lambda: runner_of_x().run_eagerly(2, x=torch.ones(2)), "2 is no key of this runner"),
+    "a key of no bucket": (
+        lambda: runner_of_x().run_eagerly(GraphKey("default", 3), x=torch.ones(2)),
+        "size=3.* is no key of this runner",
+    ),
     "an unhashable static value": (
         lambda: GraphRunner(lambda x, k: x, [X], [2], static={"k": (1,)}, backend="cpu")(x=torch.ones(2), k=[1]),
         r"'k' is \[1\], a list; declared values are \(1,\)",

@@ -87,6 +87,22 @@ def test_any_other_error_is_located_too(device: str) -> None:
     assert error.value.operator in ("aten::mm", "aten::sin")
 
 
+def test_an_error_before_the_first_operator_names_none(device: str) -> None:
+    def raises_for_two(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 2:
+            raise ValueError("two are too few")
+        return x * 2
+
+    runner = GraphRunner(raises_for_two, INPUT, [2, 4], backend=device)
+    runner.capture()
+    (failure,) = runner.stats.capture_failures
+    assert failure.message.startswith("capture failed before the first operator: ValueError: two are too few")
+    assert runner(x=torch.ones(3, 4)).sum().item() == 24
+    assert runner(x=torch.ones(1, 4)).sum().item() == 8, "its bucket has no graph, and the function takes one row"
+    with pytest.raises(ValueError, match="two are too few"):
+        runner(x=torch.ones(2, 4))
+
+
 def test_failing_first_does_not_harm_later_captures(device: str) -> None:
     """The failed capture is the first of its pool, and a piece of it was captured already."""
 

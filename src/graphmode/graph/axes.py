@@ -47,6 +47,19 @@ class Axes:
         function, arguments = size
         return int(function(*(bucketed[each] if each in bucketed else static[each] for each in arguments)))
 
+    def check(self, size: Size) -> None:
+        """Check that ``size`` is one that a call may have on the bucketed axes.
+
+        Raises:
+            InputError: it is no number of at least 0, or with several axes no tuple of these.
+        """
+        many = len(self.bucketed)
+        each = (size,) if many == 1 else size
+        if isinstance(each, tuple) and len(each) == many and all(isinstance(one, int) and one >= 0 for one in each):
+            return
+        wanted = "a number" if many == 1 else f"a tuple of {many} numbers"
+        raise InputError(f"the size is {size!r}; give {wanted} of at least 0, for the bucketed {list(self.bucketed)}")
+
     def size_of(self, sizes: Mapping[str, int]) -> Size:
         """Return what selects the graph of a call with these sizes."""
         return sizes[self.bucketed[0]] if len(self.bucketed) == 1 else tuple(sizes[axis] for axis in self.bucketed)
@@ -69,6 +82,11 @@ def resolve_axes(
     free = [axis for axis in dict.fromkeys(used) if axis not in sizes]
     if bucketed and sorted(bucketed) != sorted(free):
         raise InputError(f"buckets are given for the axes {list(bucketed)}; the axes without a size in axes are {free}")
+    if not bucketed and not free:
+        raise InputError(
+            "no input has an axis that is bucketed. Leave the axis that varies out of axes=; where none varies, name "
+            "one nevertheless, and give its size as the only bucket: shape ('width',) and buckets=[3]"
+        )
     if not bucketed and len(free) != 1:
         raise InputError(
             f"the axes {free} have no size in axes={dict(sizes)}. One axis is bucketed: leave exactly one out, or give "

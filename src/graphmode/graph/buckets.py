@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
+from numbers import Integral
 
 from graphmode.graph.axes import Size, volume
 from graphmode.graph.errors import InputError
@@ -53,12 +54,15 @@ def check_buckets(sizes: Sequence[int]) -> tuple[int, ...]:
     Raises:
         InputError: there is none, or one is not a positive integer.
     """
-    if not sizes:
+    if not len(sizes):
         raise InputError("no buckets: give at least one size, or a maximum to make them from")
+    found = set()
     for size in sizes:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        number = _integer(size)
+        if number is None or number < 1:
             raise InputError(f"bucket {size!r} is not a positive integer")
-    return tuple(sorted(set(sizes)))
+        found.add(number)
+    return tuple(sorted(found))
 
 
 def bucket_sizes(buckets: Buckets, axes: Sequence[str]) -> tuple[Size, ...]:
@@ -74,11 +78,21 @@ def bucket_sizes(buckets: Buckets, axes: Sequence[str]) -> tuple[Size, ...]:
     if isinstance(buckets, Mapping):
         each = [_axis_sizes(buckets[axis]) for axis in axes]
         return each[0] if len(each) == 1 else tuple(sorted(product(*each), key=lambda size: (volume(size), size)))
-    return _axis_sizes(buckets) if buckets != () else ()
+    return () if isinstance(buckets, tuple) and not buckets else _axis_sizes(buckets)
 
 
-def _axis_sizes(buckets: AxisBuckets) -> tuple[int, ...]:
-    return make_buckets(buckets) if isinstance(buckets, int) else check_buckets(buckets)
+def _integer(value: object) -> int | None:
+    """Return an integer of Python or numpy as one of Python, and None for anything else."""
+    return int(value) if type(value) is not bool and isinstance(value, Integral) else None
+
+
+def _axis_sizes(buckets: object) -> tuple[int, ...]:
+    largest = _integer(buckets)
+    if largest is not None:
+        return make_buckets(largest)
+    if not isinstance(buckets, Iterable) or isinstance(buckets, str):
+        raise InputError(f"buckets are {buckets!r}; give a list of sizes, or the largest one as an integer")
+    return check_buckets(tuple(buckets))
 
 
 def spread(sizes: Sequence[Size]) -> tuple[Size, ...]:

@@ -61,7 +61,7 @@ class Declaration:
         self.buckets = {name: bucket_sizes(sizes, self.axes.bucketed) for name, sizes in families.items()}
         if not any(self.buckets.values()):
             raise InputError("no family has buckets; give at least one, or enabled=False to run everything eagerly")
-        _check_names(fn, self._declared.arguments, self._static, has_family=self._has_families)
+        _check_names(fn, self._declared.arguments, self._static, tuple(families) if self._has_families else ())
         self._check_axes_are_used(output_axes or ())
         self.output_axes = None if output_axes is None else OutputAxes.declared(output_axes)
         all_sizes = [self.axes.at(key.size, key.variant) for key in self.keys()]
@@ -202,9 +202,9 @@ class Declaration:
 
 
 def _check_names(
-    fn: Callable[..., Any], inputs: Sequence[str], static: Mapping[str, object], *, has_family: bool
+    fn: Callable[..., Any], inputs: Sequence[str], static: Mapping[str, object], families: Sequence[str]
 ) -> None:
-    """Check that arguments can be told apart and that ``fn`` takes them."""
+    """Check that arguments can be told apart and that ``fn`` takes them, ``family`` among them if there are some."""
     for name in (*inputs, *static):
         if name in ("family", "own", "repeats", "progress"):
             raise InputError(
@@ -217,11 +217,12 @@ def _check_names(
     except (TypeError, ValueError):
         return  # a callable that does not tell
     try:
-        signature.bind(**dict.fromkeys([*inputs, *static, *(["family"] if has_family else [])]))
+        signature.bind(**dict.fromkeys([*inputs, *static, *(["family"] if families else [])]))
     except TypeError as error:
+        taken = f", and family, as the keys of buckets={list(families)} are not the bucketed axes" if families else ""
         raise InputError(
             f"{getattr(fn, '__qualname__', fn)}{signature} cannot be called with the declared arguments "
-            f"{[*inputs, *static]}: {error}"
+            f"{[*inputs, *static]}{taken}: {error}"
         ) from None
 
 

@@ -47,8 +47,15 @@ class Input:
     example: Callable[[Mapping[str, int]], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"an input is called {self.name!r}; give the name of the argument, a text")
         if not isinstance(self.dtype, torch.dtype):
             raise InputError(f"input {self.name!r} is declared with dtype {self.dtype!r}; give a torch.dtype")
+        if not isinstance(self.shape, (tuple, list)):
+            raise InputError(
+                f"input {self.name!r} is declared with shape {self.shape!r}; give a tuple with an entry for each "
+                "dimension, ('batch',) for one"
+            )
         for axis in self.shape:
             if not isinstance(axis, (str, int)) or isinstance(axis, bool) or (isinstance(axis, int) and axis < 0):
                 raise InputError(
@@ -72,7 +79,9 @@ class Input:
 def _holds(dtype: torch.dtype, value: float | int | bool) -> bool:
     """Return whether ``dtype`` can hold ``value``; of a fraction, closely."""
     if dtype.is_floating_point and isinstance(value, (int, float)):
-        return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
+        if math.isinf(value):
+            return bool(torch.tensor(value).to(dtype).to(torch.float32).isinf())
+        return math.isnan(value) or abs(value) <= torch.finfo(dtype).max
     try:
         return bool(torch.tensor(value, dtype=dtype).item() == value)
     except (RuntimeError, OverflowError, ValueError, TypeError):
@@ -137,7 +146,7 @@ class DeclaredInputs:
                 values[argument] = value
             else:
                 raise InputError(f"argument {argument!r} is not declared; declared are {list(self.arguments)}")
-        return {name: _as_tensor(value) for name, value in values.items()}
+        return {name: _as_tensor(name, value) for name, value in values.items()}
 
     def as_arguments(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
         """Return the function's arguments: ``tensors`` by input name, put into their trees."""
@@ -151,12 +160,19 @@ class DeclaredInputs:
         }
 
 
-def _as_tensor(value: Any) -> Any:
-    """Return a numpy array or scalar as a tensor over the same memory, and anything else as it is."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        array = np.asarray(value)
+def _as_tensor(name: str, value: Any) -> Any:
+    """Return a numpy array or scalar as a tensor over the same memory, and anything else as it is.
+
+    Raises:
+        InputError: no tensor holds what the array does.
+    """
+    if not isinstance(value, (np.ndarray, np.generic)):
+        return value
+    array = np.asarray(value)
+    try:
         return torch.from_numpy(array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy())
-    return value
+    except (TypeError, ValueError) as error:
+        raise InputError(f"input {name!r} is an array of {array.dtype!r}, which no tensor can hold: {error}") from None
 
 
 def true_sizes(inputs: Sequence[Input], values: Mapping[str, Any], device: torch.device) -> dict[str, int]:
@@ -225,7 +241,7 @@ def examples(inputs: Sequence[Input], sizes: Mapping[str, int]) -> dict[str, tor
     values = {spec.name: torch.tensor(sizes[spec.size_of], dtype=spec.dtype) for spec in inputs if spec.size_of}
     for spec in inputs:
         if spec.example is not None:
-            value = _as_tensor(spec.example(sizes))
+            value = _as_tensor(spec.name, spec.example(sizes))
             if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (shape_at(spec, sizes), spec.dtype):
                 found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
                 raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -257,8 +258,8 @@ def record(
                 for output in outputs:
                     if not isinstance(output, torch.Tensor):
                         raise CaptureError(
-                            f"the function returned {output!r}, a {type(output).__name__}; a replay would return the "
-                            "same for ever. Return tensors"
+                            f"the function returned {reprlib.repr(output)}, a {type(output).__name__}; a replay would "
+                            "return the same for ever. Return tensors"
                         )
                 recorder.steps.append(recording.end())
             except BaseException:
@@ -282,20 +283,21 @@ def _errors_located(guard: Guard) -> Iterator[None]:
             raise kind(f"{told}\n  at {location}", operator=error.operator, location=location.line) from error
         raise
     except Exception as error:
+        where = "before the first operator" if guard.operator is None else f"in or after {guard.operator}"
         location = location_of(error)
-        line = None if location is None else location.line
+        line, at = (None, "") if location is None else (location.line, f"\n  at {location}")
         if is_out_of_memory(error):
             left = in_words(free_memory(guard.device))
             raise CaptureMemoryError(
-                f"capture ran out of memory in or after {guard.operator}: {type(error).__name__}: {error}\n  at "
-                f"{location}\n  {left} are free on {guard.device} now. Capture smaller sizes (by graph_sizes,"
+                f"capture ran out of memory {where}: {type(error).__name__}: {error}{at}\n  "
+                f"{left} are free on {guard.device} now. Capture smaller sizes (by graph_sizes,"
                 " max_num_batched_tokens or max_num_seqs), or leave more memory (by a smaller kv_cache_memory)",
                 operator=guard.operator,
                 location=line,
             ) from error
         raise CaptureError(
-            f"capture failed in or after {guard.operator}: {type(error).__name__}: {error}\n  at {location}\n  If the "
-            f"code there must read values or wait for the device: {REMEDY if location is None else location.remedy}",
+            f"capture failed {where}: {type(error).__name__}: {error}{at}\n  If the code "
+            f" there must read values or wait for the device: {REMEDY if location is None else location.remedy}",
             operator=guard.operator,
             location=line,
         ) from error

@@ -286,7 +286,11 @@ class GraphRunner:
         """Say how a call of ``size`` on the bucketed axis (of each, where there are several) would run, and why.
 
         Changes nothing.
+
+        Raises:
+            InputError: that is no size, or the family or a static argument is not declared.
         """
+        self._declared.axes.check(size)
         return dispatch(size, self.policy, self._programs, self._failed, family, self._declared.variant(family, static))
 
     def __call__(self, *, family: str = DEFAULT_FAMILY, own: bool = False, repeats: int = 1, **values: Any) -> Any:
@@ -308,7 +312,8 @@ class GraphRunner:
             What the function returns, cut to the true sizes, in tensors that take no part in training.
 
         Raises:
-            InputError: a value does not fit its declaration, or a size its limit; or outputs must be cut, and which of
+            InputError: a value does not fit its declaration, a size its limit, or ``repeats`` is less than 1; or
+                outputs must be cut, and which of
                 their dimensions follow the axes is not declared and cannot be found.
             CaptureError: the step needed a capture, it failed, and the runner is strict; or another runner's function
                 calls this while it is captured.
@@ -317,6 +322,8 @@ class GraphRunner:
                 function.
         """
         refuse_inside_recording(self._fn)
+        if not isinstance(repeats, int) or repeats < 1:
+            raise InputError(f"repeats is {repeats!r}; it must be an integer of at least 1")
         with self._turns:
             self._context.check()
             signature = self._declared.signature(family, values)
@@ -398,10 +405,12 @@ class GraphRunner:
         Counts nothing. Outputs stay valid.
 
         Raises:
-            InputError: as for a call.
+            InputError: as for a call, or there is no such key.
             CaptureError: another runner's function calls this while it is captured.
         """
         refuse_inside_recording(self._fn)
+        if key not in self._bound and key not in self.keys:
+            raise InputError(f"{key!r} is no key of this runner; take one of its keys, or that of decide(...)")
         with self._turns:
             self._context.check()
             return self._run_padded(key, self._declared.flat_values(values))
