@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from graphmode.graph.axes import Size, volume
@@ -37,7 +37,7 @@ class Reason(StrEnum):
 _NO_ROOM = (Reason.OUT_OF_GRAPHS, Reason.OUT_OF_MEMORY)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GraphKey:
     """What selects a graph.
 
@@ -51,10 +51,15 @@ class GraphKey:
     family: str
     size: Size
     variant: tuple[tuple[str, Hashable], ...] = ()
-    _exact: Hashable = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_exact", tuple(exact(value) for _, value in self.variant))
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GraphKey) and self._exact() == other._exact()
+
+    def __hash__(self) -> int:
+        return hash(self._exact())
+
+    def _exact(self) -> Hashable:
+        return self.family, self.size, tuple((name, exact(value)) for name, value in self.variant)
 
 
 def exact(value: Hashable) -> Hashable:
