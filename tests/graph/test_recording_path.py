@@ -185,6 +185,35 @@ def test_recurrent_layers_stay_one_operator_on_cuda(kind: type[nn.RNNBase]) -> N
     assert len(seen) < 10
 
 
+class Quantized(torch.Tensor):
+    """A weight of 8-bit integers and a scale, which is a tensor to whoever computes with it."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> "Quantized":
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype, device=values.device)
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        self.values_, self.scale = values, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten.t.default:
+            return cls(args[0].values_.t(), args[0].scale)
+        dense = [value.values_ * value.scale if isinstance(value, cls) else value for value in args]
+        return func(*dense, **(kwargs or {}))
+
+
+def test_tensors_made_of_others_are_captured_by_what_they_are_made_of(device: str) -> None:
+    values = torch.randint(-9, 9, (6, WIDTH), dtype=torch.int8, device=device)
+    weight = Quantized(values, torch.tensor(0.1, device=device))
+    runner = _runner(lambda x: nn.functional.linear(x, weight), device, strict=True)
+    for step in range(3):
+        values.fill_(step)  # read at replay
+        x = torch.randn(BATCH, TIME, WIDTH)
+        assert torch.equal(runner(x=x), runner.run_eagerly(runner.keys[0], x=x))
+        torch.testing.assert_close(runner(x=x)[..., 0].cpu(), x.sum(-1) * 0.1 * step)
+
+
 def test_code_that_asks_for_torch_functions_gets_the_answer_of_an_eager_run(device: str) -> None:
     def fn(x: torch.Tensor) -> torch.Tensor:
         seen = torch.overrides.has_torch_function((x,)), torch.overrides.has_torch_function_unary(x)

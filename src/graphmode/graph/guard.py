@@ -62,12 +62,18 @@ def _decides_by_modes(func: Any, args: Sequence[Any]) -> bool:
     return func.overloadpacket in _LINALG
 
 
+@cache
+def _below_views(func: Any) -> bool:
+    """Return whether a kernel for views is running when a mode sees a composite operator."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "ADInplaceOrView"))
+
+
 @contextmanager
 def _dispatch_where_called(func: Any) -> Iterator[None]:
     """Dispatch as where a composite operator was called, instead of below a mode: what it does may depend on that."""
     with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "ADInplaceOrView"):
-            with torch._C._AutoDispatchBelowADInplaceOrView():  # that kernel is running
+        if _below_views(func):
+            with torch._C._AutoDispatchBelowADInplaceOrView():
                 yield
         else:
             yield
@@ -272,6 +278,8 @@ class _DispatchGuard(TorchDispatchMode):
         guard = self._guard
         if not guard.active:
             return func(*args, **kwargs)
+        if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
+            return NotImplemented  # a tensor made of others: what it does with them comes here
         composite = is_composite(func, guard.device.type) and not _decides_by_modes(func, args)
         if not composite:
             guard.operator = func.name()
@@ -284,7 +292,7 @@ class _DispatchGuard(TorchDispatchMode):
         written = [(tensor, tensor.shape) for tensor in _written(func, args, kwargs)]
         with guard.suspended():  # a kernel may read what it likes: it runs again at each replay
             results = func(*args, **kwargs)
-        if reason := _unusual_layout(tensors_in(results)) or _resized(func, written):
+        if reason := _unusual_layout(tensors_in(results)) or (_resized(func, written) if written else None):
             raise UnsupportedOpError(f"{func.name()} cannot be captured: {reason}; {REMEDY}", operator=func.name())
         guard.note_results(results)
         return results
