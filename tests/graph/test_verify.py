@@ -342,6 +342,15 @@ def test_two_axes_and_true_sizes(rows: int, length: int, device: str) -> None:
     assert leaky.verify(x=torch.rand(rows, length) + 1).ok == (length == 8)
 
 
+def test_a_weight_that_was_replaced_differs_from_run_eagerly(device: str) -> None:
+    layer = torch.nn.Linear(4, 4, device=device)
+    runner = GraphRunner(lambda x: layer(x), [X], [8], backend=device, strict=True)
+    runner(x=torch.ones(5, 4))
+    layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight))
+    found = runner.verify(x=torch.ones(5, 4))
+    assert (found.replay.passed, found.padding.passed, found.unpadded.passed) == (False, True, False)
+
+
 # Seeded faults of the runtime itself.
 
 
