@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from graphmode.graph.backends.cpu import Tape, _TapeMode
 from graphmode.graph.backends.streams import StreamBackend
+from graphmode.graph.guard import tensors_in
 
 NPU_INTERFACE = json.loads((Path(__file__).parent / "npu_interface.json").read_text())
 
@@ -149,8 +150,13 @@ class _DeviceTape(_TapeMode):
     def _give_back(self) -> None:
         pass
 
+    def own_tensors(self) -> list[torch.Tensor]:
+        records = [(part.args, part.kwargs, part.results) for part in self.parts if isinstance(part, Record)]
+        return [*super().own_tensors(), *tensors_in(records)]
+
     def close(self) -> Tape:
         tape = super().close()
+        tape.instructions = [replace(instruction, bind=None) for instruction in tape.instructions]
         tape.seal()  # its memory has its final place from the start
         return tape
 
@@ -163,6 +169,21 @@ class _DeviceTape(_TapeMode):
         self.parts += [self.close(), record]
         self.tape = Tape()
         return results
+
+
+class _DeviceMode(TorchDispatchMode):
+    """The device below all that Python sees: it records what comes while it captures."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        capturing = self._device.capturing
+        if capturing is None:
+            return func(*args, **(kwargs or {}))
+        assert capturing._tape is not None
+        return capturing._tape.__torch_dispatch__(func, types, args, kwargs)
 
 
 def _copied(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,6 +200,7 @@ class FakeGraph:
         self.auto_dispatch_capture = False
         self.graph_dispatch_mode = DispatchMode(self.device.update_stream)
         self._tape: _DeviceTape | None = None
+        self._captured: _DeviceTape | None = None
         self._rest: Iterator[Tape | Record] = iter(())
         self._before: tuple[FakeStream, int] | None = None
         self._last: tuple[FakeStream, int] | None = None
@@ -199,12 +221,12 @@ class FakeGraph:
         device.log("capture_begin", pool, options)
         device.capturing = self
         self._tape = _DeviceTape(device.updatable, self.records if self.auto_dispatch_capture else None)
-        self._tape.__enter__()
+        device.tapes.add(self._tape)
 
     def capture_end(self) -> None:
         assert self._tape is not None
         tape, self._tape = self._tape, None
-        tape.__exit__(None, None, None)
+        self._captured = tape  # what it holds is asked for
         self.device.capturing = None
         if self.device.fail_at_end:
             self.device.fail_at_end = False
@@ -295,6 +317,7 @@ class FakeDevice:
         self.updatable = updatable
         self.max_graphs = max_graphs
         self.captured: WeakSet[FakeGraph] = WeakSet()
+        self.tapes: WeakSet[_DeviceTape] = WeakSet()
         self.capturing: FakeGraph | None = None
         self.fail_at_end = False
         self.pools = 0
@@ -321,6 +344,10 @@ class FakeDevice:
     def refuse_during_capture(self, what: str) -> None:
         if self.capturing is not None:
             raise DeviceError(f"{what} is not permitted while the stream captures")
+
+    def own(self) -> list[torch.Tensor]:
+        """Return the tensors that graphs hold."""
+        return [tensor for tape in self.tapes for tensor in tape.own_tensors()]
 
     def _new_pool(self) -> tuple[int, int]:
         self.pools += 1
@@ -406,9 +433,23 @@ class Capture:
         self.stream_context.__exit__(*error)
 
 
+@contextmanager
+def _both(one: Any, other: Any) -> Iterator[None]:
+    with one, other:
+        yield
+
+
 def on_cpu(backend: type[StreamBackend], device: FakeDevice) -> StreamBackend:
     """Return the backend of a device over its fake, whose tensors are the CPU's and cannot be pinned."""
     capabilities = replace(backend.capabilities, pinned_host_memory=False)
-    fake = type(backend.__name__, (backend,), {"capabilities": capabilities})
+
+    def recording(self: Any, pool: Any, host_arguments: Any) -> Any:
+        made = backend.recording(self, pool, host_arguments)
+        made.own = device.own  # a device's graph knows addresses; the fake's holds tensors
+        installed = made.installed
+        made.installed = lambda generators: _both(installed(generators), _DeviceMode(device))
+        return made
+
+    fake = type(backend.__name__, (backend,), {"capabilities": capabilities, "recording": recording})
     made: StreamBackend = fake(torch.device("cpu"), device)
     return made

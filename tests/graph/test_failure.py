@@ -28,7 +28,6 @@ HOST_READS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tolist": lambda x: x * x.sum(1).tolist()[0],
     "nonzero": lambda x: x + x.nonzero().sum(),
     "mask": lambda x: x + x[x > 0].sum(),
-    "mask_put": lambda x: x.clone().index_put_((x > 0,), x.flatten()),
     "unique": lambda x: x + x.unique().sum(),
     "equal": lambda x: x * torch.equal(x, x),
     "repeat": lambda x: x + x.repeat_interleave(torch.ones(4, dtype=torch.int64, device=x.device), dim=1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -138,7 +138,7 @@ def _always_unsupported(func: Any) -> str | None:
 
 
 def why_unsupported(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
-    """Return why no graph can hold this operator call, or None where one can."""
+    """Return why this operator call can neither be in a graph nor between two, or None where it can."""
     if reason := _unusual_layout(tensors_in((args, kwargs))):
         return reason
     if reason := _always_unsupported(func):
@@ -149,12 +149,8 @@ def why_unsupported(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> s
         # cuDNN's recurrent layers look at all their weights through a new tensor, which has no memory to exchange.
         new = packet is torch.ops.aten.set_ and args[0].device.type != "cpu" and not args[0].untyped_storage().nbytes()
         return None if new else "it exchanges a tensor's memory, which a replay would not do again"
-    if packet in _MASKABLE:
-        masks = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        fills = packet is not torch.ops.aten.index and args[2].numel() == 1
-        return "a boolean mask selects a number of elements that depends on data" if masks and not fills else None
-    if packet is torch.ops.aten._to_copy and _leaves_device(args[0], kwargs.get("device")):
-        return "it copies to the host and waits for the device"
+    if packet is torch.ops.aten.index and has_mask(args[1]):
+        return "a boolean mask selects a number of elements that depends on data"
     return None
 
 
@@ -168,8 +164,8 @@ def _unusual_layout(tensors: Sequence[torch.Tensor]) -> str | None:
     return None
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """Return the tensors that an operator call changes in place."""
+def written_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that an operator call writes to in place."""
     if not func._schema.is_mutable:
         return []
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
@@ -183,8 +179,9 @@ def _resized(func: Any, written: Sequence[tuple[torch.Tensor, torch.Size]]) -> s
     return "it resizes a tensor that it writes, which a replay would not do again; give it one of the result's shape"
 
 
-def _leaves_device(source: torch.Tensor, device: torch.device | None) -> bool:
-    return device is not None and device.type == "cpu" and source.device.type != "cpu"
+def has_mask(indices: Sequence[torch.Tensor | None]) -> bool:
+    """Return whether one of the indices of an ``index`` operator is a mask."""
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 class Guard:
@@ -195,6 +192,8 @@ class Guard:
 
     Args:
         device: where the work is captured.
+        run: runs an operator that was checked, given with its arguments.
+        note_outside: is told of operators that run unchecked, while the guard is suspended.
         generators: the random generators that are known from warming up; None while that is under way.
 
     Attributes:
@@ -204,7 +203,15 @@ class Guard:
         reads: the memory from outside of the function that operators read or write.
     """
 
-    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        run: Callable[[Any, Sequence[Any], dict[str, Any]], Any],
+        note_outside: Callable[[Any, Sequence[Any], dict[str, Any]], None],
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> None:
+        self.run = run
+        self.note_outside = note_outside
         self.operator: str | None = None
         self.generators: list[torch.Generator] = []
         self._states = None if generators is None else [(known, known.get_state()) for known in generators]
@@ -277,6 +284,7 @@ class _DispatchGuard(TorchDispatchMode):
         kwargs = kwargs or {}
         guard = self._guard
         if not guard.active:
+            guard.note_outside(func, args, kwargs)
             return func(*args, **kwargs)
         if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
             return NotImplemented  # a tensor made of others: what it does with them comes here
@@ -289,9 +297,9 @@ class _DispatchGuard(TorchDispatchMode):
             with self, _dispatch_where_called(func):
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         guard.note_arguments(func, args, kwargs)
-        written = [(tensor, tensor.shape) for tensor in _written(func, args, kwargs)]
+        written = [(tensor, tensor.shape) for tensor in written_by(func, args, kwargs)]
         with guard.suspended():  # a kernel may read what it likes: it runs again at each replay
-            results = func(*args, **kwargs)
+            results = guard.run(func, args, kwargs)
         if reason := _unusual_layout(tensors_in(results)) or (_resized(func, written) if written else None):
             raise UnsupportedOpError(f"{func.name()} cannot be captured: {reason}; {REMEDY}", operator=func.name())
         guard.note_results(results)

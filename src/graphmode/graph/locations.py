@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import re
+import sys
 import sysconfig
 import traceback
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -72,6 +75,26 @@ def location_of(error: BaseException) -> Location | None:
     return Location(lines[-1], packages[-1], callers[-1] if callers else None)
 
 
+@cache
 def _is_shown(file: str) -> bool:
     standard = file.startswith(_STANDARD_LIBRARY) and not _INSTALLED.match(file)
     return not standard and not file.startswith(_PASSED_OVER)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of code that is being run."""
+
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number}: {linecache.getline(self.file, self.number).strip()}"
+
+
+def line_being_run() -> Line | None:
+    """Return the innermost line that is neither Python's, torch's nor the runtime's."""
+    frame = sys._getframe(1)
+    while frame is not None and not _is_shown(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None else Line(frame.f_code.co_filename, frame.f_lineno)

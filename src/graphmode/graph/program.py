@@ -10,18 +10,32 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
-from math import prod
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphmode.graph.backends.base import Backend, Graph, MemoryTaken, Recording
+from graphmode.graph.breaks import Breaks
 from graphmode.graph.errors import CaptureError, CaptureMemoryError, GraphModeError, UnsupportedOpError
-from graphmode.graph.guard import Guard
+from graphmode.graph.escapes import (
+    Made,
+    MemoryNotes,
+    Places,
+    escaped,
+    held_by_call_alone,
+    places_of,
+    put_back,
+    tensors_over,
+)
+from graphmode.graph.guard import Guard, tensors_in, written_by
 from graphmode.graph.host_arguments import HostArguments
-from graphmode.graph.locations import REMEDY, location_of
+from graphmode.graph.locations import REMEDY, line_being_run, location_of
 from graphmode.graph.memory import free_memory, in_words, is_out_of_memory
+from graphmode.graph.outside import Alias, Crossing, OutsideCall, copy_to, extent, name_of, placed, range_of
+from graphmode.graph.storages import key_of, users, weakly
 from graphmode.graph.trees import Structure, flatten
 
 P = ParamSpec("P")
@@ -35,11 +49,13 @@ class Pool:
         handle: the backend's own pool, for what graphs compute.
         slabs: one buffer for each result of a call outside the graph, in the order of the calls. Every graph sees a
             prefix of it, so that the memory of results that cross a break is the largest graph's, not the sum.
+        breaks: the operators that graphs are known to break around.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.handle = backend.make_pool()
         self.slabs: list[torch.Tensor] = []
+        self.breaks = Breaks()
         self._backend = backend
 
     @contextmanager
@@ -56,53 +72,13 @@ class Pool:
         """Bytes of the slabs where the graphs are on the host, which counts nothing by itself as a device does."""
         return sum(slab.nbytes for slab in self.slabs) if self._backend.device.type == "cpu" else 0
 
-    def crossing(self, index: int, like: torch.Tensor) -> torch.Tensor:
-        """Return fixed memory in the shape of ``like`` for the result ``index`` of the calls outside the graph."""
-        nbytes = prod(like.shape) * like.dtype.itemsize
+    def crossing(self, index: int, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Return fixed memory, uint8 ``[nbytes]``, for the result ``index`` of the calls outside the graph."""
         if index == len(self.slabs):
-            self.slabs.append(torch.empty(nbytes, dtype=torch.uint8, device=like.device))
-        elif self.slabs[index].numel() < nbytes or self.slabs[index].device != like.device:
-            self.slabs[index] = torch.empty(nbytes, dtype=torch.uint8, device=like.device)
-        return self.slabs[index][:nbytes].view(like.dtype).view(like.shape)
-
-
-@dataclass(frozen=True)
-class OutsideCall:
-    """A call that runs between two graphs at every replay.
-
-    Attributes:
-        fn: the function.
-        arguments: its arguments, flat.
-        spec: the structure of ``(args, kwargs)``.
-        results: the fixed memory that the following graphs read its results from.
-    """
-
-    fn: Callable[..., Any]
-    arguments: list[Any]
-    spec: TreeSpec
-    results: list[torch.Tensor | None]
-
-    def replay(self) -> None:
-        """Run the function and copy its results to where the next graph reads them.
-
-        Raises:
-            CaptureError: a result has another shape or dtype than at capture.
-        """
-        args, kwargs = tree_unflatten(self.arguments, self.spec)
-        results, _ = tree_flatten(self.fn(*args, **kwargs))
-        if len(results) != len(self.results):
-            raise CaptureError(f"{name_of(self.fn)} returned {len(results)} values, {len(self.results)} at capture")
-        for fixed, result in zip(self.results, results, strict=True):
-            if fixed is None:
-                continue
-            if not isinstance(result, torch.Tensor) or (result.shape, result.dtype) != (fixed.shape, fixed.dtype):
-                now = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, torch.Tensor) else repr(result)
-                raise CaptureError(
-                    f"{name_of(self.fn)} runs outside the graph and returned {now}; at capture it was "
-                    f"{tuple(fixed.shape)} {fixed.dtype}. Results that graphs read must keep their shape: pad them"
-                )
-            if result.data_ptr() != fixed.data_ptr():
-                fixed.copy_(result)
+            self.slabs.append(torch.empty(nbytes, dtype=torch.uint8, device=device))
+        elif self.slabs[index].numel() < nbytes or self.slabs[index].device != device:
+            self.slabs[index] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return self.slabs[index][:nbytes]
 
 
 @dataclass(frozen=True)
@@ -134,52 +110,292 @@ class Program:
             step.replay()
 
 
-@dataclass
-class _Recorder:
-    """The state of the recording under way."""
+class _WarmUp:
+    """The function runs as it is; what it makes and what it breaks around is noted."""
 
-    backend: Backend
-    recording: Recording
-    guard: Guard
-    pool: Pool
-    steps: list[Graph | OutsideCall] = field(default_factory=list)
-    results: int = 0
+    def __init__(self, backend: Backend, breaks: Breaks | None, inputs: Sequence[torch.Tensor]) -> None:
+        self.memory = MemoryNotes(inputs)
+        self.guard = Guard(backend.device, self.run_operator, self.note_outside)
+        self._breaks = breaks
+
+    def run_operator(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        self.memory.forget_freed()
+        if self._breaks is not None:
+            results = self._breaks.probe(func, args, kwargs, self.guard.device)
+        else:
+            results = func(*args, **kwargs)
+        taken, written = tensors_in((args, kwargs)), written_by(func, args, kwargs)
+        self.memory.note(func.name(), line_being_run(), taken, written, tensors_in(results))
+        return results
+
+    def note_outside(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        written = written_by(func, args, kwargs)
+        self.memory.note(func.name(), None, tensors_in((args, kwargs)), written, ())
 
     def call_outside(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        graph = self.recording.end()
-        if not self.backend.capabilities.runs_while_capturing:
-            graph.replay()  # the function reads what the graph computes
-        self.steps.append(graph)
+        taken = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         with self.guard.suspended():
-            leaves, spec = tree_flatten((args, kwargs))
-            returned, results_spec = tree_flatten(fn(*args, **kwargs))
-            results = [self._fix(fn, result) for result in returned]
-            self.steps.append(OutsideCall(fn, leaves, spec, results))
-        self.recording.begin()
-        return tree_unflatten(results, results_spec)
+            returned, spec = tree_flatten(fn(*args, **kwargs))
+            given = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in returned]
+            returned.clear()  # whoever holds the memory now is somebody else
+        tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+        count = Counter(key_of(tensor) for tensor in tensors)
+        made = [tensor for tensor in tensors if users(key_of(tensor)) == count[key_of(tensor)]]
+        self.memory.note(name_of(fn), line_being_run(), taken, (), made)
+        self.guard.note_results(made)
+        return tree_unflatten(given, spec)
 
-    def _fix(self, fn: Callable[..., Any], result: Any) -> torch.Tensor | None:
-        if result is None:
-            return None
-        if not isinstance(result, torch.Tensor):
-            raise CaptureError(
-                f"{name_of(fn)} runs outside the graph and returned {result!r}, a {type(result).__name__}, which the "
-                "next graph would hold for ever; return tensors or None"
-            )
-        fixed = self.pool.crossing(self.results, result)
-        self.results += 1
-        fixed.copy_(result)
-        return fixed
+
+Place = tuple[int, int]
+"""A result of a call outside the graph: which call, and which of its results."""
+
+
+class _Recorder:
+    """One recording of the function."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        recording: Recording,
+        pool: Pool,
+        inputs: Sequence[torch.Tensor],
+        kept: set[Place],
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        self.backend = backend
+        self.recording = recording
+        self.pool = pool
+        self.guard = Guard(backend.device, self.run_operator, self.note_outside, generators)
+        self.memory = MemoryNotes(inputs)
+        self.steps: list[Graph | OutsideCall] = []
+        self.outputs: list[torch.Tensor] = []
+        self.broken: Counter[str] = Counter()
+        self.reasons: dict[str, str] = {}
+        self.failed: Any = None
+        """The operator whose kernel raised an error."""
+        self.written_aliases: set[Place] = set()
+        """Results that were taken for copies, though they are not, and that the code wrote to."""
+        self._kept = kept
+        self._calls = 0
+        self._crossings = 0
+        self._own: list[torch.Tensor] = []
+        self._slabs: dict[int, int] = {}
+        """Users of the storages of fixed memory before this recording, by key."""
+        self._aliases: dict[int, set[Place]] = {}
+        self._alive: list[StorageWeakRef] = []
+        self._host_values: set[int] = set()
+
+    # Operators.
+
+    def run_operator(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        self.memory.forget_freed()
+        taken, written = tensors_in((args, kwargs)), written_by(func, args, kwargs)
+        self._note_written(written)
+        if reason := self._why_outside(func, args, kwargs, taken):
+            if not self.recording.breaks_inside_operators:
+                raise UnsupportedOpError(f"{func.name()} cannot be captured: {reason}", operator=func.name())
+            return self._break_around(func, args, kwargs, reason)
+        try:
+            results = func(*args, **kwargs)
+        except Exception:
+            self.failed = func
+            raise
+        self.memory.note(func.name(), line_being_run(), taken, written, tensors_in(results))
+        return results
+
+    def note_outside(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        written = written_by(func, args, kwargs)
+        self._note_written(written)
+        self.memory.note(func.name(), None, tensors_in((args, kwargs)), written, ())
+
+    def _why_outside(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], taken: Sequence[torch.Tensor]
+    ) -> str | None:
+        device = self.backend.device
+        if reason := self.pool.breaks.reason(func, args, kwargs, device):
+            return reason
+        on_host = any(each.device.type != device.type and key_of(each) in self._host_values for each in taken)
+        return "it computes on the host with values that come from the device" if on_host and not func.is_view else None
+
+    def _break_around(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], reason: str) -> Any:
+        name, line = func.name(), line_being_run()
+        self.broken[name] += 1
+        self.reasons.setdefault(name, f"{reason}\n  at {line}" if line else reason)
+        if "non_blocking" in kwargs:  # the host reads the copy next
+            kwargs = {**kwargs, "non_blocking": False}
+        return self.call_outside(func, args, kwargs)
+
+    # Calls outside the graph.
+
+    def call_outside(self, fn: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        call, self._calls = self._calls, self._calls + 1
+        leaves, spec = tree_flatten((args, kwargs))
+        known: dict[int, torch.Tensor] = {}
+        arguments = [self._owned(leaf, known) for leaf in leaves]
+        self._end_segment()
+        with self.guard.suspended():
+            returned, results_spec = tree_flatten(fn(*args, **kwargs))
+            if isinstance(fn, OpOverload):
+                given, results = self._take_from_operator(fn, returned, leaves)
+            else:
+                given, results = self._take(fn, call, returned)
+            self.steps.append(OutsideCall(fn, arguments, spec, results))
+        self.recording.begin()
+        return tree_unflatten(given, results_spec)
+
+    def _end_segment(self) -> None:
+        graph = self.recording.end()
+        if graph is not None:
+            if not self.backend.capabilities.runs_while_capturing:
+                graph.replay()  # the call that follows reads what the graph computes
+            self.steps.append(graph)
+
+    def _owned(self, leaf: Any, known: dict[int, torch.Tensor]) -> Any:
+        """Return a tensor of our own for one that the function made, so that what it keeps itself shows."""
+        if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
+            return leaf
+        key = key_of(leaf)
+        if key not in self.memory.made and key not in self._slabs:
+            return leaf
+        if id(leaf) not in known:
+            known[id(leaf)] = leaf.detach()
+            self._own.append(known[id(leaf)])
+        return known[id(leaf)]
+
+    def _take_from_operator(
+        self, func: OpOverload[..., Any], returned: list[Any], leaves: list[Any]
+    ) -> tuple[list[Any], list[Crossing | Alias | None]]:
+        """Take the results of an operator: what it did not make lies in an argument, and is left there."""
+        arguments = {key_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        given: list[Any] = []
+        results: list[Crossing | Alias | None] = []
+        for result in returned:
+            if result is not None and not isinstance(result, torch.Tensor):
+                raise UnsupportedOpError(
+                    f"{func.name()} cannot be captured: it reads values on the host and returned {result!r}, a "
+                    f"{type(result).__name__}, which Python would go on with; a replay would not return it again",
+                    operator=func.name(),
+                )
+            if result is None or key_of(result) in arguments:
+                given.append(result)
+                results.append(None)
+            else:
+                [crossing] = self._cross([result])
+                given.append(crossing.fixed.detach())
+                results.append(crossing)
+        return given, results
+
+    def _take(
+        self, fn: Callable[..., Any], call: int, returned: list[Any]
+    ) -> tuple[list[Any], list[Crossing | Alias | None]]:
+        """Take the results of a function: as copies, but for those that share memory that the code writes to."""
+        for result in returned:
+            if result is not None and not isinstance(result, torch.Tensor):
+                raise CaptureError(
+                    f"{name_of(fn)} runs outside the graph and returned {result!r}, a {type(result).__name__}, which "
+                    "the next graph would hold for ever; return tensors or None"
+                )
+        tensors = {index: result.detach() for index, result in enumerate(returned) if result is not None}
+        given: list[Any] = [None] * len(returned)
+        results: list[Crossing | Alias | None] = [None] * len(returned)
+        returned.clear()
+        result = None  # whoever holds the memory now is somebody else
+        by_storage: dict[int, list[int]] = {}
+        for index, tensor in tensors.items():
+            by_storage.setdefault(key_of(tensor), []).append(index)
+        for key, indices in by_storage.items():
+            places = {(call, index) for index in indices}
+            group = [tensors[index] for index in indices]
+            held = users(key) > len(group)
+            kept = not places.isdisjoint(self._kept)
+            if held and kept:
+                for index, tensor in zip(indices, group, strict=True):
+                    given[index], results[index] = tensor, Alias(tensor)
+                continue
+            crossings = self._cross(group, together=kept)
+            for index, crossing in zip(indices, crossings, strict=True):
+                given[index], results[index] = crossing.fixed.detach(), crossing
+            if not kept and (held or len(group) > 1):
+                for tensor in (*group, *(crossing.fixed for crossing in crossings)):
+                    self._alive.append(weakly(tensor))
+                    self._aliases.setdefault(key_of(tensor), set()).update(places)
+        return given, results
+
+    def _cross(self, group: Sequence[torch.Tensor], together: bool = False) -> list[Crossing]:
+        """Copy results that lie in one storage to fixed memory: each to its own, or to one that they share as there."""
+        if not together:
+            memories = [(self._fixed_memory(extent(tensor), tensor.device), 0) for tensor in group]
+        else:
+            start, end = range_of(group)
+            shared = self._fixed_memory(end - start, group[0].device)
+            memories = [(shared, int(tensor.storage_offset()) * tensor.dtype.itemsize - start) for tensor in group]
+        crossings: list[Crossing] = []
+        for tensor, (memory, offset) in zip(group, memories, strict=True):
+            fixed = placed(memory, tensor, offset)
+            copy_to(fixed, tensor)
+            crossings.append(Crossing(fixed, crossings[0].fixed if together and crossings else None))
+        return crossings
+
+    def _fixed_memory(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        memory = self.pool.crossing(self._crossings, nbytes, device)
+        self._crossings += 1
+        key = key_of(memory)
+        self._slabs.setdefault(key, users(key) - 1)
+        if device.type != self.backend.device.type:
+            self._host_values.add(key)
+        return memory
+
+    def _note_written(self, written: Sequence[torch.Tensor]) -> None:
+        for tensor in written:
+            self.written_aliases |= self._aliases.get(key_of(tensor), set())
+
+    # What outlives the call.
+
+    def finish(self, fn: Callable[..., Any], state: Sequence[Places], warm_up: MemoryNotes) -> None:
+        """Refuse results that outlive the call, after the function has returned."""
+        held = self._held_elsewhere()
+        if held:
+            gc.collect()
+            held = self._held_elsewhere()
+        kept = [key for key in held if self._escaped(key, held[key])]
+        unwritten = [key for key in warm_up.filled_and_kept() if key not in self.memory.written]
+        if kept or unwritten:
+            made = {**warm_up.made, **self.memory.made}
+            slab = Made("a call outside the graph", None, True, None)
+            raise escaped([*kept, *unwritten], {**dict.fromkeys(self._slabs, slab), **made}, fn, state)
+
+    def _ours(self) -> list[torch.Tensor]:
+        calls = [step for step in self.steps if isinstance(step, OutsideCall)]
+        results = [result for call in calls for result in call.results if result is not None]
+        fixed = [result.tensor if isinstance(result, Alias) else result.fixed for result in results]
+        return [*self._own, *self.outputs, *fixed, *self.recording.own()]
+
+    def _held_elsewhere(self) -> dict[int, int]:
+        """Return how many tensors lie in memory that the call made, beside those of this recording, by its key."""
+        ours = Counter(key_of(tensor) for tensor in self._ours())
+        before = {**dict.fromkeys(self.memory.made, 0), **self._slabs}
+        counts = {key: users(key) - known - ours[key] for key, known in before.items()}
+        return {key: count for key, count in counts.items() if count > 0}
+
+    def _escaped(self, key: int, count: int) -> bool:
+        """Return whether memory is held by more than what the calls outside the graph are given."""
+        ours = {id(tensor) for tensor in (*self._ours(), *self.pool.slabs)}
+        over = [tensor for tensor in tensors_over({key}) if id(tensor) not in ours]
+        if len(over) < count:
+            return True  # by something that Python does not see
+        calls = [step for step in self.steps if isinstance(step, OutsideCall)]
+        may_hold = [each for call in calls for each in (call, vars(call), call.arguments)]
+        return not held_by_call_alone(over, may_hold)
 
 
 _recorder: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
-_warm_up: ContextVar[Guard | None] = ContextVar("warm_up", default=None)
+_warm_up: ContextVar[_WarmUp | None] = ContextVar("warm_up", default=None)
 
 
 def recording_active() -> bool:
     """Return whether a function is being warmed up or captured in this thread, calls outside the graph left out."""
     recorder, warm_up = _recorder.get(), _warm_up.get()
-    return (recorder is not None and recorder.guard.active) or (warm_up is not None and warm_up.active)
+    return (recorder is not None and recorder.guard.active) or (warm_up is not None and warm_up.guard.active)
 
 
 def refuse_inside_recording(fn: Callable[..., Any]) -> None:
@@ -208,9 +424,8 @@ def outside_graph(fn: Callable[P, R]) -> Callable[P, R]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         if (recorder := _recorder.get()) is not None and recorder.guard.active:
             return recorder.call_outside(fn, args, kwargs)  # type: ignore[no-any-return]
-        if (guard := _warm_up.get()) is not None:
-            with guard.suspended():
-                return fn(*args, **kwargs)
+        if (warm_up := _warm_up.get()) is not None and warm_up.guard.active:
+            return warm_up.call_outside(fn, args, kwargs)  # type: ignore[no-any-return]
         return fn(*args, **kwargs)
 
     return wrapper
@@ -240,34 +455,89 @@ def record(
         CaptureMemoryError: memory ran out, with the line that asked for it.
         CaptureError: anything else that broke the capture. The device is usable afterwards.
     """
+    inputs = [leaf for leaf in flatten(kwargs)[0] if isinstance(leaf, torch.Tensor)]
+    state = places_of(fn)
     with backend.capture_stream(), torch.inference_mode(), _no_garbage_collection():
-        warm_up = Guard(backend.device)
-        with _errors_located(warm_up), _set(_warm_up, warm_up), warm_up.installed():
-            for _ in range(warmup_iterations):
-                fn(**kwargs)
-        backend.synchronize()
-        guard = Guard(backend.device, warm_up.generators)
         recording = backend.recording(pool.handle, host_arguments)
-        recorder = _Recorder(backend, recording, guard, pool)
-        installed = recording.installed(warm_up.generators)
-        # The guard goes last: what a device puts on top of it to capture must be gone before it.
-        with _errors_located(guard), installed, _set(_recorder, recorder), guard.installed():
+        warm_up = _WarmUp(backend, pool.breaks if recording.breaks_inside_operators else None, inputs)
+        recorder: _Recorder | None = None
+        try:
+            with _errors_located(warm_up.guard), _set(_warm_up, warm_up), warm_up.guard.installed():
+                for _ in range(warmup_iterations):
+                    fn(**kwargs)
+            backend.synchronize()
+            if warm_up.memory.computed_and_kept():
+                gc.collect()
+            if kept := warm_up.memory.computed_and_kept():
+                raise escaped(kept, warm_up.memory.made, fn, state)
+            shared: set[Place] = set()
+            while True:
+                recorder = _Recorder(backend, recording, pool, inputs, shared, warm_up.guard.generators)
+                try:
+                    with recording.installed(warm_up.guard.generators):
+                        structure = _capture(fn, kwargs, recorder)
+                except CaptureError as error:
+                    if not _learned(recorder, error, shared):
+                        raise
+                else:
+                    if recorder.written_aliases <= shared:
+                        break
+                    shared |= recorder.written_aliases
+                recording.abort()
+                recording = backend.recording(pool.handle, host_arguments)
             try:
-                recording.begin()
-                outputs, structure = flatten(fn(**kwargs))
-                for output in outputs:
-                    if not isinstance(output, torch.Tensor):
-                        raise CaptureError(
-                            f"the function returned {reprlib.repr(output)}, a {type(output).__name__}; a replay would "
-                            "return the same for ever. Return tensors"
-                        )
-                recorder.steps.append(recording.end())
+                recorder.finish(fn, state, warm_up.memory)
             except BaseException:
                 recording.abort()
                 raise
-        with _errors_located(guard):
-            recording.finish()
-    return Program(recorder.steps, outputs, structure, guard)
+            with _errors_located(recorder.guard):
+                recording.finish()
+        except BaseException:
+            results = {key for key, made in warm_up.memory.made.items() if made.computed}
+            put_back(state, results | (recorder.memory.made.keys() if recorder else set()))
+            raise
+    pool.breaks.tell(recorder.broken, recorder.reasons)
+    return Program(recorder.steps, recorder.outputs, structure, recorder.guard, recorder.broken)
+
+
+def _capture(fn: Callable[..., Any], kwargs: dict[str, Any], recorder: _Recorder) -> Structure:
+    """Record one run of the function; return the structure of its results."""
+    recording, guard = recorder.recording, recorder.guard
+    # The guard goes last: what a device puts on top of it to capture must be gone before it.
+    with _errors_located(guard), _set(_recorder, recorder), guard.installed():
+        try:
+            recording.begin()
+            outputs, structure = flatten(fn(**kwargs))
+            for output in outputs:
+                if not isinstance(output, torch.Tensor):
+                    raise CaptureError(
+                        f"the function returned {reprlib.repr(output)}, a {type(output).__name__}; a replay would "
+                        "return the same for ever. Return tensors"
+                    )
+            # Tensors of our own, so that what the function keeps itself shows.
+            recorder.outputs = [output.detach() for output in outputs]
+            outputs.clear()
+            if (graph := recording.end()) is not None:
+                recorder.steps.append(graph)
+        except BaseException:
+            recording.abort()
+            raise
+    return structure
+
+
+def _learned(recorder: _Recorder, error: CaptureError, shared: set[Place]) -> bool:
+    """Return whether a capture that failed showed what to do otherwise in the next."""
+    if not recorder.written_aliases <= shared:
+        shared |= recorder.written_aliases
+        return True
+    cause, func, breaks = error.__cause__, recorder.failed, recorder.pool.breaks
+    if func is None or isinstance(cause, GraphModeError) or isinstance(error, CaptureMemoryError):
+        return False
+    if func in breaks.reasons or "previous error" in str(cause) or not recorder.recording.breaks_inside_operators:
+        return False
+    breaks.learn(func, f"the device refused to capture it: {type(cause).__name__}: {cause}")
+    shared.clear()  # calls are counted otherwise now
+    return True
 
 
 @contextmanager
@@ -305,12 +575,17 @@ def _errors_located(guard: Guard) -> Iterator[None]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keep Python from freeing device memory in the middle of a capture, which would break it."""
+    """Keep Python from freeing device memory in the middle of a capture, which would break it.
+
+    What is there is set aside: a collection after the capture looks at the objects of the call alone.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
 
@@ -322,9 +597,3 @@ def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
-
-
-def name_of(fn: Callable[..., Any]) -> str:
-    """Return the name that a function is known by to who wrote it."""
-    named = fn if hasattr(fn, "__qualname__") else getattr(fn, "func", type(fn))  # a partial, or an object
-    return f"{named.__module__}.{getattr(named, '__qualname__', type(named).__qualname__)}"

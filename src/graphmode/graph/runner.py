@@ -25,7 +25,8 @@ from graphmode.graph.errors import CaptureError, CaptureMemoryError, GraphModeEr
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.inputs import Input, InputTree, all_padding, check_fit, examples
 from graphmode.graph.outputs import OutputAxes, Sample, find_output_axes
-from graphmode.graph.program import Pool, Program, name_of, record, refuse_inside_recording
+from graphmode.graph.outside import name_of
+from graphmode.graph.program import Pool, Program, record, refuse_inside_recording
 from graphmode.graph.progress import with_progress
 from graphmode.graph.stats import CaptureFailure, RunnerStats
 from graphmode.graph.training import inference_only

@@ -79,7 +79,14 @@ class Graph(Protocol):
 
 
 class Recording(Protocol):
-    """One function being recorded, in one segment or, where calls break the graph, in several."""
+    """One function being recorded, in one segment or, where calls break the graph, in several.
+
+    Attributes:
+        breaks_inside_operators: whether a segment can end while an operator is being called, so that the operator runs
+            between two graphs.
+    """
+
+    breaks_inside_operators: bool
 
     def installed(self, generators: Sequence[torch.Generator]) -> AbstractContextManager[None]:
         """Surround the whole recording. ``generators`` are those that the function draws from, beside the default."""
@@ -87,11 +94,14 @@ class Recording(Protocol):
     def begin(self) -> None:
         """Start to record a segment."""
 
-    def end(self) -> Graph:
-        """Stop recording and return the segment."""
+    def end(self) -> Graph | None:
+        """Stop recording and return the segment; None where it is known that nothing was recorded."""
 
     def abort(self) -> None:
-        """Drop the segment being recorded and leave the device usable. Does nothing between segments."""
+        """Drop what was recorded, the segment under way too, and leave the device usable."""
+
+    def own(self) -> Sequence[torch.Tensor]:
+        """Return the tensors that the recording itself holds."""
 
     def finish(self) -> None:
         """Say that all segments are recorded. What Python still holds is read later; the rest may now share memory."""

@@ -198,6 +198,8 @@ class Tape:
 class CpuRecording:
     """One function being recorded, segment by segment."""
 
+    breaks_inside_operators = True
+
     def __init__(self, pool: CpuPool) -> None:
         self._pool = pool
         self._mode = _TapeMode()
@@ -211,13 +213,16 @@ class CpuRecording:
     def begin(self) -> None:
         self._mode.tape = Tape()
 
-    def end(self) -> Tape:
+    def end(self) -> Tape | None:
         tape = self._mode.close()
         self._tapes.append(tape)
-        return tape
+        return tape if tape.instructions else None
 
     def abort(self) -> None:
         self._mode.tape = None
+
+    def own(self) -> Sequence[torch.Tensor]:
+        return self._mode.own_tensors()
 
     def finish(self) -> None:
         mode, pool = self._mode, self._pool
@@ -260,6 +265,7 @@ class _TapeMode(TorchDispatchMode):
         self._let_go: set[int] = set()
         self._given_back = 0
         self._own = WeakIdKeyDictionary()
+        self._outside: list[torch.Tensor] = []
         self._last_use: dict[int, int] = {}
         self._position = 0
 
@@ -332,7 +338,9 @@ class _TapeMode(TorchDispatchMode):
         if own is None:
             own = self._own[tensor] = tensor.detach()
             key = _key(tensor)
-            if (memory := self.made.get(key)) is not None:
+            if (memory := self.made.get(key)) is None:
+                self._outside.append(own)
+            else:
                 memory.own.append(own)
                 memory.theirs.append(weakref.ref(tensor, lambda _: self._let_go.add(key)))
         return own
@@ -347,6 +355,10 @@ class _TapeMode(TorchDispatchMode):
             nbytes = tensor.untyped_storage().nbytes()
             self.nbytes += nbytes - memory.nbytes
             memory.nbytes = nbytes
+
+    def own_tensors(self) -> list[torch.Tensor]:
+        """Return the tape's own tensors, those over memory from elsewhere too."""
+        return [*self._outside, *(tensor for memory in self.made.values() for tensor in memory.own)]
 
     def _owned_in(self, tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):

@@ -35,11 +35,19 @@ class CudaBackend(StreamBackend):
 class CudaRecording(StreamRecording):
     """One function being captured by CUDA."""
 
-    def end(self) -> Graph:
-        with warnings.catch_warnings():
-            # A call outside the graph may stand first or last: the graph before or after it has nothing to do.
-            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-            return super().end()
+    def end(self) -> Graph | None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            graph = super().end()
+        empty = [each for each in caught if "The CUDA Graph is empty" in str(each.message)]
+        for each in caught:
+            if each not in empty:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        if not empty:
+            return graph
+        # A call outside the graph stands first or last, or follows another. The pool must not lose its last graph.
+        self.pool.abandoned.append(self._ended.pop())
+        return None
 
     def forget(self, graph: Any) -> None:
         """Undo what a capture that the driver refused leaves behind.

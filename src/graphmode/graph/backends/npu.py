@@ -94,6 +94,8 @@ class NpuRecording(StreamRecording):
     ) -> None:
         super().__init__(module, interface, pool, stream)
         self._host_arguments = host_arguments
+        # Its own dispatch mode, which leaves with a capture, is under way when the guard is called.
+        self.breaks_inside_operators = host_arguments is None
 
     def open_capture(self, graph: Any) -> AbstractContextManager[object]:
         # By keyword: the fourth parameter is not the error mode, as it is elsewhere.

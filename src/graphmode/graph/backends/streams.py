@@ -153,6 +153,8 @@ class StreamBackend:
 class StreamRecording:
     """One function being captured, segment by segment, on the backend's stream."""
 
+    breaks_inside_operators = True
+
     def __init__(self, module: Any, interface: GraphInterface, pool: StreamPool, stream: Any) -> None:
         self.module = module
         self.interface = interface
@@ -161,6 +163,7 @@ class StreamRecording:
         self._generators: Sequence[torch.Generator] = ()
         self._graph: Any = None
         self._capture: AbstractContextManager[object] | None = None
+        self._ended: list[Any] = []
 
     @contextmanager
     def installed(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
@@ -177,7 +180,7 @@ class StreamRecording:
             raise
         self._graph, self._capture = graph, capture
 
-    def end(self) -> Graph:
+    def end(self) -> Graph | None:
         graph, capture = self._graph, self._capture
         assert capture is not None
         self._graph = self._capture = None
@@ -186,18 +189,21 @@ class StreamRecording:
         except BaseException:
             self.forget(graph)
             raise
+        self._ended.append(graph)
         return self.finished(graph)
 
     def abort(self) -> None:
-        if self._graph is None:
-            return
-        graph = self._graph
-        try:
-            self.end()
-        except Exception as error:
-            log.warning("the broken capture ended with: %s", error)
-        else:
-            self.pool.abandoned.append(graph)
+        if self._graph is not None:
+            try:
+                self.end()
+            except Exception as error:
+                log.warning("the broken capture ended with: %s", error)
+        self.pool.abandoned += self._ended
+        self._ended = []
+
+    def own(self) -> Sequence[torch.Tensor]:
+        """Return nothing: a device's graph knows addresses alone."""
+        return ()
 
     def finish(self) -> None:
         """Do nothing: the caching allocator has shared the memory of what was let go already."""

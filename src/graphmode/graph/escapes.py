@@ -1,0 +1,379 @@
+"""Memory that a function makes and that outlives the call: what a replay would not make again, or would write over.
+
+While a function is warmed up and captured, the memory that its operators make is noted, and whether it was computed
+from the inputs. What is still there after the call was put somewhere: into an attribute, a list, a global variable. A
+constant that is made at the first run and kept is fine; a result is refused with the name of where it is.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from graphmode.graph.errors import CaptureError
+from graphmode.graph.storages import key_of, users, weakly
+
+# As many objects are looked at for what a function could change.
+_MOST_OBJECTS = 2_000
+_OWN_PACKAGE = __name__.rpartition(".")[0]
+# What is defined in these holds nothing that a captured function put there, but for modules and containers.
+_LIBRARIES = frozenset({"torch", "numpy", *sys.stdlib_module_names} - {"__main__", "types"})
+
+
+@dataclass(frozen=True)
+class Made:
+    """Memory that an operator, or a call outside the graph, made.
+
+    Attributes:
+        operator: which.
+        line: the user's code that called it, where that is known.
+        computed: whether it was computed from the inputs.
+        storage: keeps its key from naming other memory.
+    """
+
+    operator: str
+    line: object
+    computed: bool
+    storage: StorageWeakRef | None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a tensor lies in it."""
+        return self.storage is not None and users(self.storage.cdata) > 0
+
+    def __str__(self) -> str:
+        return f"{self.operator} made it" + (f" at {self.line}" if self.line else "")
+
+
+class MemoryNotes:
+    """What the operators of one or more runs of a function made and wrote.
+
+    Args:
+        inputs: the function's; what is computed from them differs from call to call.
+
+    Attributes:
+        made: the memory that operators made, by the key of its storage.
+        written: keys of all memory that operators wrote to in place.
+    """
+
+    def __init__(self, inputs: Iterable[torch.Tensor]) -> None:
+        self.made: dict[int, Made] = {}
+        self.written: set[int] = set()
+        self._from_inputs = {key_of(tensor) for tensor in inputs}
+        self._seen: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._dying: list[int] = []
+
+    def note(
+        self,
+        operator: str,
+        line: object,
+        arguments: Iterable[torch.Tensor],
+        written: Iterable[torch.Tensor],
+        results: Iterable[torch.Tensor],
+    ) -> None:
+        """Note a call of an operator: what it took, which of that it wrote to, and what it returned."""
+        taken = {key_of(tensor) for tensor in arguments}
+        from_inputs = not taken.isdisjoint(self._from_inputs) and not _takes_shapes_alone(operator)
+        keys = {key_of(tensor) for tensor in written}
+        self.written |= keys
+        for tensor in results:
+            key = key_of(tensor)
+            if key not in taken and key not in self.made:
+                self.made[key] = Made(operator, line, from_inputs, weakly(tensor))
+            if key in self.made:
+                self._seen[id(tensor)] = weakref.ref(tensor, partial(self._note_end, id(tensor), key))
+            keys.add(key)
+        if from_inputs:
+            self._from_inputs |= keys
+
+    def _note_end(self, name: int, key: int, _: object) -> None:
+        """Note that a tensor is no more: the memory at ``key`` may be freed with it."""
+        self._seen.pop(name, None)
+        self._dying.append(key)
+
+    def forget_freed(self) -> None:
+        """Let go of the names of memory that is no more: they pin the heap that it lay in, and others may have them."""
+        while self._dying:
+            key = self._dying.pop()
+            if key in self.made and not self.made[key].is_there:
+                del self.made[key]
+                self._from_inputs.discard(key)
+                self.written.discard(key)
+
+    def computed_and_kept(self) -> list[int]:
+        """Return the keys of memory that was computed from the inputs and is still there."""
+        return [key for key, made in self.made.items() if made.computed and made.is_there]
+
+    def filled_and_kept(self) -> list[int]:
+        """Return the keys of memory that was made as a constant, then written from the inputs, and is still there."""
+        return [
+            key for key, made in self.made.items() if not made.computed and key in self._from_inputs and made.is_there
+        ]
+
+
+@cache
+def _takes_shapes_alone(operator: str) -> bool:
+    """Return whether an operator reads shape, dtype and device of its arguments, and no values."""
+    name = operator.partition("::")[2].partition(".")[0]
+    return name.endswith("_like") or name.startswith("new_") or name == "empty_permuted"
+
+
+def tensors_over(keys: Container[int]) -> list[torch.Tensor]:
+    """Return the tensors, of all that Python knows, that lie in a storage of ``keys``."""
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and holds(each, keys, 0)]
+
+
+def held_by_call_alone(tensors: list[torch.Tensor], may_hold: Iterable[object]) -> bool:
+    """Return whether ``tensors`` are held by nothing but objects of the call that lead to ``may_hold``.
+
+    Of the objects that Python's collector shows, older ones are set aside (``gc.freeze``). What they hold shows by
+    counts of references that are higher than what is seen.
+
+    Args:
+        tensors: nothing else of the runtime may hold them.
+        may_hold: objects that may hold them.
+    """
+    allowed, seen = {id(each) for each in may_hold}, {id(tensor) for tensor in tensors}
+    held: list[Any] = tensors
+    while held:
+        holders = [each for each in gc.get_referrers(*held) if each is not tensors and each is not held]
+        holders = [each for each in holders if not isinstance(each, types.FrameType)]
+        references = Counter(id(each) for holder in holders for each in gc.get_referents(holder))
+        for index in range(len(held)):
+            # Two references are the list's and the argument's.
+            if sys.getrefcount(held[index]) - 2 > references[id(held[index])]:
+                return False
+        new = [each for each in holders if id(each) not in allowed and id(each) not in seen]
+        del holders
+        seen.update(id(each) for each in new)
+        held = new
+        del new
+    return True
+
+
+# What a function can change, and how that is written in its code.
+
+
+@dataclass(frozen=True)
+class Places:
+    """A container that a function can change, and what it held.
+
+    Attributes:
+        container: a dictionary (attributes and globals are such), list, deque, cell or class.
+        path: how the code names the container, or the variable that a cell is.
+        names: of the places, where it is not all of them.
+        before: what they held.
+    """
+
+    container: Any
+    path: str
+    names: tuple[str, ...] | None
+    before: dict[Any, Any]
+
+    @staticmethod
+    def of(container: Any, path: str, names: tuple[str, ...] | None = None) -> Places:
+        """Return the places of ``container`` with what they hold now."""
+        return Places(container, path, names, _contents(container, names))
+
+    def changed(self) -> dict[Any, Any]:
+        """Return what the places hold now, where that is something else or new."""
+        now = _contents(self.container, self.names)
+        return {key: value for key, value in now.items() if self.before.get(key, now) is not value}
+
+    def put_back(self) -> None:
+        """Make the places hold what they held."""
+        container = self.container
+        if isinstance(container, types.CellType):
+            container.cell_contents = self.before[0]
+        elif isinstance(container, list):
+            container[:] = self.before.values()
+        elif isinstance(container, deque):
+            container.clear()
+            container.extend(self.before.values())
+        else:
+            put, drop = (container.__setitem__, container.__delitem__) if isinstance(container, dict) else (None, None)
+            for key in self.changed():
+                if key in self.before:
+                    put(key, self.before[key]) if put else setattr(container, key, self.before[key])
+                else:
+                    drop(key) if drop else delattr(container, key)
+
+    def name(self, key: Any) -> str:
+        """Return how the code names a place: paths end with ``.`` for attributes, with ``[`` for elements."""
+        if self.path.endswith("["):
+            return f"{self.path}{key!r}]"
+        return self.path if isinstance(self.container, types.CellType) else f"{self.path}{key}"
+
+
+def _contents(container: Any, names: tuple[str, ...] | None) -> dict[Any, Any]:
+    if isinstance(container, types.CellType):
+        try:
+            return {0: container.cell_contents}
+        except ValueError:  # nothing yet
+            return {}
+    if isinstance(container, (list, deque)):
+        return dict(enumerate(container))
+    if names is None:
+        return dict(container if isinstance(container, dict) else vars(container))
+    if isinstance(container, dict):
+        return {name: container[name] for name in names if name in container}
+    return {name: getattr(container, name) for name in names if hasattr(container, name)}
+
+
+def places_of(fn: Callable[..., Any]) -> list[Places]:
+    """Return the places that ``fn`` can change: by its closure, its globals, its object, and what these lead to."""
+    found: list[Places] = []
+    seen: set[int] = set()
+    ahead: deque[tuple[Any, str]] = deque([(fn, "")])
+    while ahead and len(seen) < _MOST_OBJECTS:
+        each, path = ahead.popleft()
+        if id(each) in seen or isinstance(each, (torch.Tensor, types.ModuleType)):
+            continue
+        if not gc.is_tracked(each) and not (isinstance(each, dict) and len(each) < 100):  # it leads to nothing
+            continue
+        seen.add(id(each))
+        for places in _places_in(each, path):
+            found.append(places)
+            ahead.extend((value, places.name(key)) for key, value in places.before.items())
+        ahead.extend(_led_to(each, path))
+    return found
+
+
+def _places_in(each: Any, path: str) -> Iterator[Places]:
+    """Return the places of one object."""
+    if isinstance(each, types.FunctionType):
+        if _is_library(each):
+            return
+        for name, cell in zip(each.__code__.co_freevars, each.__closure__ or (), strict=True):
+            yield Places.of(cell, name)
+        names = tuple(dict.fromkeys(_names(each.__code__)))
+        yield Places.of(each.__globals__, "", tuple(name for name in names if name in each.__globals__))
+        for name in names:
+            module = each.__globals__.get(name)
+            if isinstance(module, types.ModuleType) and not _is_library(module):
+                yield Places.of(vars(module), f"{name}.", tuple(name for name in names if hasattr(module, name)))
+    elif isinstance(each, (dict, list, deque)):
+        yield Places.of(each, f"{path}[")
+    elif isinstance(each, type):
+        if not _is_library(each):
+            yield Places.of(each, f"{each.__qualname__}.")
+    elif isinstance(each, torch.nn.Module) or not _is_library(type(each)):
+        path = path or type(each).__qualname__
+        if type(each).__module__.startswith(_OWN_PACKAGE):  # of a runner, only the function
+            return
+        if isinstance(getattr(each, "__dict__", None), dict):
+            yield Places.of(vars(each), f"{path}.")
+        if isinstance(each, torch.nn.Module):
+            yield Places.of(each._buffers, f"{path}.")
+            yield Places.of(each._modules, f"{path}.")
+        slots = [getattr(kind, "__slots__", ()) for kind in type(each).__mro__]
+        if names := tuple(name for slot in slots for name in ((slot,) if isinstance(slot, str) else slot)):
+            yield Places.of(each, f"{path}.", names)
+
+
+def _led_to(each: Any, path: str) -> Iterable[tuple[Any, str]]:
+    """Return what an object leads to without a place that can be changed."""
+    if isinstance(each, (types.MethodType, staticmethod, classmethod)):
+        return ((getattr(each, "__self__", None), path), (each.__func__, path))
+    if isinstance(each, partial):
+        return ((each.func, path), (each.args, path), (each.keywords, path))
+    if isinstance(each, types.FunctionType):
+        return ((each.__defaults__, path), (each.__kwdefaults__, path), (getattr(each, "__wrapped__", None), path))
+    if isinstance(each, (tuple, set, frozenset)):
+        return [(element, f"{path}[{index}]") for index, element in enumerate(each)]
+    if type(each).__module__.startswith(_OWN_PACKAGE):
+        return [(value, "") for value in getattr(each, "__dict__", {}).values() if callable(value)]
+    if isinstance(each, type):
+        return [(base, base.__qualname__) for base in each.__bases__]
+    return () if isinstance(each, (dict, list, deque)) else ((type(each), path),)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Return the names of globals and attributes that code uses, that of functions inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _is_library(each: Any) -> bool:
+    module = each.__name__ if isinstance(each, types.ModuleType) else getattr(each, "__module__", None)
+    return not isinstance(module, str) or module.partition(".")[0] in _LIBRARIES
+
+
+def holds(value: Any, keys: Container[int], depth: int = 3) -> bool:
+    """Return whether ``value`` is a tensor over memory of one of ``keys``, or leads to one."""
+    if isinstance(value, torch.Tensor):
+        return value.layout is torch.strided and key_of(value) in keys
+    if not depth or not gc.is_tracked(value) or isinstance(value, (type, types.ModuleType, types.FunctionType)):
+        return False
+    return any(holds(each, keys, depth - 1) for each in gc.get_referents(value))
+
+
+def put_back(state: Iterable[Places], results: Container[int]) -> list[str]:
+    """Put back what containers held, where they now hold results of a call.
+
+    Args:
+        state: the places that the function can change, as they were before the call.
+        results: the keys of the memory of these results. Constants that the call made may stay.
+
+    Returns:
+        The names of the places with such results.
+    """
+    names = []
+    for places in state:
+        changed = places.changed()
+        if found := [places.name(key) for key, value in changed.items() if holds(value, results)]:
+            places.put_back()
+            names += found
+    return names
+
+
+def escaped(
+    keys: Sequence[int], made: Mapping[int, Made], fn: Callable[..., Any], state: Sequence[Places]
+) -> CaptureError:
+    """Return the error of results that outlive the call, and put back what they replaced where that is known."""
+    now = {
+        key: name
+        for places in reversed(places_of(fn))
+        for name, value in ((places.name(name), value) for name, value in places.before.items())
+        for key in keys
+        if holds(value, {key}, 2 if isinstance(value, tuple) else 0)
+    }
+    replaced = put_back(state, set(keys))
+    lines = []
+    for key in keys:
+        name = now.get(key) or _seen_from(key)
+        note = "" if replaced else ". What was there before is not known, and is changed"
+        lines.append(f"{name} is a result that outlives the call: {made[key]}{note}")
+    return CaptureError(
+        "\n".join(list(dict.fromkeys(lines))[:3])
+        + "\nA replay would not make it again, and its memory is used for other results. Write it to a tensor that is "
+        "there before the call (copy_), return it and pass it in again as an input, or keep it in a function marked "
+        "@outside_graph"
+    )
+
+
+def _seen_from(key: int) -> str:
+    """Return what a tensor that nothing known to the function holds is, and what holds it."""
+    gc.unfreeze()
+    for tensor in tensors_over({key}):
+        kind = f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
+        for holder in gc.get_referrers(tensor):
+            owners = gc.get_referrers(holder) if isinstance(holder, dict) else [holder]
+            for owner in owners:
+                for name in getattr(owner, "__dict__", ()):
+                    if vars(owner)[name] is tensor:
+                        return f"{getattr(owner, '__name__', type(owner).__qualname__)}.{name}, {kind},"
+        return kind
+    return "a tensor"
