@@ -182,6 +182,20 @@ def test_random_operators_give_new_numbers_at_each_replay(device: str) -> None:
     assert torch.equal(runner(x=torch.zeros(64)), draws[0])
 
 
+def test_a_capture_draws_no_random_numbers(device: str) -> None:
+    """A seeded call that captures, and finds its outputs' axes, is the plain function as later calls are."""
+    runner = GraphRunner(
+        lambda x: x + torch.rand_like(x), [Input("x", torch.float32, ("n",))], [4], backend=device, strict=True
+    )
+    x = torch.zeros(4, device=device)
+    for _ in range(3):
+        torch.manual_seed(1)
+        drawn = runner(x=x, own=True)
+        torch.manual_seed(1)
+        assert torch.equal(drawn, x + torch.rand_like(x))
+        runner(x=x[:3])
+
+
 def test_weights_changed_in_place_are_seen(device: str) -> None:
     weight = torch.eye(3, device=device)
     runner = GraphRunner(lambda x: x @ weight.T, [Input("x", torch.float32, ("n", 3))], [2], backend=device)

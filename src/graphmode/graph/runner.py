@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -571,7 +571,7 @@ class GraphRunner:
         if self._host_arguments is not None:
             self._host_arguments.set(key.family, bound.sizes, {})
         try:
-            with self._buffers.carried_kept():
+            with self._buffers.carried_kept(), _random_state_kept(self.backend.device):
                 self._buffers.load(bound, examples(self._declared.inputs, bound.sizes))
                 program = record(
                     lambda **kwargs: self._call(key.family, key.variant, kwargs),
@@ -622,7 +622,7 @@ class GraphRunner:
             inputs = {spec.name: all_padding(spec, sizes, self.backend.device) for spec in self._declared.inputs}
             for name, value in examples(self._declared.inputs, sizes).items():
                 inputs[name] = value.to(self.backend.device)
-            with torch.inference_mode():
+            with torch.inference_mode(), _random_state_kept(self.backend.device):
                 return _shapes(flatten(self._call(family, variant, inputs))[0])
 
         found = find_output_axes(
@@ -686,6 +686,13 @@ def _shapes(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
 def _cut(leaves: Sequence[torch.Tensor], cuts: Sequence[tuple[slice, ...] | None]) -> list[torch.Tensor]:
     """Return the outputs at their true sizes; in inference mode, so that none takes part in training."""
     return [leaf.detach() if cut is None else leaf[cut] for leaf, cut in zip(leaves, cuts, strict=True)]
+
+
+def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Put the default random generators back, so that a call draws the same numbers whether it captures or not."""
+    has_one = device.type != "cpu" and hasattr(getattr(torch, device.type, None), "get_rng_state")
+    devices: list[torch.device] = [device] if has_one else []
+    return torch.random.fork_rng(devices, device_type=device.type if has_one else "cuda")
 
 
 @contextmanager
