@@ -202,6 +202,7 @@ class FakeGraph:
         self._tape: _DeviceTape | None = None
         self._captured: _DeviceTape | None = None
         self._rest: Iterator[Tape | Record] = iter(())
+        self._random_state: torch.Tensor | None = None
         self._before: tuple[FakeStream, int] | None = None
         self._last: tuple[FakeStream, int] | None = None
 
@@ -219,6 +220,7 @@ class FakeGraph:
                 "Insufficient_Stream_Resources(EL0009): The stream resources are insufficient."
             )
         device.log("capture_begin", pool, options)
+        self._random_state = torch.empty(1, dtype=torch.int64)  # the device keeps it with the graph, as CUDA does
         device.capturing = self
         self._tape = _DeviceTape(device.updatable, self.records if self.auto_dispatch_capture else None)
         device.tapes.add(self._tape)

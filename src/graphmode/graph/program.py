@@ -240,11 +240,21 @@ class _Recorder:
             else:
                 given, results = self._take(fn, call, returned)
             self.steps.append(OutsideCall(fn, arguments, spec, results))
-        self.recording.begin()
+        self.begin()
         return tree_unflatten(given, results_spec)
 
+    def begin(self) -> None:
+        """Start a segment. What the device itself makes for a graph is nothing that the function made."""
+        with self.guard.suspended():
+            self.recording.begin()
+
+    def end(self) -> Graph | None:
+        """End the segment and return its graph, if it has work to do."""
+        with self.guard.suspended():
+            return self.recording.end()
+
     def _end_segment(self) -> None:
-        graph = self.recording.end()
+        graph = self.end()
         if graph is not None:
             if not self.backend.capabilities.runs_while_capturing:
                 graph.replay()  # the call that follows reads what the graph computes
@@ -506,7 +516,7 @@ def _capture(fn: Callable[..., Any], kwargs: dict[str, Any], recorder: _Recorder
     # The guard goes last: what a device puts on top of it to capture must be gone before it.
     with _errors_located(guard), _set(_recorder, recorder), guard.installed():
         try:
-            recording.begin()
+            recorder.begin()
             outputs, structure = flatten(fn(**kwargs))
             for output in outputs:
                 if not isinstance(output, torch.Tensor):
@@ -517,7 +527,7 @@ def _capture(fn: Callable[..., Any], kwargs: dict[str, Any], recorder: _Recorder
             # Tensors of our own, so that what the function keeps itself shows.
             recorder.outputs = [output.detach() for output in outputs]
             outputs.clear()
-            if (graph := recording.end()) is not None:
+            if (graph := recorder.end()) is not None:
                 recorder.steps.append(graph)
         except BaseException:
             recording.abort()
