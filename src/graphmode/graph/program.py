@@ -50,12 +50,14 @@ class Pool:
         slabs: one buffer for each result of a call outside the graph, in the order of the calls. Every graph sees a
             prefix of it, so that the memory of results that cross a break is the largest graph's, not the sum.
         breaks: the operators that graphs are known to break around.
+        captured: whether there was a capture that succeeded.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.handle = backend.make_pool()
         self.slabs: list[torch.Tensor] = []
         self.breaks = Breaks()
+        self.captured = False
         self._backend = backend
 
     @contextmanager
@@ -466,7 +468,8 @@ def record(
         CaptureError: anything else that broke the capture. The device is usable afterwards.
     """
     inputs = [leaf for leaf in flatten(kwargs)[0] if isinstance(leaf, torch.Tensor)]
-    state = places_of(fn)
+    # What the function keeps shows in its first capture; to look for it again in each would take as long as recording.
+    state = [] if pool.captured else places_of(fn)
     with backend.capture_stream(), torch.inference_mode(), _no_garbage_collection():
         recording = backend.recording(pool.handle, host_arguments)
         warm_up = _WarmUp(backend, pool.breaks if recording.breaks_inside_operators else None, inputs)
@@ -506,6 +509,7 @@ def record(
             results = {key for key, made in warm_up.memory.made.items() if made.computed}
             put_back(state, results | (recorder.memory.made.keys() if recorder else set()))
             raise
+    pool.captured = True
     pool.breaks.tell(recorder.broken, recorder.reasons)
     return Program(recorder.steps, recorder.outputs, structure, recorder.guard, recorder.broken)
 
