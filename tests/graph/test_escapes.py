@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from graphmode.graph import CaptureError, GraphRunner, Input, Reason, outside_graph
+from graphmode.graph import CaptureError, GraphRunner, Input, Reason, StaleAddressError, outside_graph
 
 INPUT = [Input("x", torch.float32, ("rows", 4), padding=1)]
 GLOBAL: Any = None
@@ -258,3 +258,27 @@ def test_a_function_outside_the_graph_may_keep_state_but_not_its_arguments(devic
 
     with pytest.raises(CaptureError, match=r"kept\[\d\] is a result that outlives the call"):
         GraphRunner(fn, INPUT, [2], backend=device, strict=True).capture()
+
+
+class Registry(dict):
+    """It makes what it is asked for, as some packages load modules: nothing may be asked of it in passing."""
+
+    def __getitem__(self, key: object) -> object:
+        raise RuntimeError("made")
+
+    keys = items = values = __iter__ = __contains__ = __getitem__  # type: ignore[assignment]
+
+
+def test_a_mapping_that_makes_what_it_is_asked_for_is_left_alone(device: str) -> None:
+    registry = Registry()
+    dict.__setitem__(registry, "weight", torch.ones(4, device=device))
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return x + dict.__getitem__(registry, "weight")
+
+    runner = GraphRunner(fn, INPUT, [2], backend=device, strict=True)
+    for _ in range(2):
+        assert torch.equal(runner(x=torch.ones(2, 4)).cpu(), torch.full((2, 4), 2.0))
+    dict.__setitem__(registry, "weight", torch.zeros(4, device=device))
+    with pytest.raises(StaleAddressError, match="registry\\['weight'\\]"):
+        runner.check_addresses()

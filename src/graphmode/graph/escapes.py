@@ -223,10 +223,11 @@ def _contents(container: Any, names: tuple[str, ...] | None) -> dict[Any, Any]:
             return {}
     if isinstance(container, (list, deque)):
         return dict(enumerate(container))
-    if names is None:
-        return dict(container if isinstance(container, dict) else vars(container))
     if isinstance(container, dict):
-        return {name: container[name] for name in names if name in container}
+        held = dict(dict.items(container))  # as it is: a subclass may make what it is asked for
+        return held if names is None else {name: held[name] for name in names if name in held}
+    if names is None:
+        return dict(vars(container))
     return {name: getattr(container, name) for name in names if hasattr(container, name)}
 
 
@@ -261,7 +262,7 @@ def _places_in(each: Any, path: str) -> Iterator[Places]:
         for name in names:
             module = each.__globals__.get(name)
             if isinstance(module, types.ModuleType) and not _is_library(module):
-                yield Places.of(vars(module), f"{name}.", tuple(name for name in names if hasattr(module, name)))
+                yield Places.of(vars(module), f"{name}.", tuple(name for name in names if name in vars(module)))
     elif isinstance(each, (dict, list, deque)):
         yield Places.of(each, f"{path}[")
     elif isinstance(each, type):
@@ -358,8 +359,8 @@ def escaped(
         lines.append(f"{name} is a result that outlives the call: {made[key]}{note}")
     return CaptureError(
         "\n".join(list(dict.fromkeys(lines))[:3])
-        + "\nA replay would not make it again, and its memory is used for other results. Write it to a tensor that is "
-        "there before the call (copy_), return it and pass it in again as an input, or keep it in a function marked "
+        + "\nA replay would not make it again, and its memory is used for other results. If it is state, declare it as "
+        "an input with carried=True and write to that (copy_); else return it, or keep it in a function marked "
         "@outside_graph"
     )
 

@@ -67,8 +67,8 @@ def _class_attribute(instance: Any, name: str) -> Any:
 
 def _entry(mapping: Any, key: Any) -> Any:
     key = key() if isinstance(key, weakref.ref) else key
-    if key not in mapping:  # which some mappings would answer by making it
-        raise KeyError(key)
+    if isinstance(mapping, dict):
+        return dict.__getitem__(mapping, key)  # as it is: a subclass may make what it is asked for
     return mapping[key]
 
 
@@ -331,7 +331,8 @@ class _Search:
             for get, name in ((_parameter, "_parameters"), (_buffer, "_buffers"), (_child, "_modules")):
                 yield from ((get, key, each) for key, each in tuple(attributes.get(name, {}).items()))
         elif issubclass(kind, (dict, MappingProxyType)):
-            for key, each in list(islice(value.items(), _CONTAINER_LIMIT)):
+            items = dict.items(value) if issubclass(kind, dict) else value.items()
+            for key, each in list(islice(items, _CONTAINER_LIMIT)):
                 yield _entry, key if issubclass(type(key), (*_PLAIN, tuple)) else _weak(key), each
         elif issubclass(kind, (list, tuple, deque)):
             yield from ((_element, index, each) for index, each in enumerate(list(islice(value, _CONTAINER_LIMIT))))
