@@ -35,7 +35,6 @@ REFUSED: dict[str, str] = {
     "combinations": "built on masked_select",
     "corrcoef": "looks whether its weights are negative",
     "cov": "looks whether its weights are negative",
-    "index_put": "a mask selects as many elements as are true",
     "istft": "looks whether its window is zero anywhere",
     "linalg.lstsq": "residuals only where the rank is full",
     "linalg.lstsq.grad_oriented": "residuals only where the rank is full",
