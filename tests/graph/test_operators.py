@@ -78,8 +78,6 @@ def database() -> dict[str, Any]:
     """Return the entries by name. Those of random operators do not seed: a replay would not do it again."""
     from torch.testing._internal import common_methods_invocations as database
 
-    # It forbids the process to set flags such as torch.backends.cudnn.allow_tf32, which other tests do.
-    torch.backends.__allow_nonbracketed_mutation_flag = True
     database.wrapper_set_seed = lambda operator, *args, **kwargs: operator(*args, **kwargs)  # type: ignore[assignment]
     return {entry.name + f".{entry.variant_test_name}".rstrip("."): entry for entry in database.op_db}
 
