@@ -102,7 +102,6 @@ def empty_state(device: torch.device) -> State:
 
 def main(repeats: int = 100) -> None:
     """Time steps of 1, 5 and 16 streams."""
-    torch.backends.cudnn.allow_tf32 = False  # else results agree to three digits
     backend = get_backend("auto")
     recogniser, runner = build(backend)
     runner.capture()
@@ -120,4 +119,5 @@ def main(repeats: int = 100) -> None:
 
 
 if __name__ == "__main__":
+    torch.backends.cudnn.allow_tf32 = False  # else results agree to three digits
     main()

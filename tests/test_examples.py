@@ -18,10 +18,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(autouse=True)
-def whole_floats(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def whole_floats() -> Iterator[None]:
     """On a GPU convolutions and recurrent layers compute with all bits, so that other sizes give close results."""
-    # Examples set flags of cuDNN, which torch's own test tools, once any test has loaded them, forbid the process.
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
