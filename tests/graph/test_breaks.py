@@ -73,6 +73,8 @@ def test_the_graph_breaks_around_the_operator(device: str, name: str, caplog: py
     [record] = [record for record in caplog.records if "break around" in record.message]
     assert next(iter(breaks)) in record.message
     assert __file__ in record.message
+    runner.recapture()
+    assert runner.stats.breaks == {operator: 2 * times for operator, times in breaks.items()}
     for rows in (2, 4, 3, 2):
         x = torch.randn(rows, 4) * 2
         key = runner.decide(rows).key

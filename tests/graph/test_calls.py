@@ -172,6 +172,10 @@ def test_outputs_that_a_thread_still_holds_are_not_overwritten_by_another(device
     del held
     in_a_thread()
     assert len(errors) == 1, "nobody holds them any more"
+    eager = runner(x=torch.zeros(3))
+    in_a_thread()
+    assert len(errors) == 1, "no call overwrites what an eager step returned"
+    assert eager.tolist() == [1.0] * 3
 
 
 def test_a_runner_that_its_own_function_calls_is_refused(device: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphmode.graph import GraphRunner, Input, InputError
+from graphmode.graph import GraphRunner, Input, InputError, outside_graph
 
 COUNT = [
     Input("x", torch.float32, ("n",)),
@@ -76,6 +76,21 @@ def test_streams_come_and_go_in_a_batch_of_recurrent_states(device: str) -> None
         state[1].zero_()
         x = torch.randn(2, 3)
         torch.testing.assert_close(runner(x=x), step(x.to(device), state[:2]))
+
+
+def test_an_error_in_a_step_leaves_rows_beyond_its_own_alone(device: str) -> None:
+    @outside_graph
+    def check(x: torch.Tensor) -> torch.Tensor:
+        if x.max().item() > 9:
+            raise ArithmeticError("too large")
+        return x.clone()
+
+    inputs = [Input("x", torch.float32, ("n",)), Input("h", torch.float32, ("n",), carried=True)]
+    runner = GraphRunner(lambda x, h: check(h.add_(1) + x), inputs, [4], backend=device, strict=True)
+    runner(x=torch.zeros(4))
+    with pytest.raises(ArithmeticError):
+        runner(x=torch.full((2,), 10.0))
+    assert runner.carried["h"][2:].tolist() == [1.0, 1.0]
 
 
 def test_run_eagerly_takes_the_same_step(device: str) -> None:

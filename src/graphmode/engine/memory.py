@@ -40,9 +40,12 @@ class Needed:
     host: Mapping[str, int]
 
     def total(self, *, on_host: bool) -> tuple[int, int]:
-        """Return the bytes on the device and on the host; where the two are one, all count as the device's."""
+        """Return the bytes on the device and on the host.
+
+        Where the two are one, all count as the device's, and a step's inputs are written where graphs read them.
+        """
         device, host = sum(self.device.values()), sum(self.host.values())
-        return (device + host, 0) if on_host else (device, host)
+        return (device + host - self.host["staged inputs"], 0) if on_host else (device, host)
 
 
 def buffers_needed(

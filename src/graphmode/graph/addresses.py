@@ -30,7 +30,7 @@ class Read:
     description: str
 
     def problem(self) -> str | None:
-        """Return what became of it, or None where it is as it was."""
+        """Return what happened to it, or None if it is unchanged."""
         tensor = self.tensor()
         if tensor is None:
             return f"a {self.description} was freed"
@@ -104,7 +104,7 @@ class Addresses:
         ours = {tensor.untyped_storage()._cdata for tensor in own}
         reads = {id(tensor): (tensor, read) for read in memory if (tensor := read.tensor()) is not None}
         reads = {name: pair for name, pair in reads.items() if pair[1].storage._cdata not in ours}
-        # Of some memory no tensor is left: what operators took was made for them, such as weight.data.
+        # Some memory has no tensor any more: an operator's argument was temporary, such as weight.data.
         alive = {read.storage._cdata for _, read in reads.values()}
         others = {read.storage._cdata: read for read in memory if read.storage._cdata not in alive | ours}
         new = {name: tensor for name, (tensor, _) in reads.items() if not self._knows(tensor)}

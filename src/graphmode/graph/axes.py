@@ -51,7 +51,7 @@ class Axes:
         """Check that ``size`` is one that a call may have on the bucketed axes.
 
         Raises:
-            InputError: it is no number of at least 0, or with several axes no tuple of these.
+            InputError: it is not a number of at least 0, or, with several axes, not a tuple of such numbers.
         """
         many = len(self.bucketed)
         each = (size,) if many == 1 else size

@@ -19,7 +19,7 @@ class CallContext:
         self._captured: tuple[torch.dtype, bool] | None = None
 
     def note_capture(self) -> None:
-        """Take the state as it is for that of all graphs."""
+        """Remember the current state as the one that graphs were captured in."""
         self._captured = (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
 
     def check(self) -> None:

@@ -103,7 +103,7 @@ class Declaration:
         return self._declared.values(given)
 
     def signature(self, family: str, values: Mapping[str, Any]) -> Hashable:
-        """Return all that a call's plan hangs on; None where values must be taken apart or looked at first."""
+        """Return everything that a call's plan depends on; None where values must be taken apart or checked first."""
         parts: list[Hashable] = [family]
         for name, value in values.items():
             if name in self._static:

@@ -23,10 +23,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from graphmode.graph.errors import CaptureError
 from graphmode.graph.storages import key_of, users, weakly
 
-# As many objects are looked at for what a function could change.
+# At most this many objects are searched for state that a function could change.
 _MOST_OBJECTS = 2_000
 _OWN_PACKAGE = __name__.rpartition(".")[0]
-# What is defined in these holds nothing that a captured function put there, but for modules and containers.
+# Objects of these packages hold nothing that a captured function stored, except modules and containers.
 _LIBRARIES = frozenset({"torch", "numpy", *sys.stdlib_module_names} - {"__main__", "types"})
 
 
@@ -97,12 +97,12 @@ class MemoryNotes:
             self._from_inputs |= keys
 
     def _note_end(self, name: int, key: int, _: object) -> None:
-        """Note that a tensor is no more: the memory at ``key`` may be freed with it."""
+        """Note that a tensor was freed: the memory at ``key`` may have been freed with it."""
         self._seen.pop(name, None)
         self._dying.append(key)
 
     def forget_freed(self) -> None:
-        """Let go of the names of memory that is no more: they pin the heap that it lay in, and others may have them."""
+        """Forget memory that was freed, so that its storage object is released and its key may name another."""
         while self._dying:
             key = self._dying.pop()
             if key in self.made and not self.made[key].is_there:
@@ -150,7 +150,7 @@ def held_by_call_alone(tensors: list[torch.Tensor], may_hold: Iterable[object]) 
         holders = [each for each in holders if not isinstance(each, types.FrameType)]
         references = Counter(id(each) for holder in holders for each in gc.get_referents(holder))
         for index in range(len(held)):
-            # Two references are the list's and the argument's.
+            # Two of the references are the list's and that of the argument of getrefcount.
             if sys.getrefcount(held[index]) - 2 > references[id(held[index])]:
                 return False
         new = [each for each in holders if id(each) not in allowed and id(each) not in seen]

@@ -106,7 +106,7 @@ _NUMBERS_OF_SHAPES = {
 
 @cache
 def _reads_below(func: Any) -> str | None:
-    """Return why no graph can hold an operator that reads values on the host, or decides by them, unseen."""
+    """Return why no graph can hold an operator that reads values on the host where no mode sees it, or None."""
     namespace, _, name = func.overloadpacket._qualified_op_name.partition("::")
     if namespace == "aten":
         if name in ("_pack_padded_sequence", "_pad_packed_sequence"):
@@ -255,7 +255,7 @@ class Guard:
         if self._states is None:
             return
         state = next((state for known, state in self._states if known is generator), None)
-        # A device's generator counts what a capture draws by other means, and refuses itself to be seeded there.
+        # A device's generator tracks draws during a capture in its own way, and does not allow seeding there.
         if state is None or (generator.device.type == "cpu" and not torch.equal(state, generator.get_state())):
             raise UnsupportedOpError(
                 "the function makes or seeds a random generator, which a replay would not do again; make and seed it "

@@ -154,7 +154,7 @@ def _trap(original: Callable[..., Any], name: str, reason: str) -> Callable[...,
 
 
 def _without_traps(question: Callable[..., bool]) -> Callable[..., bool]:
-    """Return ``question``, of the kind of ``has_torch_function``, as it is answered without the mode of the traps."""
+    """Return a function like ``has_torch_function`` that answers as it would without the mode of the traps."""
 
     @wraps(question)
     def ask(*args: Any) -> bool:

@@ -164,7 +164,7 @@ def _as_tensor(name: str, value: Any) -> Any:
     """Return a numpy array or scalar as a tensor over the same memory, and anything else as it is.
 
     Raises:
-        InputError: no tensor holds what the array does.
+        InputError: no dtype of torch corresponds to that of the array.
     """
     if not isinstance(value, (np.ndarray, np.generic)):
         return value

@@ -126,7 +126,7 @@ def range_of(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
 
 
 def name_of(fn: Callable[..., Any]) -> str:
-    """Return the name that a function is known by to who wrote it."""
+    """Return the name by which a function's author knows it."""
     if isinstance(fn, OpOverload):
         return str(fn.name())
     named = fn if hasattr(fn, "__qualname__") else getattr(fn, "func", type(fn))  # a partial, or an object

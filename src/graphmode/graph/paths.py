@@ -24,7 +24,7 @@ import torch
 SEARCH_LIMIT = 100_000
 """Attributes and items that a search looks at, at most: some hundredths of a second."""
 _CONTAINER_LIMIT = 4096
-# Memory may be a constant that the function made; it is not searched for long.
+# The memory may be a constant that the function made, so the search for it is short.
 _LEFT_FOR_STORAGES = SEARCH_LIMIT - 2000
 
 _PLAIN = (
@@ -117,7 +117,7 @@ def _referent(reference: Any, _: None) -> Any:
 
 
 def _by_name(instance: Any, get: Callable[[Any, Any], Any], name: Any) -> Any:
-    """Return what code gets by the name of an attribute that is not any more where it was found, or None."""
+    """Return what ``getattr`` gives for an attribute that is no longer where it was found, or None."""
     if get not in (_parameter, _buffer, _child, _attribute, _slot, _class_attribute):
         return None
     try:
@@ -130,7 +130,7 @@ Step = tuple[Callable[[Any, Any], Any], Any]
 
 
 def _text(parent: Any, step: Step) -> str:
-    """Write a step as code does. One that does not begin with ``.`` or ``[`` is where the written path begins."""
+    """Return a step as code writes it. One that begins with neither ``.`` nor ``[`` starts the written path."""
     get, key = step
     if get in (_global, _imported, _keyword_default, _keyword):
         return str(key)
@@ -465,7 +465,7 @@ class Node:
 
 
 class Change(NamedTuple):
-    """A path that does not lead any more to what was found by it.
+    """A path that no longer leads to the object that was found by it.
 
     Attributes:
         node: where it led.
@@ -487,5 +487,5 @@ def address_of(tensor: torch.Tensor) -> int | None:
 
 
 def layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return how a tensor lies in its memory."""
+    """Return the shape, strides and dtype of a tensor."""
     return tensor.shape, tensor.stride() if tensor.layout is torch.strided else None, tensor.dtype

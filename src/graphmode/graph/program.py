@@ -246,7 +246,7 @@ class _Recorder:
         return tree_unflatten(given, results_spec)
 
     def begin(self) -> None:
-        """Start a segment. What the device itself makes for a graph is nothing that the function made."""
+        """Start a segment. Memory that the device allocates for the graph itself is not the function's."""
         with self.guard.suspended():
             self.recording.begin()
 
@@ -263,7 +263,7 @@ class _Recorder:
             self.steps.append(graph)
 
     def _owned(self, leaf: Any, known: dict[int, torch.Tensor]) -> Any:
-        """Return a tensor of our own for one that the function made, so that what it keeps itself shows."""
+        """Return another tensor over memory that the function made, so that its own references can be counted."""
         if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
             return leaf
         key = key_of(leaf)
@@ -334,7 +334,7 @@ class _Recorder:
         return given, results
 
     def _cross(self, group: Sequence[torch.Tensor], together: bool = False) -> list[Crossing]:
-        """Copy results that lie in one storage to fixed memory: each to its own, or to one that they share as there."""
+        """Copy results that share a storage to fixed memory: to a buffer each, or to one buffer in the same layout."""
         if not together:
             memories = [(self._fixed_memory(extent(tensor), tensor.device), 0) for tensor in group]
         else:
@@ -390,7 +390,7 @@ class _Recorder:
         return {key: count for key, count in counts.items() if count > 0}
 
     def _escaped(self, key: int, count: int) -> bool:
-        """Return whether memory is held by more than what the calls outside the graph are given."""
+        """Return whether anything but the arguments of calls outside the graph holds the memory."""
         ours = {id(tensor) for tensor in (*self._ours(), *self.pool.slabs)}
         over = [tensor for tensor in tensors_over({key}) if id(tensor) not in ours]
         if len(over) < count:
@@ -468,7 +468,7 @@ def record(
         CaptureError: anything else that broke the capture. The device is usable afterwards.
     """
     inputs = [leaf for leaf in flatten(kwargs)[0] if isinstance(leaf, torch.Tensor)]
-    # What the function keeps shows in its first capture; to look for it again in each would take as long as recording.
+    # State that a function keeps shows in its first capture. Searching at each would take about as long as recording.
     state = [] if pool.captured else places_of(fn)
     with backend.capture_stream(), torch.inference_mode(), _no_garbage_collection():
         recording = backend.recording(pool.handle, host_arguments)
@@ -528,7 +528,7 @@ def _capture(fn: Callable[..., Any], kwargs: dict[str, Any], recorder: _Recorder
                         f"the function returned {reprlib.repr(output)}, a {type(output).__name__}; a replay would "
                         "return the same for ever. Return tensors"
                     )
-            # Tensors of our own, so that what the function keeps itself shows.
+            # Other tensors over the same memory, so that references that the function keeps itself can be counted.
             recorder.outputs = [output.detach() for output in outputs]
             outputs.clear()
             if (graph := recorder.end()) is not None:
@@ -540,7 +540,7 @@ def _capture(fn: Callable[..., Any], kwargs: dict[str, Any], recorder: _Recorder
 
 
 def _learned(recorder: _Recorder, error: CaptureError, shared: set[Place]) -> bool:
-    """Return whether a capture that failed showed what to do otherwise in the next."""
+    """Return whether a failed capture showed what the next attempt must do differently."""
     if not recorder.written_aliases <= shared:
         shared |= recorder.written_aliases
         return True
@@ -591,7 +591,7 @@ def _errors_located(guard: Guard) -> Iterator[None]:
 def _no_garbage_collection() -> Iterator[None]:
     """Keep Python from freeing device memory in the middle of a capture, which would break it.
 
-    What is there is set aside: a collection after the capture looks at the objects of the call alone.
+    Objects that exist already are frozen, so that a collection after the capture looks only at those of the call.
     """
     was_enabled = gc.isenabled()
     gc.disable()

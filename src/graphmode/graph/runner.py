@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -251,6 +251,7 @@ class GraphRunner:
             self._addresses = Addresses(self._fn)
             self._pool = Pool(self.backend)
             self.stats.graphs = self.stats.captures = self.stats.graph_bytes = 0
+            self.stats.breaks.clear()
             self._capture_all(keys, progress)
 
     def check_addresses(self) -> None:
@@ -338,7 +339,7 @@ class GraphRunner:
             if own:
                 with torch.no_grad():
                     leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-            else:
+            elif plan.program is not None:
                 self._turns.lend([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
             return structure.build(leaves)
 
@@ -425,7 +426,7 @@ class GraphRunner:
             self._host_arguments.set(key.family, bound.sizes, values)
         with torch.inference_mode():
             self._buffers.load(bound, {**values, **self._declared.size_values(sizes)})
-            with _left_as_they_are(self._buffers.beyond(bound, sizes)):
+            with _unchanged(self._buffers.beyond(bound, sizes)):
                 leaves, structure = flatten(self._call(key.family, key.variant, bound.views))
                 leaves = [leaf.clone() for leaf in leaves]
             if self._declared.output_axes is None and sizes == bound.sizes:
@@ -515,11 +516,9 @@ class GraphRunner:
             if self._host_arguments is not None:
                 self._host_arguments.set(plan.family, plan.bound.sizes, values)
             plan.load(values)
-            kept = [view.clone() for view in plan.beyond]
-            for _ in range(repeats):
-                plan.program.replay()
-            for view, before in zip(plan.beyond, kept, strict=True):
-                view.copy_(before)
+            with _unchanged(plan.beyond) if plan.beyond else nullcontext():
+                for _ in range(repeats):
+                    plan.program.replay()
         return _cut(plan.program.outputs, plan.cuts), plan.program.structure
 
     def _run_unpadded(
@@ -529,7 +528,11 @@ class GraphRunner:
         device = self.backend.device
         if self._host_arguments is not None:
             self._host_arguments.set(plan.family, plan.sizes, values)
-        inputs = self._unpadded_inputs(plan.sizes)
+        carried = self._buffers.bind_carried(plan.sizes)
+        inputs = {
+            spec.name: carried[spec.name] if spec.carried else all_padding(spec, plan.sizes, device)
+            for spec in self._declared.inputs
+        }
         for name, value in values.items():
             if self._declared.names[name].carried:
                 inputs[name].copy_(value)
@@ -539,14 +542,6 @@ class GraphRunner:
             self._call(plan.family, plan.variant, inputs)
         leaves, structure = flatten(self._call(plan.family, plan.variant, inputs))
         return [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
-
-    def _unpadded_inputs(self, sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """Return all inputs at the axis ``sizes``: carried ones as they are, the others all padding."""
-        carried = self._buffers.bind_carried(sizes)
-        return {
-            spec.name: carried[spec.name] if spec.carried else all_padding(spec, sizes, self.backend.device)
-            for spec in self._declared.inputs
-        }
 
     def _bind(self, key: GraphKey) -> BoundInputs:
         if key not in self._bound:
@@ -696,11 +691,14 @@ def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _left_as_they_are(views: Sequence[torch.Tensor]) -> Iterator[None]:
+def _unchanged(views: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Restore what ``views`` hold afterwards."""
     before = [view.clone() for view in views]
-    yield
-    for view, values in zip(views, before, strict=True):
-        view.copy_(values)
+    try:
+        yield
+    finally:
+        for view, values in zip(views, before, strict=True):
+            view.copy_(values)
 
 
 def _reason(error: CaptureError) -> Reason:

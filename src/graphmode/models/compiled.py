@@ -55,7 +55,7 @@ torch.library.define("graphmode::compiled", "(int program, Tensor[] inputs) -> T
 @torch.library.impl("graphmode::compiled", "default")
 def _run(program: int, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     with torch._C._ForceDispatchKeyGuard(*_DISPATCH):
-        # A graph has tensors of its own over weights. The compiler would tell them from parameters and compile again.
+        # A graph refers to weights by plain tensors of its own, for which the compiler would compile again.
         plain = [tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor for tensor in inputs]
         return list(_programs[program](*plain))
 

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
@@ -31,6 +31,7 @@ from graphmode.graph.errors import CaptureError
 from graphmode.graph.guard import tensors_in
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.staging import Event
+from graphmode.graph.storages import key_of, users
 
 ALIGNMENT = 64
 # Memory that is given back while recording goes to the allocator's heap, among what the tape keeps, where it often fits
@@ -281,7 +282,7 @@ class _TapeMode(TorchDispatchMode):
         return result
 
     def _write(self, tape: Tape, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: object) -> None:
-        known = {_key(tensor) for tensor in tensors_in((args, kwargs))}
+        known = {key_of(tensor) for tensor in tensors_in((args, kwargs))}
         if func._schema.is_mutable:
             self._follow(tensors_in((args, kwargs)))
         results: list[torch.Tensor | None] = []
@@ -290,7 +291,7 @@ class _TapeMode(TorchDispatchMode):
             if tensor is None:
                 results.append(None)
                 continue
-            key = _key(tensor)
+            key = key_of(tensor)
             if key not in known:
                 if key not in self.made:
                     self.made[key] = Made(self._position, tensor.untyped_storage().nbytes())
@@ -330,14 +331,14 @@ class _TapeMode(TorchDispatchMode):
 
     def _held(self, key: int) -> bool:
         """Return whether anything but the tape holds memory: then it may be read again, by whatever code."""
-        return _users(key) > len(self.made[key].own)
+        return users(key) > len(self.made[key].own)
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tape's own tensor over the same memory: a graph knows memory, and keeps no object alive."""
         own: torch.Tensor | None = self._own.get(tensor)
         if own is None:
             own = self._own[tensor] = tensor.detach()
-            key = _key(tensor)
+            key = key_of(tensor)
             if (memory := self.made.get(key)) is None:
                 self._outside.append(own)
             else:
@@ -348,7 +349,7 @@ class _TapeMode(TorchDispatchMode):
     def _follow(self, tensors: Sequence[torch.Tensor]) -> None:
         """Follow tensors that an operator gave another shape, and with it more memory, in place."""
         for tensor in tensors:
-            own, memory = self._own.get(tensor), self.made.get(_key(tensor))
+            own, memory = self._own.get(tensor), self.made.get(key_of(tensor))
             if own is None or memory is None or (own.shape, own.stride()) == (tensor.shape, tensor.stride()):
                 continue
             del self._own[tensor]
@@ -387,33 +388,14 @@ class _TapeMode(TorchDispatchMode):
         return {
             key: Lifetime(memory.start, self._last_use.get(key, memory.start), memory.nbytes)
             for key, memory in self.made.items()
-            if _users(key) == len(memory.tensors())
+            if users(key) == len(memory.tensors())
         }
-
-
-def _key(tensor: torch.Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
 
 
 def _trim_heap() -> None:
     """Return free pages of the heap to the system, where its allocator offers that."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
-
-
-def _users(key: int) -> int:
-    """Return the number of tensors over the storage at ``key``, which Python has seen."""
-    count: int = torch._C._storage_Use_Count(key) - _counted_for_python()
-    return count
-
-
-@cache
-def _counted_for_python() -> int:
-    """Return what being seen by Python adds to a storage's count of users; versions of torch differ in it."""
-    tensor = torch.empty(1)
-    count: int = torch._C._storage_Use_Count(_key(tensor))
-    return count - 1
 
 
 def _instruction(

@@ -75,7 +75,7 @@ def _overload(func: Any) -> tuple[Any, tuple[str, ...], frozenset[str]] | None:
 
 
 def _signature(tree: Any) -> object:
-    """Return what of an operator's arguments or results may choose its code, in place of them."""
+    """Return a key made of everything in arguments or results by which an operator may choose its code."""
     if isinstance(tree, torch.Tensor):
         aligned = tree.data_ptr() % 64
         return tree.dtype, tree.shape, tree.stride(), aligned, tree.is_conj(), tree.is_neg()
@@ -95,7 +95,7 @@ def _gives_the_same(
     kwargs: dict[str, Any],
     results: Sequence[torch.Tensor],
 ) -> bool:
-    """Try a form with the arguments of the call, and again with others where those tell little, as padding does."""
+    """Try a form with the arguments of the call, and again with random numbers where those are all alike."""
     generator = kwargs.get("generator") or torch.default_generator
     state = generator.get_state()
     random = torch.Tag.nondeterministic_seeded in func.tags
