@@ -528,16 +528,16 @@ class GraphRunner:
         device = self.backend.device
         if self._host_arguments is not None:
             self._host_arguments.set(plan.family, plan.sizes, values)
-        carried = self._buffers.bind_carried(plan.sizes)
-        inputs = {
-            spec.name: carried[spec.name] if spec.carried else all_padding(spec, plan.sizes, device)
-            for spec in self._declared.inputs
-        }
-        for name, value in values.items():
-            if self._declared.names[name].carried:
-                inputs[name].copy_(value)
+        inputs = self._buffers.bind_carried(plan.sizes)
+        for spec in self._declared.inputs:
+            value = values.get(spec.name)
+            if value is None:
+                if not spec.carried:
+                    inputs[spec.name] = all_padding(spec, plan.sizes, device)
+            elif spec.carried:
+                inputs[spec.name].copy_(value)
             else:
-                inputs[name] = value.to(device, copy=True)
+                inputs[spec.name] = value.to(device, copy=True)
         for _ in range(repeats - 1):
             self._call(plan.family, plan.variant, inputs)
         leaves, structure = flatten(self._call(plan.family, plan.variant, inputs))
@@ -576,7 +576,7 @@ class GraphRunner:
                     self._host_arguments,
                     warmup_iterations=self._warmup_iterations,
                 )
-            known = self._declared.output_axes or self._outputs.get((key.family, key.variant))
+            known = self._known_outputs(key.family, key.variant)
             if known is not None and (problem := known.problem(_shapes(program.outputs), bound.sizes)):
                 raise CaptureError(problem)
         except CaptureError as error:
@@ -599,15 +599,20 @@ class GraphRunner:
         if self._failed.get(key) is Reason.OUT_OF_MEMORY:
             gc.collect()  # what the broken capture held in cycles is needed for the next
 
+    def _known_outputs(self, family: str, variant: Variant) -> OutputAxes | None:
+        return self._declared.output_axes or self._outputs.get((family, variant))
+
     def _outputs_of(self, family: str, variant: Variant) -> OutputAxes | str:
         """Return how the outputs of graphs that are there follow the axes, or why that cannot be told."""
+        if known := self._known_outputs(family, variant):
+            return known  # each graph was held against it when it was captured
         keys = [key for key in self._programs if (key.family, key.variant) == (family, variant)]
         samples = [Sample(self._bind(key).sizes, _shapes(self._programs[key].outputs)) for key in keys]
         return self._output_axes(family, variant, samples)
 
     def _output_axes(self, family: str, variant: Variant, samples: list[Sample]) -> OutputAxes | str:
         """Return how outputs follow the axes: as declared, as known, or as shapes at several sizes show."""
-        known = self._declared.output_axes or self._outputs.get((family, variant))
+        known = self._known_outputs(family, variant)
         if known is not None:
             return known.problem(samples[0].shapes, samples[0].sizes) or known
 
