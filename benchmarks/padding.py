@@ -17,7 +17,7 @@ import typer
 
 from graphmode import LLM
 from graphmode.engine.sampler import SamplingLevel
-from graphmode.engine.step_runner import INPUTS
+from graphmode.engine.step_inputs import INPUTS
 from graphmode.graph import make_buckets
 from graphmode.observe.bench.results import Row, as_json, of_runs
 from graphmode.observe.bench.run import Plan, model_folder, resolve, shown_name
@@ -55,7 +55,7 @@ def decode_inputs(llm: LLM, rows: int, size: int, steps: int) -> dict[str, torch
         "slot_mapping": last * pool.block_size + (length - 1) % pool.block_size,
         "query_lens": torch.ones(rows),
         "kv_lens": torch.full((rows,), length),
-        "logits_rows": torch.arange(rows),
+        "logits_indices": torch.arange(rows),
         "slots": torch.arange(rows) + 1,
         "limits": torch.full((rows,), length + steps),
         "block_tables": tables,

@@ -16,7 +16,7 @@ import griffe
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "api.md"
 PACKAGES = ("graphmode.graph", "graphmode")
-ERRORS = ("graphmode.graph.errors", "graphmode.models.errors")  # docstrings name them without an import
+ERRORS = ("graphmode.errors",)  # docstrings name them without an import
 INTRODUCTION = """# API reference
 
 Every public name, from its docstring. `make docs` writes this page; the [guide](guide.md) says how things are used.

@@ -337,7 +337,7 @@ def test_the_runtime_loads_neither_the_engine_nor_transformers() -> None:
     code = (
         "import sys, graphmode.graph; "
         "print([m for m in sys.modules if m.split('.')[0] in ('transformers', 'typer', 'rich', 'tokenizers') "
-        "or m.startswith(('graphmode.engine', 'graphmode.models', 'graphmode.kernels'))])"
+        "or m.startswith(('graphmode.engine', 'graphmode.models', 'graphmode.ops'))])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

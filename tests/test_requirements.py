@@ -13,7 +13,7 @@ from packaging.version import Version
 import graphmode.cli
 import graphmode.models
 import graphmode.requirements
-from graphmode.models.errors import VersionError
+from graphmode.errors import VersionError
 from graphmode.requirements import outside_of_tested
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, Qwen3Config
 
 from graphmode import LLM, SamplingParams
 from graphmode.engine.outputs import CompletionOutput
+from graphmode.errors import ModelError
 from graphmode.graph import InputError
-from graphmode.models.errors import ModelError
 from tests.engine.test_text import TWO_EMOJI, byte_fallback, ctrl
 
 EOS, SEPARATOR = "</s>", "<|sep|>"

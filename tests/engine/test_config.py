@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphmode.engine.config import EngineOptions, resolve_buckets, resolve_limits
-from graphmode.engine.scheduler import Limits
+from graphmode.engine.types import Limits
 from graphmode.graph import InputError
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ from transformers import Qwen3Config
 
 from graphmode import LLM
 from graphmode.engine.sampler import SamplingLevel
-from graphmode.engine.step_runner import INPUTS
+from graphmode.engine.step_inputs import INPUTS
 from graphmode.graph.inputs import all_padding
-from graphmode.kernels import (
+from graphmode.ops import (
     Rotation,
     _triton,
     linear_add,

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graphmode import LLM, SamplingParams
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 from graphmode.models.loader import load_model
 
 FILE = "generation_config.json"

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphmode import LLM
+from graphmode.cache.allocate import make_cache
+from graphmode.cache.specs import CacheShape
 from graphmode.engine.config import EngineOptions, resolve_buckets
-from graphmode.engine.kv_cache import make_cache
 from graphmode.engine.memory import (
     CacheMemory,
     buffers_needed,
@@ -20,9 +21,8 @@ from graphmode.engine.memory import (
     check_buffers,
     fit_cache,
 )
-from graphmode.engine.scheduler import Limits
+from graphmode.engine.types import Limits
 from graphmode.graph import InputError
-from graphmode.models.attention import CacheShape
 from graphmode.models.loader import ModelShape
 
 GIB = 1 << 30
@@ -96,7 +96,7 @@ def test_what_is_counted_is_what_an_engine_allocates(tiny: Path) -> None:
 def test_an_engine_refuses_absurd_limits_before_it_loads_a_model(
     options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graphmode.engine.core.load_model", lambda *args, **kwargs: pytest.fail("it loads the model"))
+    monkeypatch.setattr("graphmode.engine.engine.load_model", lambda *args, **kwargs: pytest.fail("it loads the model"))
     with pytest.raises(InputError, match=r"Lower|lower"):
         LLM(device="cpu", **options)
 

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from graphmode import LLM, SamplingParams
-from graphmode.engine.scheduler import Batch, Row
 from graphmode.engine.sequence import Sequence
-from graphmode.engine.step_runner import step_inputs
+from graphmode.engine.step_inputs import step_inputs
+from graphmode.engine.types import Batch, ScheduledSequence
 
 pytestmark = pytest.mark.gpu
 
@@ -60,7 +60,7 @@ def test_logits_are_as_close_to_float32_as_transformers_own_bf16(llm: LLM) -> No
         sequence.blocks = engine.scheduler.pool.allocate(-(-length // 16))
         # All but the last token as a prompt, then the last as a decode step: both families are in the result.
         for start, count, family in ((0, length - 1, "mixed"), (length - 1, 1, "decode")):
-            values = step_inputs(Batch(family, (Row(sequence, start, count, True),), count), 128)
+            values = step_inputs(Batch(family, (ScheduledSequence(sequence, start, count, True),), count), 128)
             read = signature(engine.runner.logits).parameters
             rest = {name: value.cuda() for name, value in values.items() if name in read}
             with torch.inference_mode():

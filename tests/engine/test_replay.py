@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from graphmode.engine.config import EngineOptions
-from graphmode.engine.core import Engine
+from graphmode.engine.engine import Engine
 from graphmode.engine.llm import LLM
 from graphmode.engine.sampler import SamplingLevel
 from graphmode.engine.sampling_params import SamplingParams
-from graphmode.engine.scheduler import Batch, Row
 from graphmode.engine.sequence import Sequence
-from graphmode.engine.step_runner import INPUTS, step_inputs
+from graphmode.engine.step_inputs import INPUTS, step_inputs
+from graphmode.engine.types import Batch, ScheduledSequence
 from graphmode.graph import GraphKey, GraphRunner, Input
 
 SEQS, TOKENS = 6, 24
@@ -98,7 +98,7 @@ class Harness:
             scored = range(start, start + 1) if index % 2 else range(0)
             sequence.token_ids.append(7)  # the successor of the last, where that is scored
             sequence.prompt_token_ids.append(7)
-            rows.append(Row(sequence, start, length, samples=bool(index % 3), scored=scored))
+            rows.append(ScheduledSequence(sequence, start, length, samples=bool(index % 3), scored=scored))
         return Batch(family, tuple(rows), num_tokens, tuple(row.sequence for row in rows))  # type: ignore[arg-type]
 
     def fill_cache(self, batch: Batch) -> None:
@@ -165,7 +165,7 @@ GARBAGE = {
     "token_ids": 198,
     "token_sources": SEQS - 1,
     "positions": 127,
-    "logits_rows": 0,
+    "logits_indices": 0,
     "scored_tokens": 198,
     "scored_slots": SEQS,
     "block_tables": 2**31 - 1,

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from graphmode import LLM, SamplingParams
+from graphmode.errors import GraphModeError
 from graphmode.graph import InputError
-from graphmode.graph.errors import GraphModeError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
 TEMPLATE = (

@@ -13,7 +13,7 @@ from graphmode import LLM, SamplingParams
 from graphmode.engine.outputs import RequestOutput, VocabularyLogprobs
 from graphmode.graph import InputError
 from graphmode.graph.memory import in_words
-from tests.kernels.distributions import check_drawn_from
+from tests.ops.distributions import check_drawn_from
 
 PROMPTS = [[5, 9, 5, 17, 30, 5], [1, 2, 3], list(range(40)), [7] * 20]
 GREEDY = SamplingParams(temperature=0, max_tokens=12)

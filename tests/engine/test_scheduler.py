@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from graphmode.engine.block_pool import BlockPool
+from graphmode.cache.block_pool import BlockPool
 from graphmode.engine.sampling_params import SamplingParams
-from graphmode.engine.scheduler import Batch, Limits, Scheduler
+from graphmode.engine.scheduler import Scheduler
 from graphmode.engine.sequence import Sequence
+from graphmode.engine.types import Batch, Limits
 from graphmode.graph import InputError
 
 EOS = 7

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import ByT5Tokenizer, CTRLTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from graphmode.engine.text import AnswerText, Detokenizer
-from graphmode.models.errors import ModelError
+from graphmode.errors import ModelError
 
 CORPUS = ["the stop of the story: it's 漢字 and 😀 and 😃, naïve\n\n  or not. stop stop"] * 8
 SPECIAL = ["<s>", "</s>", "<|sep|>"]

@@ -10,9 +10,9 @@ import torch
 
 from graphmode import LLM, SamplingParams
 from graphmode.engine.prompts import PromptReader
-from graphmode.engine.scheduler import Batch, Row
 from graphmode.engine.sequence import Sequence
-from graphmode.engine.step_runner import VISION_INPUTS, step_inputs
+from graphmode.engine.step_inputs import VISION_INPUTS, step_inputs
+from graphmode.engine.types import Batch, ScheduledSequence
 from graphmode.graph import GraphRunner
 from tests.multimodal import GLM, IMAGE, TYPES, generate_greedily, make_prompt, save_model
 
@@ -57,7 +57,7 @@ def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
     token_ids, vision = PromptReader(engine.loaded).read(prompt)  # type: ignore[arg-type]
     sequence = Sequence(0, token_ids, GREEDY, 0, vision)
     sequence.blocks = engine.scheduler.pool.allocate(-(-len(token_ids) // 16))
-    batch = Batch("mixed", (Row(sequence, 0, len(token_ids), True),), len(token_ids))
+    batch = Batch("mixed", (ScheduledSequence(sequence, 0, len(token_ids), True),), len(token_ids))
     values = step_inputs(batch, -(-engine.limits.max_model_len // 16))
     assert engine.runner.vision is not None
     values |= engine.runner.vision.step_inputs(batch, values["positions"])
@@ -246,7 +246,7 @@ def test_what_padding_holds_changes_no_bit_of_a_step_with_images(folder: dict[st
     token_ids, vision = PromptReader(engine.loaded).read(make_prompt(model_type, LAYOUTS["image"], 0))
     sequence = Sequence(0, token_ids, GREEDY, 0, vision)
     sequence.blocks = [1, 2]
-    batch = Batch("mixed", (Row(sequence, 0, len(token_ids), True),), len(token_ids))
+    batch = Batch("mixed", (ScheduledSequence(sequence, 0, len(token_ids), True),), len(token_ids))
     values = step_inputs(batch, 8)
     step.vision.features.fill_(float("nan"))
     values |= step.vision.step_inputs(batch, values["positions"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from graphmode.engine.config import EngineOptions
-from graphmode.engine.core import Engine
+from graphmode.engine.engine import Engine
 from graphmode.engine.sampler import SamplingLevel
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.sequence import Sequence

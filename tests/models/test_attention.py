@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from graphmode.models.attention import AttentionBatch, LayerCache, attention_hook
-from graphmode.models.errors import ModelError
+from graphmode.cache.specs import LayerCache
+from graphmode.errors import ModelError
+from graphmode.layers.attention import AttentionBatch
+from graphmode.models.hf.attention import attention_hook
 
 KV_HEADS, HEAD_DIM, TOKENS = 2, 16, 3
 

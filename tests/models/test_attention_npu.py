@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphmode.models.attention import AttentionBatch, LayerCache, cached_attention
-from graphmode.models.attention_npu import NPU_ATTENTION, host_lengths, npu_attention
+from graphmode.cache.specs import LayerCache
+from graphmode.layers.attention import AttentionBatch, cached_attention
+from graphmode.models.hf.attention_npu import NPU_ATTENTION, host_lengths, npu_attention
 from tests.devices.fake_npu_attention import NAME
 
 MAX_LEN, BLOCK, HEADS, KV_HEADS, DIM = 256, NPU_ATTENTION.block_size, 4, 2, 16

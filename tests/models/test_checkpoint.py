@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from graphmode import LLM
+from graphmode.errors import ModelError
 from graphmode.models.checkpoint import find_checkpoint
-from graphmode.models.errors import ModelError
+from graphmode.models.hf.versions import AutoImageProcessor
 from graphmode.models.loader import load_model
-from graphmode.models.transformers_versions import AutoImageProcessor
 
 pytestmark = pytest.mark.versions
 

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_unflatten
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graphmode import LLM, SamplingParams
-from graphmode.graph.errors import StaleAddressError
-from graphmode.models import compiled
-from graphmode.models.attention import ATTENTION_NAME, LayerCache
-from graphmode.models.compiled import CompiledLayer, compile_layers
+from graphmode.cache.specs import LayerCache
+from graphmode.errors import StaleAddressError
+from graphmode.models.hf import compiled
+from graphmode.models.hf.attention import ATTENTION_NAME
+from graphmode.models.hf.compiled import CompiledLayer, compile_layers
 from tests.models.test_families import FAMILIES, PROMPTS, SMALL
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)

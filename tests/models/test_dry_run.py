@@ -24,10 +24,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from graphmode.models.attention import ATTENTION_NAME, CacheShape
-from graphmode.models.dry_run import cache_shapes, check_class
-from graphmode.models.errors import ModelError
-from graphmode.models.experts import EXPERTS_NAME, share_real_rows
+from graphmode.cache.specs import CacheShape
+from graphmode.errors import ModelError
+from graphmode.models.hf.attention import ATTENTION_NAME
+from graphmode.models.hf.dry_run import cache_shapes, check_class
+from graphmode.models.hf.experts import EXPERTS_NAME, share_real_rows
 
 pytestmark = pytest.mark.versions
 

@@ -22,10 +22,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 
 from graphmode import LLM, SamplingParams
 from graphmode.engine.config import EngineOptions
-from graphmode.engine.core import Engine
+from graphmode.engine.engine import Engine
+from graphmode.errors import ModelError
 from graphmode.graph import GraphRunner, Input
-from graphmode.models.errors import ModelError
-from graphmode.models.experts import FusedRouter, fuse_routers, grouped_product, routed_experts, share_real_rows
+from graphmode.models.hf.experts import FusedRouter, fuse_routers, grouped_product, routed_experts, share_real_rows
 
 pytestmark = pytest.mark.versions
 
@@ -332,7 +332,7 @@ def engine_logits(folder: Path, device: str, dtype: str, prompt: list[int]) -> t
             slot_mapping=padded(list(range(length)), -1),
             query_lens=torch.tensor([length, 0], dtype=torch.int32, device=device),
             kv_lens=torch.tensor([length, 0], dtype=torch.int32, device=device),
-            logits_rows=torch.arange(length, device=device),
+            logits_indices=torch.arange(length, device=device),
             block_tables=torch.arange(8, dtype=torch.int32, device=device).repeat(2, 1),
         )
     return logits.cpu()

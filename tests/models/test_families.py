@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graphmode import LLM, SamplingParams
-from graphmode.engine.core import Engine
-from graphmode.engine.scheduler import Batch, Row
+from graphmode.engine.engine import Engine
 from graphmode.engine.sequence import Sequence
-from graphmode.engine.step_runner import step_inputs
+from graphmode.engine.step_inputs import step_inputs
+from graphmode.engine.types import Batch, ScheduledSequence
 
 pytestmark = pytest.mark.versions
 
@@ -142,8 +142,8 @@ def compute_logits(engine: Engine, tokens: list[int], prompt_len: int) -> torch.
     """The engine's logits for every token after the prompt: the prompt as one mixed step, the rest by decode steps."""
     sequence = Sequence(0, tokens, SamplingParams(temperature=0), 0)
     sequence.blocks = engine.scheduler.pool.allocate(-(-len(tokens) // 16))
-    steps = [Batch("mixed", (Row(sequence, 0, prompt_len, True),), prompt_len)]
-    steps += [Batch("decode", (Row(sequence, at, 1, True),), 1) for at in range(prompt_len, len(tokens))]
+    steps = [Batch("mixed", (ScheduledSequence(sequence, 0, prompt_len, True),), prompt_len)]
+    steps += [Batch("decode", (ScheduledSequence(sequence, at, 1, True),), 1) for at in range(prompt_len, len(tokens))]
     logits = []
     for batch in steps:
         values = step_inputs(batch, -(-engine.limits.max_model_len // 16))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from graphmode import LLM, SamplingParams
-from graphmode.models.errors import ModelError
+from graphmode.errors import ModelError
 from graphmode.models.loader import load_model
 
 gguf = pytest.importorskip("gguf")

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graphmode import LLM, SamplingParams
-from graphmode.engine.kv_cache import block_bytes
-from graphmode.models.attention import ATTENTION_NAME, CacheShape
-from graphmode.models.dry_run import cache_shapes
-from graphmode.models.errors import ModelError
-from graphmode.models.latent import keep_latents
-from graphmode.models.sparse import use_indexers
+from graphmode.cache.allocate import block_bytes
+from graphmode.cache.specs import CacheShape
+from graphmode.errors import ModelError
+from graphmode.models.hf.attention import ATTENTION_NAME
+from graphmode.models.hf.dry_run import cache_shapes
+from graphmode.models.hf.latent import keep_latents
+from graphmode.models.hf.sparse import use_indexers
 from tests.models.test_families import LATENT, PROMPTS, SMALL, SPARSE, continue_greedily
 
 pytestmark = pytest.mark.versions

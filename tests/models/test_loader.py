@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from graphmode import LLM, SamplingParams, bundled_model
-from graphmode.models.errors import ModelError
+from graphmode.errors import ModelError
 from graphmode.models.loader import load_model
 
 pytestmark = pytest.mark.versions

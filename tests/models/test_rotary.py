@@ -9,9 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from graphmode import LLM, SamplingParams
-from graphmode.graph.errors import InputError
-from graphmode.models.errors import ModelError
-from graphmode.models.rotary import context_length
+from graphmode.errors import InputError, ModelError
+from graphmode.models.hf.rotary import context_length
 
 pytestmark = pytest.mark.versions
 

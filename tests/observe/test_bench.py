@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from graphmode.cache.specs import CacheShape
 from graphmode.cli import app
-from graphmode.graph.errors import InputError
-from graphmode.models.attention import CacheShape
+from graphmode.errors import InputError, ModelError
 from graphmode.models.bundled_model import bundled_model
-from graphmode.models.errors import ModelError
 from graphmode.observe.bench.plot import step_plot
 from graphmode.observe.bench.results import Figure, Row, as_json, comparable, of_many, of_runs, read_rows, tables
 from graphmode.observe.bench.roofline import ModelCost, Roofline, Work, model_cost

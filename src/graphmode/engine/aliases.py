@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from graphmode.engine.checks import flag, shown, unfit
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from graphmode.engine import checks
 from graphmode.engine.prompts import PromptParts
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 LARGEST = 2**31 - 1
 """The largest count that is taken: those on the device have 32 bits."""

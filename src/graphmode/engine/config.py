@@ -11,10 +11,10 @@ import torch
 
 from graphmode.engine import aliases, checks
 from graphmode.engine.checks import unfit
-from graphmode.engine.scheduler import Family, Limits
+from graphmode.engine.types import Family, Limits
+from graphmode.errors import InputError
 from graphmode.graph import Backend, CaptureFailure, make_buckets
 from graphmode.graph.buckets import check_buckets, powers_of_two
-from graphmode.graph.errors import InputError
 
 GraphMode = Literal["none", "piecewise", "full", "full_decode_only", "full_and_piecewise"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from graphmode.engine.checks import shown
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 log = logging.getLogger(__name__)
 

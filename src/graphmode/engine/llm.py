@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from graphmode.engine import aliases, checks
 from graphmode.engine.chat import ChatTemplate, Conversation, conversations
 from graphmode.engine.config import EngineOptions
-from graphmode.engine.core import Engine, EngineStats
+from graphmode.engine.engine import Engine
 from graphmode.engine.media import MediaLimits
 from graphmode.engine.multimodal import VisionPrompt
 from graphmode.engine.outputs import (
@@ -30,8 +30,9 @@ from graphmode.engine.outputs import (
 from graphmode.engine.prompts import Prompt, PromptParts, PromptReader, as_prompts
 from graphmode.engine.sampling_params import MAX_LOGPROBS, SamplingParams, checkpoint_parameters
 from graphmode.engine.sequence import Sequence as TokenSequence
+from graphmode.engine.stats import EngineStats
 from graphmode.engine.text import AnswerText, Detokenizer
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 from graphmode.graph.memory import free_memory, in_words
 from graphmode.models.bundled_model import bundled_model
 

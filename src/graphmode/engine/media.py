@@ -9,7 +9,7 @@ from typing import Any
 
 from graphmode.engine.checks import flag, integer, shown, unfit
 from graphmode.engine.multimodal import TOKEN_TYPES, Kind
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 # What is settled before the processor sees an image, and why a user need not say it.
 _SETTLED: Mapping[str, str] = {

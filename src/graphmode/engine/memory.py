@@ -10,10 +10,10 @@ from math import prod
 import torch
 
 from graphmode.engine.sampler import REPORT_BYTES, SLOT_BYTES
-from graphmode.engine.scheduler import Limits
-from graphmode.engine.step_runner import INPUTS
+from graphmode.engine.step_inputs import INPUTS
+from graphmode.engine.types import Limits
+from graphmode.errors import InputError
 from graphmode.graph.buffers import STAGING_SLOTS
-from graphmode.graph.errors import InputError
 from graphmode.graph.memory import in_words
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from graphmode.engine.aliases import Alias, Names
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 
 class Kind(StrEnum):

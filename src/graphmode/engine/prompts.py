@@ -26,9 +26,9 @@ from graphmode.engine.media import (
     sorted_media,
 )
 from graphmode.engine.multimodal import Kind, VisionItem, VisionPrompt, make_item, make_vision_prompt
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
+from graphmode.models.hf.versions import AutoImageProcessor
 from graphmode.models.loader import LoadedModel
-from graphmode.models.transformers_versions import AutoImageProcessor
 
 
 class PromptParts(TypedDict, total=False):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from graphmode.engine.checks import shown
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 MAX_WORDS = 256  # sequences of more than one token that one request may ban
 WINDOW = 16  # tokens before the last one that such a sequence may have
@@ -30,7 +30,7 @@ class Restrictions:
 
     @property
     def bits(self) -> npt.NDArray[np.int32]:
-        """``forbidden`` as ``graphmode.kernels.bans`` has it: a bit a token, int32 ``[ceil(vocab / 32)]``."""
+        """``forbidden`` as ``graphmode.ops.sampling.bans`` has it: a bit a token, int32 ``[ceil(vocab / 32)]``."""
         padded = np.zeros(-(-len(self.forbidden) // 32) * 32, dtype=np.bool_)
         padded[: len(self.forbidden)] = self.forbidden
         return np.packbits(padded, bitorder="little").view("<i4")

@@ -17,15 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from graphmode.engine.restrictions import MAX_WORDS, WINDOW, Restrictions, restrictions
 from graphmode.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
-from graphmode.engine.scheduler import Batch, Limits, Row
 from graphmode.engine.sequence import Sequence as TokenSequence
+from graphmode.engine.types import Batch, Limits, ScheduledSequence
+from graphmode.errors import InputError
 from graphmode.graph import Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.buffers import STAGING_SLOTS, InputBuffers
-from graphmode.graph.errors import InputError
 from graphmode.graph.memory import free_memory, in_words
 from graphmode.graph.staging import StagingRing
-from graphmode.kernels import (
+from graphmode.ops import (
     Adjustments,
     Bans,
     Filters,
@@ -122,7 +122,7 @@ class _Bans(NamedTuple):
     buffers: InputBuffers
 
 
-def level_of(row: Row) -> SamplingLevel:
+def level_of(row: ScheduledSequence) -> SamplingLevel:
     """Return the least level that serves a row."""
     params = row.sequence.params
     if params.logprobs == -1 or (row.scored and params.prompt_logprobs == -1):
@@ -176,7 +176,7 @@ class Sampler:
         self._lists: _Lists | None = None
         self._bans: _Bans | None = None
         self._top_n = min(MAX_LOGPROBS, vocab_size)
-        # The tokens of the sequences with penalties, as graphmode.kernels.history has them.
+        # The tokens of the sequences with penalties, as graphmode.ops.sampling.token_counts has them.
         self.history = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         # Log-probabilities of a step: those of its rows, then those of the prompt tokens that it scores.
         self.reports = torch.zeros(0, 2 + 2 * self._top_n, dtype=torch.int32, device=device)
@@ -336,7 +336,7 @@ class Sampler:
         level: SamplingLevel,
         slots: torch.Tensor,
         positions: torch.Tensor,
-        logits_rows: torch.Tensor,
+        logits_indices: torch.Tensor,
         scored_rows: torch.Tensor,
         scored_tokens: torch.Tensor,
         scored_slots: torch.Tensor,
@@ -348,7 +348,7 @@ class Sampler:
             level: what to do.
             slots: int64 ``[seqs]``: of each row; 0 for one that does not sample.
             positions: int32 ``[seqs]``: of the token to draw.
-            logits_rows: int64 ``[seqs]``: the token of the step that each row samples after.
+            logits_indices: int64 ``[seqs]``: the token of the step that each row samples after.
             scored_rows: int64 ``[scored]``: the tokens of the step whose successors in the prompt are scored.
             scored_tokens: int64 ``[scored]``: these successors.
             scored_slots: int64 ``[scored]``: of their sequences; 0 for padding.
@@ -357,12 +357,12 @@ class Sampler:
             The sampled tokens, int64 ``[seqs]``. Log-probabilities are left in ``reports``, and at the highest level
             logits in ``logits``.
         """
-        rows = len(logits_rows)
+        rows = len(logits_indices)
         if level >= SamplingLevel.SCORED:
-            all_logits = logits_of(torch.cat([logits_rows, scored_rows]))
+            all_logits = logits_of(torch.cat([logits_indices, scored_rows]))
             logits, scored = all_logits[:rows], all_logits[rows:]
         else:
-            logits = logits_of(logits_rows)
+            logits = logits_of(logits_indices)
         if level is SamplingLevel.PLAIN:
             temperature = _Floats[torch.Tensor]._make(self._floats).temperature
             return sample(

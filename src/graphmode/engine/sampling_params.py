@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from graphmode.engine import aliases, checks
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 from graphmode.graph.memory import in_words
 
 log = logging.getLogger(__name__)

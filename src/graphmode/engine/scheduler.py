@@ -8,77 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
-from graphmode.engine.block_pool import BlockPool, block_keys
+from graphmode.cache.block_pool import BlockPool, block_keys
 from graphmode.engine.sequence import Sequence
-from graphmode.graph.errors import InputError
-
-Family = Literal["decode", "mixed"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a step may hold.
-
-    Attributes:
-        max_num_seqs: sequences in a step.
-        max_num_batched_tokens: tokens in a step; longer prompts are computed in chunks.
-        max_model_len: tokens of a sequence, prompt and output together.
-        decode_steps: decode steps that are launched together at most, one after the other without the host.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    decode_steps: int = 1
-
-
-@dataclass(eq=False, slots=True)
-class Row:
-    """A sequence's part of a step.
-
-    Attributes:
-        sequence: whose.
-        start: its first token that the step computes.
-        num_tokens: how many it computes.
-        samples: whether the step ends at the sequence's last token, so that it makes the next one.
-        source: where the last token is still in flight: the row of the step before that makes it; else -1.
-        scored: the positions in the prompt, of those that the step computes, whose next token it scores.
-        steps: in how many of the batch's steps it takes part: each after the first computes the token that the one
-            before made.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-    source: int = -1
-    scored: range = range(0)
-    steps: int = 1
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step, or several decode steps of the same sequences one after the other.
-
-    Attributes:
-        family: ``decode`` where every sequence computes one token, else ``mixed``.
-        rows: the sequences, in order.
-        num_tokens: tokens of all rows, in the first step.
-        admitted: the sequences that run from this step on.
-    """
-
-    family: Family
-    rows: tuple[Row, ...]
-    num_tokens: int
-    admitted: tuple[Sequence, ...] = ()
-
-    @property
-    def steps(self) -> int:
-        """How many steps it is."""
-        return max(row.steps for row in self.rows)
+from graphmode.engine.types import Batch, Family, Limits, ScheduledSequence
+from graphmode.errors import InputError
 
 
 class Scheduler:
@@ -158,7 +92,7 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """Choose the next step, admitting waiting sequences; None where there is nothing to compute now."""
-        rows: dict[Sequence, Row] = {}
+        rows: dict[Sequence, ScheduledSequence] = {}
         admitted = []
         budget, scores = self.limits.max_num_batched_tokens, self.limits.max_num_seqs
         preemptions = self.preemptions
@@ -289,7 +223,7 @@ class Scheduler:
             for block, key in zip(sequence.blocks[first:], sequence.block_keys[first:], strict=False):
                 self.pool.publish(block, key)
 
-    def _repeat(self, rows: Collection[Row]) -> None:
+    def _repeat(self, rows: Collection[ScheduledSequence]) -> None:
         """Let decode rows go on for several steps, as far as there are blocks; others are left as they are."""
         steps = self.limits.decode_steps
         if steps == 1 or not all(_repeats(row) for row in rows):
@@ -375,7 +309,7 @@ def _scored(sequence: Sequence, start: int, end: int) -> range:
     return range(max(start, len(sequence.prompt_logprobs)), min(end, len(sequence.prompt_token_ids) - 1))
 
 
-def _repeats(row: Row) -> bool:
+def _repeats(row: ScheduledSequence) -> bool:
     """Return whether a row's part of a step may be followed by another without the host.
 
     What the device does not move on must not belong to the first step alone: scored prompt tokens, a token that stands
@@ -391,7 +325,9 @@ def _repeats(row: Row) -> bool:
     )
 
 
-def _row(sequence: Sequence, num_tokens: int) -> Row:
+def _row(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
     start, end = sequence.num_computed, sequence.num_computed + num_tokens
     source = sequence.last_row if end > len(sequence.token_ids) else -1
-    return Row(sequence, start, num_tokens, end == sequence.num_tokens, source, _scored(sequence, start, end))
+    return ScheduledSequence(
+        sequence, start, num_tokens, end == sequence.num_tokens, source, _scored(sequence, start, end)
+    )

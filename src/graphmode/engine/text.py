@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from graphmode.models.errors import ModelError
+from graphmode.errors import ModelError
 
 CONTEXT = 4
 """Tokens that are decoded again before new ones: a character has at most four bytes, a token at least one."""

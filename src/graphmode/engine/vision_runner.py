@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from graphmode.engine.multimodal import VisionItem
-from graphmode.engine.scheduler import Batch, Limits
+from graphmode.engine.types import Batch, Limits
 from graphmode.graph import CaptureFailure, GraphRunner
 from graphmode.graph.backends.base import Backend
-from graphmode.models.vision import VisionTower
+from graphmode.models.vision.tower import VisionTower
 
 # Features that are kept beyond the step that reads them: a prompt's next chunk, its other completions, its
 # recomputation and prompts with the same image find them.

@@ -1,5 +1,14 @@
 """The runtime: any PyTorch function as a set of graphs, captured once and replayed ever after."""
 
+from graphmode.errors import (
+    BackendError,
+    CaptureError,
+    CaptureMemoryError,
+    GraphModeError,
+    InputError,
+    StaleAddressError,
+    UnsupportedOpError,
+)
 from graphmode.graph.backends.base import (
     Backend,
     Capabilities,
@@ -10,15 +19,6 @@ from graphmode.graph.backends.base import (
 )
 from graphmode.graph.buckets import make_buckets
 from graphmode.graph.dispatch import Decision, GraphKey, Mode, Reason
-from graphmode.graph.errors import (
-    BackendError,
-    CaptureError,
-    CaptureMemoryError,
-    GraphModeError,
-    InputError,
-    StaleAddressError,
-    UnsupportedOpError,
-)
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.inputs import Input
 from graphmode.graph.program import outside_graph

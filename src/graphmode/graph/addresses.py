@@ -9,7 +9,7 @@ from itertools import chain
 
 import torch
 
-from graphmode.graph.errors import StaleAddressError
+from graphmode.errors import StaleAddressError
 from graphmode.graph.paths import Change, Found, Node, address_of, layout_of, search
 
 

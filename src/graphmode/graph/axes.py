@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 Size = int | tuple[int, ...]
 """The size of the bucketed axis, or of each of them where there are several, in the order of their declaration."""

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from numbers import Integral
 
+from graphmode.errors import InputError
 from graphmode.graph.axes import Size, volume
-from graphmode.graph.errors import InputError
 
 AxisBuckets = int | Sequence[int]
 """The buckets of an axis: a list, or the largest one, from which few are made."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 
 class CallContext:

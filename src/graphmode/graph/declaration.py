@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from graphmode.errors import InputError
 from graphmode.graph.axes import AxisSize, resolve_axes, volume
 from graphmode.graph.buckets import Buckets, bucket_sizes, spread
 from graphmode.graph.dispatch import GraphKey, exact
-from graphmode.graph.errors import InputError
 from graphmode.graph.inputs import DeclaredInputs, Input, InputTree, true_sizes
 from graphmode.graph.outputs import OutputAxes
 

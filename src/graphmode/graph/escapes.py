@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from graphmode.graph.errors import CaptureError
+from graphmode.errors import CaptureError
 from graphmode.graph.storages import key_of, users, weakly
 
 # At most this many objects are searched for state that a function could change.

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphmode.errors import UnsupportedOpError
 from graphmode.graph.addresses import OutsideMemory
-from graphmode.graph.errors import UnsupportedOpError
 from graphmode.graph.host_reads import refused
 from graphmode.graph.locations import REMEDY
 

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from torch.overrides import TorchFunctionMode
 
-from graphmode.graph.errors import UnsupportedOpError
+from graphmode.errors import UnsupportedOpError
 from graphmode.graph.locations import REMEDY
 from graphmode.graph.training import refuse_training
 

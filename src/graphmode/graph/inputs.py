@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 from graphmode.graph.trees import map_leaves, match
 
 

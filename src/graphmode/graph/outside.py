@@ -10,7 +10,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from graphmode.graph.errors import CaptureError
+from graphmode.errors import CaptureError
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from graphmode.errors import CaptureError, CaptureMemoryError, GraphModeError, UnsupportedOpError
 from graphmode.graph.backends.base import Backend, Graph, MemoryTaken, Recording
 from graphmode.graph.breaks import Breaks
-from graphmode.graph.errors import CaptureError, CaptureMemoryError, GraphModeError, UnsupportedOpError
 from graphmode.graph.escapes import (
     Made,
     MemoryNotes,

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from graphmode.errors import CaptureError, CaptureMemoryError, GraphModeError, InputError, UnsupportedOpError
 from graphmode.graph.addresses import Addresses
 from graphmode.graph.axes import AxisSize, Size, volume
 from graphmode.graph.backends.base import Backend, get_backend
@@ -21,7 +22,6 @@ from graphmode.graph.buffers import BoundInputs, InputBuffers
 from graphmode.graph.context import CallContext
 from graphmode.graph.declaration import DEFAULT_FAMILY, Declaration, Variant
 from graphmode.graph.dispatch import Decision, DispatchPolicy, GraphKey, Mode, Reason, dispatch, exact
-from graphmode.graph.errors import CaptureError, CaptureMemoryError, GraphModeError, InputError, UnsupportedOpError
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.inputs import Input, InputTree, all_padding, check_fit, examples
 from graphmode.graph.outputs import OutputAxes, Sample, find_output_axes

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 from graphmode.graph.locations import Location, location_of
 
 _METHODS: dict[Callable[..., Any], str] = {

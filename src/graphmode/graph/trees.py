@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 
 def is_dataclass_value(value: object) -> bool:

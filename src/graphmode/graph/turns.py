@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from graphmode.graph.errors import GraphModeError
+from graphmode.errors import GraphModeError
 
 
 class Turns:

@@ -1,6 +1,6 @@
 """Models straight from Hugging Face transformers, with our attention and experts in place of theirs."""
 
-from graphmode.models.errors import VersionError
+from graphmode.errors import VersionError
 from graphmode.requirements import too_old, warn_of_untested_versions
 
 if reason := too_old():

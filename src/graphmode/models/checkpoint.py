@@ -14,8 +14,7 @@ from typing import Any, Literal
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from graphmode.graph.errors import GraphModeError
-from graphmode.models.errors import ModelError
+from graphmode.errors import GraphModeError, ModelError
 
 LoadFormat = Literal["auto", "dummy"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from graphmode.errors import ModelError
 from graphmode.models.checkpoint import Checkpoint, read_json
-from graphmode.models.errors import ModelError
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -25,16 +25,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from graphmode.models.attention import ATTENTION_NAME, CacheShape
+from graphmode.cache.specs import CacheShape
+from graphmode.errors import ModelError
 from graphmode.models.checkpoint import Checkpoint, LoadFormat, find_checkpoint
-from graphmode.models.dry_run import cache_shapes, check_class, check_features_apart
-from graphmode.models.errors import ModelError
-from graphmode.models.experts import EXPERTS_NAME, share_real_rows
 from graphmode.models.generation_config import end_tokens, read_generation_config
-from graphmode.models.latent import keep_latents
-from graphmode.models.rotary import context_length
-from graphmode.models.sparse import use_indexers
-from graphmode.models.vision import VisionTower
+from graphmode.models.hf.attention import ATTENTION_NAME
+from graphmode.models.hf.dry_run import cache_shapes, check_class, check_features_apart
+from graphmode.models.hf.experts import EXPERTS_NAME, share_real_rows
+from graphmode.models.hf.latent import keep_latents
+from graphmode.models.hf.rotary import context_length
+from graphmode.models.hf.sparse import use_indexers
+from graphmode.models.vision.tower import VisionTower
 
 log = logging.getLogger(__name__)
 

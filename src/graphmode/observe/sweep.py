@@ -34,8 +34,7 @@ from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperMo
 from graphmode.engine.llm import LLM
 from graphmode.engine.prompts import PromptParts
 from graphmode.engine.sampling_params import SamplingParams
-from graphmode.graph.errors import CaptureError
-from graphmode.models.errors import ModelError
+from graphmode.errors import CaptureError, ModelError
 from graphmode.models.loader import LoadedModel, auto_class
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from graphmode.graph.errors import BackendError
+from graphmode.errors import BackendError
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.staging import Event
 

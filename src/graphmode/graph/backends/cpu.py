@@ -25,9 +25,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from graphmode.errors import CaptureError
 from graphmode.graph.backends.base import Capabilities, MemoryTaken, Support
 from graphmode.graph.backends.out_forms import out_form
-from graphmode.graph.errors import CaptureError
 from graphmode.graph.guard import tensors_in
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.staging import Event

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from graphmode.errors import BackendError
 from graphmode.graph.backends.base import Capabilities, Graph, MemoryTaken
-from graphmode.graph.errors import BackendError
 from graphmode.graph.host_arguments import HostArguments
 from graphmode.graph.staging import Event
 

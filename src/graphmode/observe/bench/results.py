@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graphmode.graph.errors import InputError
+from graphmode.errors import InputError
 
 TITLES: Mapping[str, str] = {
     "step_ms": "ms a step",

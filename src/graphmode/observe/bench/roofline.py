@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from graphmode.models.attention import CacheShape
+from graphmode.cache.specs import CacheShape
 from graphmode.observe.bench.workloads import Request
 
 _READ_BYTES = 2 << 30

@@ -18,12 +18,11 @@ from transformers import AutoConfig
 
 from graphmode.engine.config import EngineOptions, own_names, resolve_limits
 from graphmode.engine.llm import LLM
+from graphmode.errors import InputError, ModelError
 from graphmode.graph import get_backend
-from graphmode.graph.errors import InputError
 from graphmode.models.bundled_model import bundled_model
 from graphmode.models.checkpoint import Checkpoint, find_checkpoint
-from graphmode.models.errors import ModelError
-from graphmode.models.rotary import context_length
+from graphmode.models.hf.rotary import context_length
 from graphmode.observe.bench.contestants import Contestant, Ours, Transformers, graph_free
 from graphmode.observe.bench.results import Figure, Row, of_many, of_runs
 from graphmode.observe.bench.roofline import ModelCost, Roofline, Work, measure_roofline, model_cost

@@ -1,0 +1,1 @@
+"""The paged KV cache: what layers keep, its memory and its blocks."""

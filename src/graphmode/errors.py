@@ -1,0 +1,49 @@
+"""Every error that graphmode raises on purpose. Each message names the value, the limit and what to do."""
+
+from __future__ import annotations
+
+
+class GraphModeError(Exception):
+    """Base of every error that graphmode raises on purpose."""
+
+
+class InputError(GraphModeError, ValueError):
+    """A value does not fit the declared input: wrong name, dtype, rank, device or size."""
+
+
+class BackendError(GraphModeError, RuntimeError):
+    """No backend serves the device, or its device library is missing."""
+
+
+class CaptureError(GraphModeError, RuntimeError):
+    """A function could not be captured.
+
+    Attributes:
+        operator: the operator that broke the capture (``aten::item``), or None where no operator did.
+        location: ``file:line`` in the captured code, or None where it is not known.
+    """
+
+    def __init__(self, message: str, *, operator: str | None = None, location: str | None = None) -> None:
+        super().__init__(message)
+        self.operator = operator
+        self.location = location
+
+
+class UnsupportedOpError(CaptureError):
+    """An operator that no graph can hold: its result's shape, or Python's next step, depends on data."""
+
+
+class CaptureMemoryError(CaptureError):
+    """Memory ran out while a function was captured: the size is too large for what was left, nothing is wrong in it."""
+
+
+class StaleAddressError(GraphModeError, RuntimeError):
+    """Memory that a graph recorded was freed or moved between capture and replay."""
+
+
+class ModelError(GraphModeError, ValueError):
+    """A model that cannot be read, or that graphmode cannot run. The message names the file and what to do."""
+
+
+class VersionError(GraphModeError, ImportError):
+    """A package is older than graphmode needs. The message names it, and the command that installs another."""

@@ -1,0 +1,1 @@
+"""The layers of a decoder, made of the operations in `graphmode.ops`."""

@@ -1,0 +1,197 @@
+"""Attention over the paged KV cache, as a layer calls it: inside the graph, or between two of its pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from graphmode.cache.specs import LayerCache
+from graphmode.graph import outside_graph
+from graphmode.ops import paged_attention, select_keys, write_kv
+from graphmode.ops._triton import runs_triton
+from graphmode.ops.attention.split_kv import SplitKVPlan, plan_split_kv
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """What the attention of one step reads, beside queries, keys and values.
+
+    Attributes:
+        slot_mapping: int64 ``[tokens]``: where in the cache each token's key and value go; -1 for padding.
+        block_tables: int32 ``[seqs, blocks]``: the cache blocks of each sequence, in order.
+        cu_query_lens: int32 ``[seqs + 1]``: cumulative numbers of new tokens.
+        kv_lens: int32 ``[seqs]``: length of each sequence with its new tokens; 0 for padding.
+        max_query_len: 1 where every sequence has one new token, else the number of tokens of the step.
+        caches: one for each layer.
+        piecewise: whether attention runs outside the graph.
+        attend: the device's attention; None for :func:`cached_attention`.
+        host_arguments: lengths on the host, for a device whose attention takes them there.
+        kept: int64 ``[kept]``: the tokens whose hidden states are wanted in the end, for a last layer that leaves out
+            the others (:func:`~graphmode.models.hf.fuse.keeps_rows`). None for all.
+    """
+
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    cu_query_lens: torch.Tensor
+    kv_lens: torch.Tensor
+    max_query_len: int
+    caches: Sequence[LayerCache]
+    piecewise: bool = False
+    attend: Callable[..., torch.Tensor] | None = None
+    host_arguments: Mapping[str, list[int]] = field(default_factory=dict)
+    kept: torch.Tensor | None = None
+    _parts: dict[tuple[int, int | None, int | None], SplitKVPlan] = field(default_factory=dict, init=False)
+
+    @property
+    def row_lens(self) -> torch.Tensor | None:
+        """``kv_lens`` where each row of the step is a sequence of its own, to tell padding; None elsewhere."""
+        return self.kv_lens if self.max_query_len == 1 and self.kept is None else None
+
+    def parts(self, kv_heads: int, window: int | None, top_k: int | None = None) -> SplitKVPlan | None:
+        """Return how decode is shared out among programs, computed once a step; None where each call computes it.
+
+        Outside the graph a call is all that runs again, and what another one computed would be of an earlier step.
+        """
+        if self.max_query_len > 1 or self.piecewise or not runs_triton(self.kv_lens):
+            return None
+        key = kv_heads, window, top_k
+        if key not in self._parts:
+            self._parts[key] = plan_split_kv(self.kv_lens, kv_heads, window=window, top_k=top_k)
+        return self._parts[key]
+
+    @property
+    def attention(self) -> Callable[..., torch.Tensor]:
+        """What a layer calls: the device's attention, outside of the graph where the step is piecewise."""
+        attend = self.attend or cached_attention
+        return outside_graph(attend) if self.piecewise else attend
+
+    def select(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
+        """Cache index keys of a layer, then choose the keys that each token attends to.
+
+        Args:
+            layer: its index.
+            query: the indexer's, ``[tokens, heads, dim]``.
+            key: ``[tokens, 1, dim]``.
+            weights: float32 ``[tokens, heads]``.
+            top_k: how many are chosen at most.
+
+        Returns:
+            As of :func:`~graphmode.ops.select_keys`.
+        """
+        index_keys = self.caches[layer].index_keys
+        assert index_keys is not None
+        select = _selection_outside_graph if self.piecewise else cached_selection
+        return select(query, key, weights, index_keys, self, top_k)
+
+
+def attend(
+    query: torch.Tensor,
+    cache: LayerCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
+    selection: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend to the cache, which holds the new keys and values. Arguments and result as of :func:`cached_attention`."""
+    output: torch.Tensor = paged_attention(
+        query,
+        cache.keys,
+        cache.values,
+        batch.block_tables,
+        batch.cu_query_lens,
+        batch.kv_lens,
+        scale=scale,
+        max_query_len=batch.max_query_len,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        selection=selection,
+        parts=batch.parts(cache.keys.shape[2], window, None if selection is None else selection.shape[1]),
+    )
+    return output
+
+
+def cached_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: LayerCache,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
+    selection: torch.Tensor | None,
+) -> torch.Tensor:
+    """Write new keys and values to the cache, then attend to it.
+
+    Args:
+        query: ``[tokens, q_heads, key_dim]``, as the cache's.
+        key: what goes to the cache's ``new_keys``, ``[tokens, kv_heads, dim]``.
+        value: ``[tokens, kv_heads, value_dim]``.
+        cache: the layer's.
+        batch: the step's.
+        scale: this and what follows as in :func:`~graphmode.ops.paged_attention`.
+        window: of sliding-window attention.
+        soft_cap: of the scores.
+        sinks: one logit of each query head.
+        selection: of keys, for sparse attention.
+
+    Returns:
+        ``[tokens, q_heads, value_dim]``.
+    """
+    write_kv(key, value, cache.new_keys, cache.values, batch.slot_mapping)
+    return attend(query, cache, batch, scale, window, soft_cap, sinks, selection)
+
+
+def cached_selection(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    weights: torch.Tensor,
+    index_keys: torch.Tensor,
+    batch: AttentionBatch,
+    top_k: int,
+) -> torch.Tensor:
+    """Write new index keys to the cache, then choose among its keys; arguments as of :meth:`AttentionBatch.select`."""
+    write_kv(key, None, index_keys, None, batch.slot_mapping)
+    return select_keys(
+        query,
+        weights,
+        index_keys,
+        batch.block_tables,
+        batch.cu_query_lens,
+        batch.kv_lens,
+        top_k=top_k,
+        max_query_len=batch.max_query_len,
+    )
+
+
+attend_outside_graph = outside_graph(attend)
+
+
+_selection_outside_graph = outside_graph(cached_selection)
+
+
+@dataclass(frozen=True)
+class DeviceAttention:
+    """How a device attends.
+
+    Attributes:
+        attend: does as :func:`cached_attention`.
+        block_size: tokens in a block of the cache.
+        host_lengths: where it takes lengths on the host: computes them, from the longest sequence there can be and what
+            :class:`~graphmode.graph.HostArguments` gives. None where it reads them on the device.
+    """
+
+    attend: Callable[..., torch.Tensor]
+    block_size: int
+    host_lengths: Callable[[int, str, Mapping[str, int], Mapping[str, torch.Tensor]], dict[str, list[int]]] | None
+
+
+PORTABLE_ATTENTION = DeviceAttention(cached_attention, 16, None)

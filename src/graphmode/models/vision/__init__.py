@@ -1,0 +1,1 @@
+"""Vision towers, and the positions of images in a prompt."""

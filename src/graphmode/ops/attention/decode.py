@@ -1,0 +1,350 @@
+"""Decode attention from the projections on: norms of heads, rotation, cache writes and attention in one kernel.
+
+A program has the new key of its sequence and head at hand: the last of a sequence's programs attends to it without
+waiting for the cache, and writes it there. The keys before it do not hang on the kernel ahead, and are asked for
+before waiting for that. For few sequences: with many, what each program holds costs more than a kernel less saves.
+Hopper has a kernel of its own, for any number (:mod:`graphmode.ops.attention.decode_hopper`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from graphmode.ops._triton import (
+    constexpr,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    runs_triton,
+    tl,
+)
+from graphmode.ops.attention import decode_hopper
+from graphmode.ops.attention.paged import paged_attention
+from graphmode.ops.attention.split_kv import SplitKVPlan, combine_parts, load_part, plan_split_kv, room_for_parts
+from graphmode.ops.rope import Rotation, rotate_and_cache
+
+_TILE_BYTES = 16384
+# Sequences up to which this one kernel is faster than two (H100, Qwen3-0.6B: 0.73 beside 0.78 ms a step of one
+# sequence, but 2.06 beside 1.83 ms of 64).
+MAX_ROWS = 16
+
+
+def rotate_and_attend(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    rotation: Rotation,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    parts: SplitKVPlan | None = None,
+) -> torch.Tensor:
+    """Do :func:`~graphmode.ops.rotate_and_cache`, then :func:`~graphmode.ops.paged_attention`, for decode.
+
+    Arguments are theirs; every sequence has one new token, the last of its ``kv_lens``.
+
+    Returns:
+        ``[tokens, q_heads, head_dim]``; zero for padding tokens.
+
+    Raises:
+        ValueError: as they raise.
+    """
+    by_halves = not rotation.interleaved and 2 * rotation.cos.shape[1] == k_cache.shape[3]
+    whole = by_halves and k_cache.shape == v_cache.shape
+    hopper = decode_hopper.supports(qkv, k_cache)
+    if whole and (hopper or (runs_triton(qkv) and len(qkv) <= MAX_ROWS)):
+        return rotate_and_attend_triton(
+            qkv,
+            q_norm,
+            k_norm,
+            eps,
+            rotation,
+            positions,
+            k_cache,
+            v_cache,
+            slot_mapping,
+            block_tables,
+            kv_lens,
+            scale=scale,
+            window=window,
+            parts=parts,
+            hopper=hopper,
+        )
+    queries = rotate_and_cache(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
+    return paged_attention(
+        queries,
+        k_cache,
+        v_cache,
+        block_tables,
+        cu_query_lens,
+        kv_lens,
+        scale=scale,
+        max_query_len=1,
+        window=window,
+        parts=parts,
+    )
+
+
+def rotate_and_attend_triton(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    rotation: Rotation,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_tables: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    parts: SplitKVPlan | None = None,
+    hopper: bool = False,
+) -> torch.Tensor:
+    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves; on ``hopper`` by its own kernel."""
+    tokens, (block_size, kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
+    q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    if tokens == 0:
+        return out
+    group = q_heads // kv_heads
+    if parts is None:
+        parts = plan_split_kv(kv_lens, kv_heads, window=window)
+    programs = len(parts.programs)
+    acc, tops, sums = room_for_parts(parts, q_heads, head_dim)
+    counters: tuple[torch.Tensor, ...] = ()
+    if hopper:
+        kernel, grid, constants = decode_hopper.choose(tokens, programs, kv_heads, head_dim)
+        counters = (parts.arrived,)
+    else:
+        kernel, grid = _rotate_and_attend_kernel, (programs, kv_heads)
+        constants = _constants(group, head_dim, qkv.element_size())
+    kernel[grid](
+        qkv,
+        q_norm,
+        k_norm,
+        eps,
+        rotation.cos,
+        rotation.sin,
+        positions,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        block_tables,
+        block_tables.stride(0),
+        parts.programs,
+        out,
+        acc,
+        tops,
+        sums,
+        *counters,
+        scale * math.log2(math.e),
+        kv_heads=kv_heads,
+        group=group,
+        block_size=block_size,
+        **constants,
+        **launch_options(qkv.device),
+    )
+    if not (hopper and constants["many"]):
+        combine_parts(acc, tops, sums, None, out, parts)
+    return out
+
+
+def _constants(group: int, head_dim: int, itemsize: int) -> dict[str, Any]:
+    """Return the constants of the kernel below that Hopper's has not."""
+    block_half = max(16, next_power_of_2(head_dim // 2))
+    block_m = max(next_power_of_2(group), 16)
+    return {
+        "half": head_dim // 2,
+        "block_half": block_half,
+        "block_m": block_m,
+        "block_n": min(max(_TILE_BYTES // (2 * block_half * itemsize), 16), 128),
+        "num_warps": 8 if block_m >= 128 else 4,
+        "num_stages": 3,
+    }
+
+
+@jit()
+def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
+    qkv,
+    q_norm,
+    k_norm,
+    eps,
+    cos,
+    sin,
+    positions,
+    k_cache,
+    v_cache,
+    slot_mapping,
+    block_tables,
+    table_stride,
+    programs,
+    out,
+    parts,
+    tops,
+    sums,
+    scale_log2,
+    kv_heads: constexpr,
+    group: constexpr,
+    half: constexpr,
+    block_size: constexpr,
+    block_half: constexpr,
+    block_m: constexpr,
+    block_n: constexpr,
+    early: constexpr,
+):
+    """Attend with the query heads of one key/value head of one sequence to all of its keys, or to one part of them.
+
+    Then ``parts``, ``tops`` and ``sums`` take what
+    :func:`~graphmode.ops.attention.split_kv.combine_parts` puts together.
+    """
+    number = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    seq, start, end, count, newest = load_part(programs, number)
+    if count == 0:
+        return
+    token = seq.to(tl.int64)
+    head_dim: constexpr = 2 * half
+    # The newest key is not in the cache yet.
+    has_new = newest > 0
+    end -= newest
+
+    dim = tl.arange(0, block_half)
+    real = dim < half
+    table = block_tables + token * table_stride
+    k_head = k_cache + kv_head * head_dim
+    v_head = v_cache + kv_head * head_dim
+    step = kv_heads * head_dim
+    keys_a, keys_b, values_a, values_b, seen = _load_tile(
+        k_head, v_head, table, start, end, dim, half, step, block_size, block_n
+    )
+    position = tl.load(positions + token)
+    cosine = tl.load(cos + position * half + dim, mask=real, other=0.0)
+    sine = tl.load(sin + position * half + dim, mask=real, other=0.0)
+    slot = tl.load(slot_mapping + token)
+    if q_norm is not None:
+        q_scale_a = tl.load(q_norm + dim, mask=real, other=0.0).to(tl.float32)
+        q_scale_b = tl.load(q_norm + half + dim, mask=real, other=0.0).to(tl.float32)
+    if k_norm is not None:
+        k_scale_a = tl.load(k_norm + dim, mask=real, other=0.0).to(tl.float32)
+        k_scale_b = tl.load(k_norm + half + dim, mask=real, other=0.0).to(tl.float32)
+    # Only now: the weights that kernels after this one ask for come after these keys.
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
+
+    row = qkv + token * ((group + 2) * kv_heads * head_dim)
+    member = tl.arange(0, block_m)
+    mine = member < group
+    head = kv_head * group + member
+    place = row + head[:, None] * head_dim + dim[None, :]
+    both = mine[:, None] & real[None, :]
+    a = tl.load(place, mask=both, other=0.0).to(tl.float32)
+    b = tl.load(place + half, mask=both, other=0.0).to(tl.float32)
+    if q_norm is not None:
+        factor = (1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / head_dim + eps))[:, None]
+        a = a * factor * q_scale_a[None, :]
+        b = b * factor * q_scale_b[None, :]
+    kind = k_cache.dtype.element_ty
+    query_a = (a * cosine[None, :] - b * sine[None, :]).to(kind)
+    query_b = (b * cosine[None, :] + a * sine[None, :]).to(kind)
+
+    key = row + (group * kv_heads + kv_head) * head_dim + dim
+    a = tl.load(key, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(key + half, mask=real, other=0.0).to(tl.float32)
+    if k_norm is not None:
+        factor = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / head_dim + eps)
+        a = a * factor * k_scale_a
+        b = b * factor * k_scale_b
+    key_a = (a * cosine - b * sine).to(kind)
+    key_b = (b * cosine + a * sine).to(kind)
+    value = row + ((group + 1) * kv_heads + kv_head) * head_dim + dim
+    value_a = tl.load(value, mask=real, other=0.0)
+    value_b = tl.load(value + half, mask=real, other=0.0)
+    if has_new & (slot >= 0):
+        tl.store(k_head + slot * step + dim, key_a, mask=real)
+        tl.store(k_head + slot * step + half + dim, key_b, mask=real)
+        tl.store(v_head + slot * step + dim, value_a, mask=real)
+        tl.store(v_head + slot * step + half + dim, value_b, mask=real)
+
+    new = tl.sum(query_a.to(tl.float32) * key_a.to(tl.float32)[None, :], 1)
+    new = (new + tl.sum(query_b.to(tl.float32) * key_b.to(tl.float32)[None, :], 1)) * scale_log2
+    top = tl.where(has_new, new, -1e38)
+    total = tl.zeros([block_m], tl.float32) + tl.where(has_new, 1.0, 0.0)
+    zero = tl.zeros([block_m, block_half], tl.float32)
+    acc_a = zero + tl.where(has_new, value_a.to(tl.float32), 0.0)[None, :]
+    acc_b = zero + tl.where(has_new, value_b.to(tl.float32), 0.0)[None, :]
+    top, total, acc_a, acc_b = _take_tile(
+        query_a, query_b, keys_a, keys_b, values_a, values_b, seen, top, total, acc_a, acc_b, scale_log2
+    )
+    for tile in range(start + block_n, end, block_n):
+        keys_a, keys_b, values_a, values_b, seen = _load_tile(
+            k_head, v_head, table, tile, end, dim, half, step, block_size, block_n
+        )
+        top, total, acc_a, acc_b = _take_tile(
+            query_a, query_b, keys_a, keys_b, values_a, values_b, seen, top, total, acc_a, acc_b, scale_log2
+        )
+
+    if count == 1:
+        weight = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        whole = out + (token * (kv_heads * group) + head)[:, None] * head_dim + dim[None, :]
+        tl.store(whole, (acc_a * weight).to(out.dtype.element_ty), mask=both)
+        tl.store(whole + half, (acc_b * weight).to(out.dtype.element_ty), mask=both)
+    else:
+        part = number.to(tl.int64) * (kv_heads * group) + head
+        tl.store(tops + part, top, mask=mine)
+        tl.store(sums + part, total, mask=mine)
+        target = parts + part[:, None] * head_dim + dim[None, :]
+        tl.store(target, acc_a, mask=both)
+        tl.store(target + half, acc_b, mask=both)
+
+
+@jit()
+def _load_tile(  # type: ignore[no-untyped-def]
+    k_head, v_head, table, start, end, dim, half: constexpr, step, block_size: constexpr, block_n: constexpr
+):
+    """Load keys and values from ``start`` on, nothing at ``end`` or later, in halves ``[block_n, half]``."""
+    number = start + tl.arange(0, block_n)
+    seen = number < end
+    page = tl.load(table + number // block_size, mask=seen, other=0)
+    slot = page.to(tl.int64) * block_size + number % block_size
+    place = (slot * step)[:, None] + dim[None, :]
+    inside = seen[:, None] & (dim < half)[None, :]
+    keys_a = tl.load(k_head + place, mask=inside, other=0.0)
+    keys_b = tl.load(k_head + place + half, mask=inside, other=0.0)
+    values_a = tl.load(v_head + place, mask=inside, other=0.0)
+    values_b = tl.load(v_head + place + half, mask=inside, other=0.0)
+    return keys_a, keys_b, values_a, values_b, seen
+
+
+@jit()
+def _take_tile(  # type: ignore[no-untyped-def]
+    query_a, query_b, keys_a, keys_b, values_a, values_b, seen, top, total, acc_a, acc_b, scale_log2
+):
+    """Take a tile of keys and values into the online softmax."""
+    scores = tl.dot(query_a, tl.trans(keys_a), input_precision="ieee")
+    scores = tl.dot(query_b, tl.trans(keys_b), scores, input_precision="ieee") * scale_log2
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_top[:, None])
+    correction = tl.exp2(top - new_top)
+    total = total * correction + tl.sum(weights, 1)
+    weights = weights.to(values_a.dtype)
+    acc_a = tl.dot(weights, values_a, acc_a * correction[:, None], input_precision="ieee")
+    acc_b = tl.dot(weights, values_b, acc_b * correction[:, None], input_precision="ieee")
+    return new_top, total, acc_a, acc_b

@@ -1,0 +1,1 @@
+"""Linear layers, by how many rows they take."""

@@ -1,0 +1,422 @@
+"""Linear layers of a few rows: at batch 1 to 16 a step reads its weights once, and nothing else counts.
+
+Weights are read in rows, many to a program, each once; what comes after a layer (a gated activation, a residual), and
+for one row before it (a norm), is done by the kernel that reads them. They do not depend on the kernel before, so for
+one row their first part is asked for before waiting for it. Hopper has kernels of its own for most sizes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._triton import (
+    constexpr,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    runs_triton,
+    tl,
+)
+from graphmode.ops.linear.skinny_hopper import linear_add_hopper, linear_hopper, norm_linear_hopper, supports
+from graphmode.ops.norm.rms_norm import rms_norm_triton
+
+MAX_ROWS = 16
+# The rows up to which the plain kernels are faster than matrix products of cuBLAS (H100, us a layer of Qwen3-0.6B: 15
+# beside 28 with one row, 32 beside 31 with two). Those for Hopper are for all that they take (14 to 19 beside 31).
+_CROSSOVER = 1
+
+
+def runs_few_rows(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Return whether a step's rows ``[rows, hidden]`` are so few that these kernels beat matrix products by weights."""
+    crossover = MAX_ROWS if all(supports(weight) for weight in weights) else _CROSSOVER
+    return x.shape[0] <= crossover and runs_triton(x)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    gated: bool = False,
+    lens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``rms_norm(x) @ weight.T + bias``, or of that, as gate and up, ``silu(gate) * up``.
+
+    Args:
+        x: ``[rows, hidden]``, at most 16 rows, float32, bfloat16 or float16, contiguous.
+        norm: ``[hidden]``: weight of the RMS norm, in ``x``'s dtype.
+        weight: ``[out, hidden]``, contiguous, in ``x``'s dtype; with ``gated``, gate before up.
+        bias: ``[out]`` in ``x``'s dtype; None for none.
+        eps: of the norm.
+        gated: whether the result goes through SwiGLU.
+        lens: int32 ``[rows]``: a row of 0 is padding, and may be taken for zeros, unread. None: there is no padding.
+
+    Returns:
+        ``[rows, out]``; with ``gated`` ``[rows, out / 2]``.
+
+    Raises:
+        ValueError: a shape, dtype, layout or device does not fit.
+    """
+    _require_rows("x", x, weight, lens)
+    require_tensor("norm", norm, shape=x.shape[1:], dtypes=(x.dtype,), like=x)
+    if bias is not None:
+        require_tensor("bias", bias, shape=weight.shape[:1], dtypes=(x.dtype,), like=x)
+    require(not gated or weight.shape[0] % 2 == 0, "weight", f"of {weight.shape[0]} rows", "gate and up, of one size")
+    if supports(weight, gated=gated):
+        return norm_linear_hopper(x, norm, weight, bias, eps, gated=gated, lens=lens)
+    run = norm_linear_triton if runs_triton(x) else norm_linear_reference
+    return run(x, norm, weight, bias, eps, gated=gated)
+
+
+def linear_add(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None) -> None:
+    """Add ``h @ weight.T`` to ``x``, in place.
+
+    Args:
+        x: ``[rows, out]``, at most 16 rows, float32, bfloat16 or float16, contiguous.
+        h: ``[rows, in]`` in ``x``'s dtype, contiguous.
+        weight: ``[out, in]`` in ``x``'s dtype, contiguous.
+        lens: as of :func:`norm_linear`, of rows of ``h``.
+
+    Raises:
+        ValueError: a shape, dtype, layout or device does not fit.
+    """
+    _require_rows("h", h, weight, lens)
+    require_tensor("x", x, shape=(h.shape[0], weight.shape[0]), dtypes=(h.dtype,), like=h)
+    require(x.is_contiguous(), "x", f"of strides {x.stride()}", "a contiguous tensor")
+    if supports(weight):
+        linear_add_hopper(x, h, weight, lens)
+    else:
+        run = linear_add_triton if runs_triton(x) else linear_add_reference
+        run(x, h, weight)
+
+
+def linear(h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``h @ weight.T``. Where there is no kernel for it, a matrix product.
+
+    Args:
+        h: ``[rows, in]``, at most 16 rows, float32, bfloat16 or float16, contiguous.
+        weight: ``[out, in]`` in ``h``'s dtype, contiguous.
+        lens: as of :func:`norm_linear`.
+
+    Returns:
+        ``[rows, out]``.
+
+    Raises:
+        ValueError: a shape, dtype, layout or device does not fit.
+    """
+    _require_rows("h", h, weight, lens)
+    return linear_hopper(h, weight, lens) if supports(weight) else torch.nn.functional.linear(h, weight)
+
+
+def _require_rows(name: str, x: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None) -> None:
+    require_tensor(name, x, shape=(None, None), dtypes=FLOATS, like=x)
+    require(x.shape[0] <= MAX_ROWS, name, f"of {x.shape[0]} rows", f"at most {MAX_ROWS}")
+    require_tensor("weight", weight, shape=(None, x.shape[1]), dtypes=(x.dtype,), like=x)
+    given = [(name, x), ("weight", weight)]
+    if lens is not None:
+        require_tensor("lens", lens, shape=x.shape[:1], dtypes=(torch.int32,), like=x)
+        given.append(("lens", lens))
+    for each, tensor in given:
+        require(tensor.is_contiguous(), each, f"of strides {tensor.stride()}", "a contiguous tensor")
+
+
+def norm_linear_reference(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    gated: bool = False,
+) -> torch.Tensor:
+    """Do as :func:`norm_linear` in PyTorch."""
+    values = x.float()
+    scale = values.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    result = (values * scale * norm.float()) @ weight.float().T
+    if bias is not None:
+        result = result + bias.float()
+    if gated:
+        gate, up = result.chunk(2, dim=1)
+        result = torch.nn.functional.silu(gate) * up
+    return result.to(x.dtype)
+
+
+def linear_add_reference(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
+    """Do as :func:`linear_add` in PyTorch."""
+    x.copy_(x.float() + h.float() @ weight.float().T)
+
+
+# One row: elements of weights that a program asks for at once, and holds in registers.
+_ROW_TILE = 16384
+_MAX_ROW_WIDTH = 4096
+# Several rows: rows of weights of a program (the least that a matrix product takes), and elements of a row at a time.
+_BLOCK_N = 16
+_BLOCK_K = 512
+_STAGES = 3
+
+
+def _row_blocks(out: int, size: int, tiles: int) -> tuple[int, int]:
+    """Return, for one row, how many rows of weights a program takes and how many of their elements at a time.
+
+    Args:
+        out: rows of the weights.
+        size: elements of a row.
+        tiles: tiles that a program holds at a time.
+    """
+    block_k = min(next_power_of_2(size), _MAX_ROW_WIDTH)
+    block_n = max(_ROW_TILE // tiles // block_k, 1)
+    # As many programs as fill the device, if there are rows enough.
+    while block_n > 4 and out // block_n < 128:
+        block_n //= 2
+    return block_n, block_k
+
+
+def norm_linear_triton(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    gated: bool = False,
+) -> torch.Tensor:
+    """Do as :func:`norm_linear` in Triton."""
+    rows, hidden = x.shape
+    size = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return out
+    if rows == 1:
+        block_n, block_k = _row_blocks(size, hidden, 2 if gated else 1)
+        _norm_row_kernel[(-(-size // block_n),)](
+            x,
+            norm,
+            weight,
+            bias,
+            out,
+            eps,
+            size,
+            hidden=hidden,
+            gated=gated,
+            block_n=block_n,
+            block_k=block_k,
+            num_warps=8,
+            **launch_options(x.device),
+        )
+    else:
+        # Each program would take all rows through their norm again: for several, a kernel of its own is faster.
+        _linear_kernel[(-(-size // _BLOCK_N),)](
+            rms_norm_triton(x, norm, eps),
+            weight,
+            bias,
+            out,
+            rows,
+            size,
+            width=hidden,
+            gated=gated,
+            block_m=MAX_ROWS,
+            block_n=_BLOCK_N,
+            block_k=min(_BLOCK_K // 2 if gated else _BLOCK_K, next_power_of_2(hidden)),
+            num_warps=4,
+            num_stages=_STAGES,
+            **launch_options(x.device),
+        )
+    return out
+
+
+def linear_add_triton(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
+    """Do as :func:`linear_add` in Triton."""
+    (rows, size), width = x.shape, h.shape[1]
+    if rows == 1:
+        block_n, block_k = _row_blocks(size, width, 1)
+        _row_add_kernel[(-(-size // block_n),)](
+            x,
+            h,
+            weight,
+            size,
+            width=width,
+            block_n=block_n,
+            block_k=block_k,
+            num_warps=8,
+            **launch_options(x.device),
+        )
+    elif rows:
+        _linear_add_kernel[(-(-size // _BLOCK_N),)](
+            x,
+            h,
+            weight,
+            rows,
+            size,
+            width=width,
+            block_m=MAX_ROWS,
+            block_n=_BLOCK_N,
+            block_k=min(_BLOCK_K, next_power_of_2(width)),
+            num_warps=4,
+            num_stages=_STAGES,
+            **launch_options(x.device),
+        )
+
+
+@jit()
+def _norm_row_kernel(  # type: ignore[no-untyped-def]
+    x,
+    norm,
+    weight,
+    bias,
+    out,
+    eps,
+    size,
+    hidden: constexpr,
+    gated: constexpr,
+    block_n: constexpr,
+    block_k: constexpr,
+    early: constexpr,
+):
+    """One row. The first weights are asked for before the kernel ahead has ended: they do not hang on it."""
+    if early:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    k = tl.arange(0, block_k)
+    place = weight + n.to(tl.int64)[:, None] * hidden + k[None, :]
+    up_place = place + tl.cast(size, tl.int64) * hidden
+    real = (n < size)[:, None] & (k < hidden)[None, :]
+    tile = tl.load(place, mask=real, other=0.0)
+    if gated:
+        up_tile = tl.load(up_place, mask=real, other=0.0)
+    scale = tl.load(norm + k, mask=k < hidden, other=0.0)
+    if early:
+        gdc_wait()
+    squares = 0.0
+    total = tl.zeros([block_n], tl.float32)
+    total_up = tl.zeros([block_n], tl.float32)
+    for start in tl.static_range(0, hidden, block_k):
+        row = tl.load(x + start + k, mask=start + k < hidden, other=0.0).to(tl.float32)
+        squares += tl.sum(row * row, 0)
+        row = (row * scale.to(tl.float32))[None, :]
+        total += tl.sum(tile.to(tl.float32) * row, 1)
+        if gated:
+            total_up += tl.sum(up_tile.to(tl.float32) * row, 1)
+        if start + block_k < hidden:
+            after = start + block_k
+            real = (n < size)[:, None] & (after + k < hidden)[None, :]
+            tile = tl.load(place + after, mask=real, other=0.0)
+            if gated:
+                up_tile = tl.load(up_place + after, mask=real, other=0.0)
+            scale = tl.load(norm + after + k, mask=after + k < hidden, other=0.0)
+    factor = 1.0 / tl.sqrt(squares / hidden + eps)
+    result = _finish(total * factor, total_up * factor, bias, n, size, gated)
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=n < size)
+
+
+@jit()
+def _row_add_kernel(  # type: ignore[no-untyped-def]
+    x, h, weight, size, width: constexpr, block_n: constexpr, block_k: constexpr, early: constexpr
+):
+    """One row; weights as in :func:`_norm_row_kernel`."""
+    if early:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    k = tl.arange(0, block_k)
+    place = weight + n.to(tl.int64)[:, None] * width + k[None, :]
+    tile = tl.load(place, mask=(n < size)[:, None] & (k < width)[None, :], other=0.0)
+    if early:
+        gdc_wait()
+    total = tl.load(x + n, mask=n < size, other=0.0).to(tl.float32)
+    for start in tl.static_range(0, width, block_k):
+        row = tl.load(h + start + k, mask=start + k < width, other=0.0).to(tl.float32)
+        total += tl.sum(tile.to(tl.float32) * row[None, :], 1)
+        if start + block_k < width:
+            after = start + block_k
+            tile = tl.load(place + after, mask=(n < size)[:, None] & (after + k < width)[None, :], other=0.0)
+    tl.store(x + n, total.to(x.dtype.element_ty), mask=n < size)
+
+
+@jit(do_not_specialize=["rows"])
+def _linear_kernel(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    out,
+    rows,
+    size,
+    width: constexpr,
+    gated: constexpr,
+    block_m: constexpr,
+    block_n: constexpr,
+    block_k: constexpr,
+    early: constexpr,
+):
+    """Several rows, after their norm: a matrix product whose loads run ahead of it."""
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    m = tl.arange(0, block_m)
+    k = tl.arange(0, block_k)
+    place = weight + n.to(tl.int64)[:, None] * width + k[None, :]
+    up_place = place + tl.cast(size, tl.int64) * width
+    source = x + m[:, None] * width + k[None, :]
+    total = tl.zeros([block_m, block_n], tl.float32)
+    total_up = tl.zeros([block_m, block_n], tl.float32)
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
+    for start in range(0, width, block_k):
+        inside = start + k < width
+        real = (n < size)[:, None] & inside[None, :]
+        row = tl.load(source + start, mask=(m < rows)[:, None] & inside[None, :], other=0.0)
+        tile = tl.load(place + start, mask=real, other=0.0)
+        total = tl.dot(row, tl.trans(tile), total, input_precision="ieee")
+        if gated:
+            up_tile = tl.load(up_place + start, mask=real, other=0.0)
+            total_up = tl.dot(row, tl.trans(up_tile), total_up, input_precision="ieee")
+    result = _finish(total, total_up, bias, n, size, gated)
+    inside = (m < rows)[:, None] & (n < size)[None, :]
+    tl.store(out + m[:, None] * size + n[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@jit(do_not_specialize=["rows"])
+def _linear_add_kernel(  # type: ignore[no-untyped-def]
+    x,
+    h,
+    weight,
+    rows,
+    size,
+    width: constexpr,
+    block_m: constexpr,
+    block_n: constexpr,
+    block_k: constexpr,
+    early: constexpr,
+):
+    """Several rows, as :func:`_linear_kernel`."""
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    m = tl.arange(0, block_m)
+    k = tl.arange(0, block_k)
+    place = weight + n.to(tl.int64)[:, None] * width + k[None, :]
+    source = h + m[:, None] * width + k[None, :]
+    target = x + m[:, None] * size + n[None, :]
+    outside = (m < rows)[:, None] & (n < size)[None, :]
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.load(target, mask=outside, other=0.0).to(tl.float32)
+    for start in range(0, width, block_k):
+        inside = start + k < width
+        row = tl.load(source + start, mask=(m < rows)[:, None] & inside[None, :], other=0.0)
+        tile = tl.load(place + start, mask=(n < size)[:, None] & inside[None, :], other=0.0)
+        total = tl.dot(row, tl.trans(tile), total, input_precision="ieee")
+    tl.store(target, total.to(x.dtype.element_ty), mask=outside)
+
+
+@jit()
+def _finish(total, total_up, bias, n, size, gated: constexpr):  # type: ignore[no-untyped-def]
+    """Add the bias to sums of outputs ``n``, which are their last dimension, and take them through the gate."""
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < size, other=0.0).to(tl.float32)
+        if gated:
+            total_up += tl.load(bias + size + n, mask=n < size, other=0.0).to(tl.float32)
+    if gated:
+        total = total / (1.0 + tl.exp(-total)) * total_up
+    return total

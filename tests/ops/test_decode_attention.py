@@ -1,0 +1,155 @@
+"""The kernel of a whole decode attention does what rotation, cache writes and paged attention do one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphmode.ops import rotate_and_attend
+from graphmode.ops.attention.decode import rotate_and_attend_triton
+from graphmode.ops.attention.paged import paged_attention_reference
+from graphmode.ops.attention.split_kv import plan_split_kv
+from graphmode.ops.rope import Rotation, rotate_and_cache_reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def make_inputs(
+    kv_lens: list[int],
+    *,
+    q_heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    block_size: int = 4,
+    normed: bool = True,
+    padding: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, object]:
+    """Sequences in blocks of their own, in no order; NaN wherever no key is, and in padding rows."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, places = len(kv_lens) + padding, max(kv_lens, default=1)
+    max_blocks = -(-places // block_size)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    qkv = random(rows, (q_heads + 2 * kv_heads) * head_dim)
+    qkv[len(kv_lens) :] = float("nan")
+    pool = torch.randperm(len(kv_lens) * max_blocks + 1, generator=generator)
+    tables = torch.full((rows, max_blocks), 0x7FEDCBA9, dtype=torch.int32)
+    caches = torch.full((2, len(pool), block_size, kv_heads, head_dim), float("nan"), dtype=dtype, device=device)
+    slots = [-1] * rows
+    for seq, length in enumerate(kv_lens):
+        blocks = pool[seq * max_blocks : seq * max_blocks + -(-length // block_size)]
+        tables[seq, : len(blocks)] = blocks.int()
+        place = torch.arange(length)
+        of_place = blocks[place // block_size] * block_size + place % block_size
+        old = of_place[:-1].to(device)
+        for cache in caches:
+            cache.flatten(0, 1)[old] = random(length - 1, kv_heads, head_dim)
+        slots[seq] = int(of_place[-1])
+    angles = torch.rand(places, head_dim // 2, generator=generator) * 6
+    norms = [random(head_dim), random(head_dim)] if normed else [None, None]
+    return {
+        "qkv": qkv,
+        "q_norm": norms[0],
+        "k_norm": norms[1],
+        "eps": 1e-6,
+        "rotation": Rotation(angles.cos().to(device), angles.sin().to(device)),
+        "positions": torch.tensor([length - 1 for length in kv_lens] + [0] * padding, device=device),
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+        "slot_mapping": torch.tensor(slots, device=device),
+        "block_tables": tables.to(device),
+        "kv_lens": torch.tensor(kv_lens + [0] * padding, dtype=torch.int32, device=device),
+    }
+
+
+def check(
+    inputs: dict,
+    *,
+    window: int | None = None,
+    spare: int | None = None,
+    run: Callable[..., torch.Tensor] = rotate_and_attend_triton,
+) -> None:
+    scale = 0.3
+    expected_caches = [inputs["k_cache"].clone(), inputs["v_cache"].clone()]
+    arguments = [inputs[name] for name in ("qkv", "q_norm", "k_norm", "eps", "rotation", "positions")]
+    queries = rotate_and_cache_reference(*arguments, *expected_caches, inputs["slot_mapping"])
+    cu_query_lens = torch.arange(len(queries) + 1, dtype=torch.int32, device=queries.device)
+    expected = paged_attention_reference(
+        queries,
+        *expected_caches,
+        inputs["block_tables"],
+        cu_query_lens,
+        inputs["kv_lens"],
+        scale=scale,
+        max_query_len=1,
+        window=window,
+    )
+    parts = plan_split_kv(inputs["kv_lens"], inputs["k_cache"].shape[2], window=window, spare=spare)
+    output = run(**inputs, scale=scale, window=window, parts=parts)
+    tolerance = TOLERANCE[output.dtype]
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    assert not output[inputs["kv_lens"] == 0].any()
+    for cache, other in zip((inputs["k_cache"], inputs["v_cache"]), expected_caches, strict=True):
+        torch.testing.assert_close(cache, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("spare", [1, 2, 8, None])
+@pytest.mark.parametrize("window", [None, 1, 5, 70])
+def test_parts_and_windows(kernel_device: str, spare: int | None, window: int | None) -> None:
+    check(make_inputs([1, 2, 17, 300, 64, 65], device=kernel_device), spare=spare, window=window)
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("heads", [(3, 1, 16), (8, 8, 20), (14, 2, 64), (2, 2, 128), (36, 2, 32)])
+def test_heads(kernel_device: str, heads: tuple[int, int, int], normed: bool) -> None:
+    q_heads, kv_heads, head_dim = heads
+    sizes = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "normed": normed}
+    check(make_inputs([40, 1, 9], device=kernel_device, **sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_half_precision(kernel_device: str, dtype: torch.dtype) -> None:
+    check(make_inputs([200, 3, 77], dtype=dtype, head_dim=64, device=kernel_device))
+
+
+@given(
+    kv_lens=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    padding=st.integers(0, 2),
+    window=st.sampled_from([None, 3]),
+    spare=st.sampled_from([1, 3]),
+    block_size=st.sampled_from([1, 3, 16]),
+)
+def test_any_lengths(kv_lens: list[int], padding: int, window: int | None, spare: int, block_size: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check(
+        make_inputs(kv_lens, padding=padding, block_size=block_size, head_dim=16, device=device),
+        window=window,
+        spare=spare,
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("half", [8, 5])
+def test_rotations_that_the_kernel_does_not_take_go_through_two(device: str, interleaved: bool, half: int) -> None:
+    inputs = make_inputs([12, 3], head_dim=16, device=device)
+    cos, sin, _ = inputs["rotation"]
+    inputs["rotation"] = Rotation(cos[:, :half].contiguous(), sin[:, :half].contiguous(), interleaved)
+    caches = [inputs["k_cache"].clone(), inputs["v_cache"].clone()]
+    arguments = [inputs[name] for name in ("qkv", "q_norm", "k_norm", "eps", "rotation", "positions")]
+    queries = rotate_and_cache_reference(*arguments, *caches, inputs["slot_mapping"])
+    cu_query_lens = torch.arange(5, dtype=torch.int32, device=device)
+    rest = (inputs["block_tables"], cu_query_lens, inputs["kv_lens"])
+    expected = paged_attention_reference(queries, *caches, *rest, scale=0.25, max_query_len=1)
+    output = rotate_and_attend(**inputs, cu_query_lens=cu_query_lens, scale=0.25)
+    torch.testing.assert_close(output[:2], expected[:2], rtol=1e-5, atol=1e-5)
