@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from graphmode import __version__
-from graphmode.cli import DEFAULT_PROMPT, app
+from graphmode.cli import app
+from graphmode.cli.generate import DEFAULT_PROMPT
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.sampling_params import SamplingParams
 

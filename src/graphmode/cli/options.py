@@ -1,18 +1,24 @@
-"""What the command line's commands share: options that are generated from dataclasses, and how all are written."""
+"""What the commands share: options generated from dataclasses, how options are written, errors in one line."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from graphmode.engine.option_text import Kind, TextOption
+from graphmode.engine import aliases
+from graphmode.engine.config import EngineOptions
+from graphmode.engine.option_text import Kind, TextOption, text_options
+from graphmode.errors import GraphModeError, InputError
 
+ENGINE = text_options(EngineOptions, aliases.ENGINE)
 # What vLLM's command line calls them too.
 _SHORT = {
     "data_parallel_size": "-dp",
@@ -122,3 +128,25 @@ class Command(TyperCommand):
                 yield f"{name}{equals}{value}"
                 if not equals and name in take_values:
                     yield from islice(remaining, 1)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the command with status 1 and one line that says why, when graphmode refuses something."""
+    try:
+        yield
+    except GraphModeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def write(file: Path, text: str) -> None:
+    """Write a text to a file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror}; name another file") from error
