@@ -18,8 +18,8 @@ def attend(config: Any = None, key_heads: int = KV_HEADS, value_dim: int = HEAD_
     """Call the hook as a layer does, three tokens of one sequence; ``asked`` are the model's keywords."""
     cache = LayerCache(*torch.zeros(2, 1, 16, KV_HEADS, HEAD_DIM))
     batch = AttentionBatch(
-        slot_mapping=torch.arange(TOKENS),
-        block_tables=torch.zeros(1, 1, dtype=torch.int32),
+        slot_mapping=(torch.arange(TOKENS),),
+        block_tables=(torch.zeros(1, 1, dtype=torch.int32),),
         cu_query_lens=torch.tensor([0, TOKENS], dtype=torch.int32),
         kv_lens=torch.tensor([TOKENS], dtype=torch.int32),
         max_query_len=TOKENS,

@@ -69,8 +69,8 @@ def batch_of(family: str, sizes: dict[str, int], values: dict[str, torch.Tensor]
             at = int(keys[row] - queries[row]) + index
             slots[int(starts[row]) + index] = int(tables[row, at // BLOCK]) * BLOCK + at % BLOCK
     return AttentionBatch(
-        slot_mapping=slots,
-        block_tables=tables,
+        slot_mapping=(slots,),
+        block_tables=(tables,),
         cu_query_lens=starts,
         kv_lens=keys,
         max_query_len=1 if family == "decode" else tokens,
@@ -81,7 +81,7 @@ def batch_of(family: str, sizes: dict[str, int], values: dict[str, torch.Tensor]
 
 def run(attend: Any, batch: AttentionBatch, dtype: torch.dtype, **asked: Any) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    tokens, seqs = len(batch.slot_mapping), len(batch.kv_lens)
+    tokens, seqs = len(batch.slot_mapping[0]), len(batch.kv_lens)
     memory = torch.randn(2, seqs * 2, BLOCK, KV_HEADS, DIM, generator=generator).to(dtype)
     query = torch.randn(tokens, HEADS, DIM, generator=generator).to(dtype)
     key, value = torch.randn(2, tokens, KV_HEADS, DIM, generator=generator).to(dtype)

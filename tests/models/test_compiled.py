@@ -108,7 +108,7 @@ def test_padding_reaches_no_token_by_experts(tmp_path: Path) -> None:
     with torch.inference_mode():
         for value in (0.0, torch.nan):
             for layer, [call] in compiled._calls(engine.loaded.model, engine.caches, 8).items():
-                call.batch.slot_mapping[6:] = -1
+                call.batch.slot_mapping[0][6:] = -1
                 args, kwargs = tree_unflatten(call.leaves, call.spec)
                 args[0][:, 6:] = value
                 results.append(layer(*args, **kwargs)[:, :6])

@@ -178,8 +178,8 @@ def test_the_last_layer_leaves_out_tokens_that_are_not_kept(model: Any) -> None:
     def run(rows: torch.Tensor | None, logits_to_keep: Any) -> tuple[torch.Tensor, list[LayerCache]]:
         caches = [LayerCache(*torch.zeros(2, 2, 16, 2, 16)) for _ in range(2)]
         batch = AttentionBatch(
-            slot_mapping=torch.arange(20),
-            block_tables=torch.tensor([[0, 1]], dtype=torch.int32),
+            slot_mapping=(torch.arange(20),),
+            block_tables=(torch.tensor([[0, 1]], dtype=torch.int32),),
             cu_query_lens=torch.tensor([0, 20], dtype=torch.int32),
             kv_lens=torch.tensor([20], dtype=torch.int32),
             max_query_len=20,

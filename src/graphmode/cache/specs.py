@@ -39,11 +39,13 @@ class LayerCache:
         keys: ``[num_blocks, block_size, kv_heads, key_dim]``.
         values: ``[num_blocks, block_size, kv_heads, value_dim]``; of latents a view, ``keys[..., :value_dim]``.
         index_keys: ``[num_blocks, block_size, 1, index_dim]``: what its indexer picks keys by; None without one.
+        group: the cache group whose block tables and slots it uses.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     index_keys: torch.Tensor | None = None
+    group: int = 0
 
     @property
     def new_keys(self) -> torch.Tensor:

@@ -288,8 +288,8 @@ class StepRunner:
         every = family == "decode" and len(logits_indices) == len(token_ids)
         kept = logits_indices if self._keeps_rows and 2 * len(logits_indices) <= len(token_ids) else None
         batch = AttentionBatch(
-            slot_mapping=slot_mapping,
-            block_tables=block_tables,
+            slot_mapping=(slot_mapping,),
+            block_tables=(block_tables,),
             cu_query_lens=cu_query_lens,
             kv_lens=kv_lens,
             max_query_len=1 if family == "decode" else token_ids.shape[0],

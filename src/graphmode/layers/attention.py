@@ -19,8 +19,8 @@ class AttentionBatch:
     """What the attention of one step reads, beside queries, keys and values.
 
     Attributes:
-        slot_mapping: int64 ``[tokens]``: where in the cache each token's key and value go; -1 for padding.
-        block_tables: int32 ``[seqs, blocks]``: the cache blocks of each sequence, in order.
+        slot_mapping: of each cache group int64 ``[tokens]``: where tokens' keys and values go; -1 for padding.
+        block_tables: of each cache group int32 ``[seqs, blocks]``: the blocks of each sequence, in order.
         cu_query_lens: int32 ``[seqs + 1]``: cumulative numbers of new tokens.
         kv_lens: int32 ``[seqs]``: length of each sequence with its new tokens; 0 for padding.
         max_query_len: 1 where every sequence has one new token, else the number of tokens of the step.
@@ -32,8 +32,8 @@ class AttentionBatch:
             the others (:func:`~graphmode.models.hf.fuse.keeps_rows`). None for all.
     """
 
-    slot_mapping: torch.Tensor
-    block_tables: torch.Tensor
+    slot_mapping: tuple[torch.Tensor, ...]
+    block_tables: tuple[torch.Tensor, ...]
     cu_query_lens: torch.Tensor
     kv_lens: torch.Tensor
     max_query_len: int
@@ -82,10 +82,8 @@ class AttentionBatch:
         Returns:
             As of :func:`~graphmode.ops.select_keys`.
         """
-        index_keys = self.caches[layer].index_keys
-        assert index_keys is not None
         select = _selection_outside_graph if self.piecewise else cached_selection
-        return select(query, key, weights, index_keys, self, top_k)
+        return select(query, key, weights, self.caches[layer], self, top_k)
 
 
 def attend(
@@ -103,7 +101,7 @@ def attend(
         query,
         cache.keys,
         cache.values,
-        batch.block_tables,
+        batch.block_tables[cache.group],
         batch.cu_query_lens,
         batch.kv_lens,
         scale=scale,
@@ -146,7 +144,7 @@ def cached_attention(
     Returns:
         ``[tokens, q_heads, value_dim]``.
     """
-    write_kv(key, value, cache.new_keys, cache.values, batch.slot_mapping)
+    write_kv(key, value, cache.new_keys, cache.values, batch.slot_mapping[cache.group])
     return attend(query, cache, batch, scale, window, soft_cap, sinks, selection)
 
 
@@ -154,17 +152,19 @@ def cached_selection(
     query: torch.Tensor,
     key: torch.Tensor,
     weights: torch.Tensor,
-    index_keys: torch.Tensor,
+    cache: LayerCache,
     batch: AttentionBatch,
     top_k: int,
 ) -> torch.Tensor:
     """Write new index keys to the cache, then choose among its keys; arguments as of :meth:`AttentionBatch.select`."""
-    write_kv(key, None, index_keys, None, batch.slot_mapping)
+    index_keys = cache.index_keys
+    assert index_keys is not None
+    write_kv(key, None, index_keys, None, batch.slot_mapping[cache.group])
     return select_keys(
         query,
         weights,
         index_keys,
-        batch.block_tables,
+        batch.block_tables[cache.group],
         batch.cu_query_lens,
         batch.kv_lens,
         top_k=top_k,

@@ -47,9 +47,9 @@ def npu_attention(
     plain = alike and window is None and soft_cap is None and sinks is None and selection is None
     if not plain or query.dtype not in (torch.float16, torch.bfloat16) or head_dim % 16 or head_dim > _MAX_HEAD_DIM:
         return cached_attention(query, key, value, cache, batch, scale, window, soft_cap, sinks, selection)
-    write_kv(key, value, cache.keys, cache.values, batch.slot_mapping)
+    write_kv(key, value, cache.keys, cache.values, batch.slot_mapping[cache.group])
     lengths = batch.host_arguments
-    tables = batch.block_tables
+    tables = batch.block_tables[cache.group]
     if len(lengths["actual_seq_lengths"]) > len(tables):
         tables = torch.nn.functional.pad(tables, (0, 0, 0, 1))  # the padding's, which has no keys
     output, _ = torch.ops.npu.npu_fused_infer_attention_score(

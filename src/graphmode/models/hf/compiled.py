@@ -76,7 +76,7 @@ class _Call:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What a layer may read beside its weights and the cache."""
-        return [*(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)), self.batch.slot_mapping]
+        return [*(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)), *self.batch.slot_mapping]
 
     def is_like(self, other: _Call) -> bool:
         """Return whether all that is no tensor and no batch is the same."""
@@ -89,7 +89,7 @@ class _Call:
         """Return ``(args, kwargs)`` with other tensors and another attention."""
         rest = iter(tensors)
         leaves = [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
-        batch = replace(self.batch, slot_mapping=next(rest), attend=attend)
+        batch = replace(self.batch, slot_mapping=tuple(rest), attend=attend)
         return tree_unflatten([batch if isinstance(leaf, AttentionBatch) else leaf for leaf in leaves], self.spec)
 
 
@@ -204,10 +204,11 @@ def _calls(model: PreTrainedModel, caches: Sequence[LayerCache], tokens: int) ->
     """Run the model on a sequence of some tokens and return the calls of its decoder layers."""
     device = model.device
     positions = torch.arange(tokens, device=device)
-    block_size = caches[0].keys.shape[1]
+    blocks = torch.arange(-(-tokens // caches[0].keys.shape[1]), dtype=torch.int32, device=device).unsqueeze(0)
+    groups = 1 + max(cache.group for cache in caches)
     batch = AttentionBatch(
-        slot_mapping=positions,
-        block_tables=torch.arange(-(-tokens // block_size), dtype=torch.int32, device=device).unsqueeze(0),
+        slot_mapping=(positions,) * groups,
+        block_tables=(blocks,) * groups,
         cu_query_lens=torch.tensor([0, tokens], dtype=torch.int32, device=device),
         kv_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
         max_query_len=tokens,

@@ -64,7 +64,7 @@ class _Recorder:
         index: what the last indexer chose by, until the layer's call of attention takes it.
     """
 
-    slot_mapping: torch.Tensor
+    slot_mapping: tuple[torch.Tensor, ...]
     calls: list[AttentionCall] = field(default_factory=list)
     index: tuple[torch.Tensor, ...] = ()
 
@@ -198,7 +198,7 @@ def _run(
     model: PreTrainedModel, positions: list[int], *, tokens: list[int] | Mapping[str, Any]
 ) -> tuple[torch.Tensor, list[AttentionCall]]:
     """Return the logits of the first and the last of three tokens, ``[2, vocab]``, and the attention calls."""
-    recorder = _Recorder(torch.arange(3, device=model.device))
+    recorder = _Recorder((torch.arange(3, device=model.device),))
     position_ids = torch.tensor([positions], device=model.device)
     if has_grid_positions(model):
         position_ids = position_ids.expand(3, 1, 3)

@@ -56,7 +56,7 @@ class RealRows:
 
     def enter(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the mask of a step from the slots of its batch; a hook before the model's forward."""
-        self.mask = kwargs["attention_batch"].slot_mapping >= 0
+        self.mask = kwargs["attention_batch"].slot_mapping[0] >= 0
 
     def leave(self, model: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Forget the mask; a hook after the model's forward."""
@@ -195,7 +195,7 @@ def real_rows(module: torch.nn.Module, batch: Any) -> Iterator[None]:
     """Let the experts inside ``module`` know the rows of a batch, where it is called without its model."""
     known: list[Any] = [each.real_rows for each in module.modules() if hasattr(each, "real_rows")]
     for rows in known:
-        rows.mask = batch.slot_mapping >= 0
+        rows.mask = batch.slot_mapping[0] >= 0
     try:
         yield
     finally:

@@ -139,7 +139,16 @@ class FusedLayer:
         norm, cache = self.input_norm, batch.caches[self.index]
         q_norm, k_norm = (None, None) if self.head_norms is None else (norm.weight for norm in self.head_norms)
         eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
-        rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, batch.slot_mapping)
+        rotated = (
+            q_norm,
+            k_norm,
+            eps,
+            self.rotation,
+            positions,
+            cache.keys,
+            cache.values,
+            batch.slot_mapping[cache.group],
+        )
         decode = batch.max_query_len == 1 and not batch.piecewise
         if few:
             qkv = norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps, lens=batch.row_lens)
@@ -151,7 +160,7 @@ class FusedLayer:
             qkv = product(h, self.qkv, self.qkv_bias)
         if not decode:
             return self._attend(rotate_and_cache(qkv, *rotated), batch)
-        lengths = (batch.block_tables, batch.cu_query_lens, batch.kv_lens)
+        lengths = (batch.block_tables[cache.group], batch.cu_query_lens, batch.kv_lens)
         parts = batch.parts(cache.keys.shape[2], self.window)
         heads = rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window, parts=parts)
         return heads.flatten(1)
@@ -411,8 +420,8 @@ def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor)
     def run(forward: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
         cache = LayerCache(*torch.zeros(2, 1, 16, kv_heads, parts.head_dim, dtype=dtype, device=device))
         batch = AttentionBatch(
-            slot_mapping=torch.arange(tokens, device=device),
-            block_tables=torch.zeros(1, 1, dtype=torch.int32, device=device),
+            slot_mapping=(torch.arange(tokens, device=device),),
+            block_tables=(torch.zeros(1, 1, dtype=torch.int32, device=device),),
             cu_query_lens=torch.tensor([0, tokens], dtype=torch.int32, device=device),
             kv_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
             max_query_len=tokens,
