@@ -8,8 +8,8 @@ import torch
 from graphmode.errors import ModelError
 from graphmode.graph import GraphRunner, Input
 from graphmode.models.hf.dry_run import check_features_apart
+from graphmode.models.hf.vision import VISION_ATTENTION_NAME, VisionTower
 from graphmode.models.loader import load_model
-from graphmode.models.vision.tower import VISION_ATTENTION_NAME, VisionTower
 from tests.multimodal import GLM, PATCH, TYPES, make_model, save_model
 
 pytestmark = pytest.mark.versions

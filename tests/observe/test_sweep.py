@@ -8,17 +8,16 @@ import pytest
 import torch
 import transformers
 
+from graphmode.models.hf.tiny import MODEL_TYPES, save_tiny_model
 from graphmode.models.loader import load_model
 from graphmode.observe.sweep import (
     _FAMILIES,
-    MODEL_TYPES,
     Finding,
     Status,
     _Worker,
     as_markdown,
     prompts,
     reference_tokens,
-    save_tiny_model,
     summary,
     sweep,
     try_model,

@@ -66,7 +66,7 @@ def bench(
     engine: dict[str, Any],
 ) -> None:
     """Measure a model by graphs, beside eager runs, transformers and the floor of the device."""
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import logging
 
     from graphmode.observe.bench.plot import step_plot
     from graphmode.observe.bench.results import as_json, comparable, read_rows, tables
@@ -83,7 +83,7 @@ def bench(
     for file in (json_file, plot):
         if file is not None and not file.parent.is_dir():
             raise typer.BadParameter(f"{file} cannot be written: there is no folder {file.parent}")
-    disable_progress_bar()
+    logging.disable_progress_bar()
     with errors_in_one_line():
         known = [] if peers is None else read_rows(peers)
         plan = Plan(

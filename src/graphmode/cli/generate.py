@@ -98,11 +98,11 @@ def _lines(file: Path) -> list[str]:
 
 
 def _load(model: str | None, options: dict[str, Any], *, progress: bool) -> LLM:
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import logging
 
     from graphmode.engine.llm import LLM
 
-    disable_progress_bar()
+    logging.disable_progress_bar()
     return LLM(model, progress=progress and sys.stderr.isatty(), **options)
 
 

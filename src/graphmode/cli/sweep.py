@@ -28,16 +28,17 @@ def sweep(
 
     Ends with 1 if a model that is not refused gives other tokens than transformers.
     """
+    from graphmode.models.hf.tiny import MODEL_TYPES
     from graphmode.observe import sweep as sweeping
 
-    if unknown := sorted(set(model_type or ()) - sweeping.MODEL_TYPES.keys()):
+    if unknown := sorted(set(model_type or ()) - MODEL_TYPES.keys()):
         raise typer.BadParameter(f"transformers has no language models of types {', '.join(unknown)}")
 
     def show(finding: Finding) -> None:
         if not as_json:
             typer.echo(f"{finding.model_type:28} {finding.status:12} {finding.reason}".rstrip())
 
-    findings = sweeping.sweep(model_type or list(sweeping.MODEL_TYPES), workers=workers, found=show)
+    findings = sweeping.sweep(model_type or list(MODEL_TYPES), workers=workers, found=show)
     if markdown is not None:
         with errors_in_one_line():
             write(markdown, sweeping.as_markdown(findings))

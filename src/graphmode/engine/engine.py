@@ -35,7 +35,7 @@ from graphmode.engine.worker import StepInFlight, StepResult, StepRunner
 from graphmode.graph import InputError, RunnerStats, get_backend
 from graphmode.graph.memory import free_memory
 from graphmode.layers.attention import PORTABLE_ATTENTION
-from graphmode.models.hf.attention_npu import NPU_ATTENTION
+from graphmode.layers.attention_npu import NPU_ATTENTION
 from graphmode.models.hf.compiled import compile_layers
 from graphmode.models.hf.fuse import fuse
 from graphmode.models.hf.rotary import fix_rotary_embeddings

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 
 from graphmode.errors import InputError
+from graphmode.models.hf.grid_positions import grid_positions
+from graphmode.models.hf.vision import VisionTower
 from graphmode.models.loader import LoadedModel
-from graphmode.models.vision.positions import grid_positions
-from graphmode.models.vision.tower import VisionTower
 
 Kind = Literal["image", "video"]
 # Of the tokens that stand for them, as transformers numbers them; text is 0.

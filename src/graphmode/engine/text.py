@@ -14,9 +14,10 @@ from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from graphmode.errors import ModelError
+from graphmode.models.hf.tokenizer import decodes_as_its_backend
 
 CONTEXT = 4
 """Tokens that are decoded again before new ones: a character has at most four bytes, a token at least one."""
@@ -81,7 +82,7 @@ class Detokenizer:
         )
         self.decode: Callable[[Sequence[int]], str] = self._decode_what_has_text
         try:
-            if _decodes_as_its_backend(tokenizer):
+            if decodes_as_its_backend(tokenizer):
                 # The same, without looking at each token in Python; there ids that are not known give nothing.
                 self.decode = self._decode = partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
                 self._size = 1 + max(tokenizer.get_vocab().values(), default=-1)
@@ -410,11 +411,3 @@ class AnswerText:
             return None
         at, _, stop = min(found)  # of those that begin together, the shortest
         return at, stop
-
-
-def _decodes_as_its_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a tokenizer decodes with the tokenizers library and adds nothing of its own."""
-    plain = PreTrainedTokenizerFast
-    return isinstance(tokenizer, plain) and all(
-        getattr(type(tokenizer), name) is getattr(plain, name) for name in ("decode", "_decode")
-    )

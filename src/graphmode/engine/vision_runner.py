@@ -17,7 +17,7 @@ from graphmode.engine.multimodal import VisionItem
 from graphmode.engine.types import Batch, Limits
 from graphmode.graph import CaptureFailure, GraphRunner
 from graphmode.graph.backends.base import Backend
-from graphmode.models.vision.tower import VisionTower
+from graphmode.models.hf.vision import VisionTower
 
 # Features that are kept beyond the step that reads them: a prompt's next chunk, its other completions, its
 # recomputation and prompts with the same image find them.

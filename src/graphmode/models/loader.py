@@ -14,8 +14,6 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
@@ -30,12 +28,14 @@ from graphmode.errors import ModelError
 from graphmode.models.checkpoint import Checkpoint, LoadFormat, find_checkpoint
 from graphmode.models.generation_config import end_tokens, read_generation_config
 from graphmode.models.hf.attention import ATTENTION_NAME
+from graphmode.models.hf.auto import auto_class, silence_padding_warnings
 from graphmode.models.hf.dry_run import cache_shapes, check_class, check_features_apart
 from graphmode.models.hf.experts import EXPERTS_NAME, share_real_rows
 from graphmode.models.hf.latent import keep_latents
 from graphmode.models.hf.rotary import context_length
 from graphmode.models.hf.sparse import use_indexers
-from graphmode.models.vision.tower import VisionTower
+from graphmode.models.hf.tokenizer import name_special_tokens
+from graphmode.models.hf.vision import VisionTower
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +117,7 @@ def load_model(
     else:
         model = load_weights(checkpoint, auto, config, device, options)
     model.eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.warn_if_padding_and_no_attention_mask = _no_warning  # type: ignore[method-assign]
+    silence_padding_warnings(model)
     share_real_rows(model)
     with _refusals(name, architecture):
         check_class(type(model), config)
@@ -135,33 +133,6 @@ def load_model(
     shape = checkpoint.attempt("the shape of its KV cache", _shape, checkpoint, model, caches, generation)
     tokenizer = _tokenizer(checkpoint, config) if checkpoint.has_tokenizer else None
     return LoadedModel(model, shape, checkpoint, generation or {}, tokenizer, vision)
-
-
-def auto_class(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
-    """Return what makes the model: with its vision part where its positions are those of a grid, as in Qwen2-VL.
-
-    Raises:
-        ModelError: its class is none that graphmode can run; why, in words that follow the model's name.
-    """
-    own_code = AutoModelForCausalLM.__name__ in (getattr(config, "auto_map", None) or {})
-    if own_code and trust_remote_code:
-        return AutoModelForCausalLM  # its class is known, and checked, once it is loaded
-    base: Any = AutoModel._model_mapping.get(type(config), None)
-    vision = AutoModelForImageTextToText._model_mapping.get(type(config), None)
-    auto = AutoModelForImageTextToText if vision and hasattr(base, "get_rope_index") else AutoModelForCausalLM
-    cls: Any = auto._model_mapping.get(type(config), None)
-    if cls is None and vision:
-        raise ModelError("it is a model of images and text, of a kind that graphmode does not run")
-    if cls is None and own_code:
-        raise ModelError(
-            "transformers has no causal language model of its type, and Python code that comes with the model "
-            "(auto_map) is not run unasked. Read it, and if you trust it give trust_remote_code=True "
-            "(--trust-remote-code)"
-        )
-    if cls is None:
-        raise ModelError("transformers has no causal language model of its type")
-    check_class(cls, config)
-    return auto
 
 
 def load_weights(
@@ -228,11 +199,7 @@ def _tokenizer(checkpoint: Checkpoint, config: PretrainedConfig) -> PreTrainedTo
         tokenizer: PreTrainedTokenizerBase = replace(checkpoint, folder=Path(folder)).read(
             AutoTokenizer, "the tokenizer"
         )
-    # The file names its special tokens by their ids, which transformers before 5.24 does not hand on.
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token = getattr(config, f"{name}_id", None)
-        if isinstance(token, int):
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
+    name_special_tokens(tokenizer, config)
     return tokenizer
 
 
@@ -271,10 +238,6 @@ def _refusals(name: str | Path, architecture: str) -> Iterator[None]:
         yield
     except ModelError as error:
         raise ModelError(f"{name}: graphmode cannot run {architecture}: {error}") from error
-
-
-def _no_warning(*args: object, **kwargs: object) -> None:
-    """Stand for a warning about padding, which reads tokens on the host; a step pads by slots."""
 
 
 def _shape(

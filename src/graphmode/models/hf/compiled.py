@@ -34,7 +34,7 @@ from graphmode.errors import ModelError
 from graphmode.layers.attention import AttentionBatch
 from graphmode.models.hf.experts import real_rows
 from graphmode.models.hf.fuse import close
-from graphmode.models.vision.positions import has_grid_positions
+from graphmode.models.hf.grid_positions import has_grid_positions
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from graphmode.cache.specs import CacheShape
 from graphmode.errors import ModelError
 from graphmode.models.hf.attention import is_sparse, sliding_window
+from graphmode.models.hf.grid_positions import has_grid_positions
 from graphmode.models.hf.latent import expand, keeps_latents
 from graphmode.models.hf.sparse import BatchAsMask
 from graphmode.models.hf.versions import layers_that_forget
-from graphmode.models.vision.positions import has_grid_positions
 
 DRY_RUN_NAME = "graphmode_dry_run"
 

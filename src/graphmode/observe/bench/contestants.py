@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 from graphmode.engine.llm import LLM
 from graphmode.engine.sampling_params import SamplingParams
@@ -84,7 +83,7 @@ class Transformers:
         self._generate([request], times)
         return times.tokens
 
-    def _generate(self, requests: Sequence[Request], streamer: BaseStreamer | None) -> None:
+    def _generate(self, requests: Sequence[Request], streamer: _Arrivals | None) -> None:
         prompts = torch.tensor([request.prompt for request in requests], device=self._model.device)
         tokens = self._model.generate(
             prompts,
@@ -97,8 +96,8 @@ class Transformers:
         assert tokens.shape[1] == prompts.shape[1] + requests[0].max_tokens
 
 
-class _Arrivals(BaseStreamer):
-    """Notes when tokens come; the prompt comes first."""
+class _Arrivals:
+    """A streamer of transformers that notes when tokens come; the prompt comes first."""
 
     def __init__(self) -> None:
         self._seen: list[float] = []

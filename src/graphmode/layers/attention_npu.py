@@ -41,7 +41,7 @@ def npu_attention(
     sinks: torch.Tensor | None,
     selection: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Do as :func:`~graphmode.models.hf.attention.cached_attention`; rows of padding tokens may hold anything."""
+    """Compute the same as :func:`~graphmode.layers.attention.cached_attention`; padding rows are undefined."""
     tokens, heads, head_dim = query.shape
     alike = key.shape == value.shape and cache.keys.shape == cache.values.shape
     plain = alike and window is None and soft_cap is None and sinks is None and selection is None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from graphmode.cache.specs import LayerCache
 from graphmode.layers.attention import AttentionBatch, cached_attention
-from graphmode.models.hf.attention_npu import NPU_ATTENTION, host_lengths, npu_attention
+from graphmode.layers.attention_npu import NPU_ATTENTION, host_lengths, npu_attention
 from tests.devices.fake_npu_attention import NAME
 
 MAX_LEN, BLOCK, HEADS, KV_HEADS, DIM = 256, NPU_ATTENTION.block_size, 4, 2, 16

@@ -1,1 +1,0 @@
-"""Vision towers, and the positions of images in a prompt."""
