@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize, prune
 
 from graphmode.graph import GraphRunner, Input, StaleAddressError
-from graphmode.graph.runner import CHECK_EVERY
+from graphmode.graph.captures import CHECK_EVERY
 
 INPUT = [Input("x", torch.float32, ("rows", 4))]
 Case = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[], object], str]

@@ -185,7 +185,7 @@ def test_a_runner_that_its_own_function_calls_is_refused(device: str) -> None:
     runner = GraphRunner(fn, [X], [2], backend=device, enabled=False)
     with pytest.raises(GraphModeError, match="inside of its own call"):
         runner(x=torch.zeros(2))
-    runner._fn = lambda x: x + 1
+    runner._captures.fn = lambda x: x + 1
     assert runner(x=torch.zeros(2)).tolist() == [1.0, 1.0]
 
 

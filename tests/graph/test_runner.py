@@ -65,7 +65,7 @@ def test_the_largest_is_captured_first_and_memory_is_shared(device: str) -> None
     runner = make_runner(device)
     assert [key.size for key in runner.keys] == sorted(BUCKETS, reverse=True)
     runner.capture()
-    alone = GraphRunner(runner._fn, [Input("x", torch.float32, ("rows", 24))], [13], backend=device)
+    alone = GraphRunner(runner._captures.fn, [Input("x", torch.float32, ("rows", 24))], [13], backend=device)
     alone.capture()
     assert runner.stats.graphs == len(BUCKETS)
     if device == "cpu":

@@ -368,7 +368,7 @@ class Wrong:
 def seed(runner: GraphRunner, fault: Callable[[Any], None]) -> None:
     """Exchange the graphs of a runner for wrong ones."""
     runner.capture()
-    for program in runner._programs.values():
+    for program in runner._captures.programs.values():
         program.steps[:] = [Wrong(step, fault) for step in program.steps]
 
 

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 
-from graphmode.errors import CaptureError, CaptureMemoryError, GraphModeError, InputError, UnsupportedOpError
-from graphmode.graph.addresses import Addresses
+from graphmode.errors import GraphModeError, InputError
 from graphmode.graph.axes import AxisSize, Size, volume
 from graphmode.graph.backends.base import Backend, get_backend
 from graphmode.graph.buckets import Buckets
 from graphmode.graph.buffers import BoundInputs, InputBuffers
-from graphmode.graph.context import CallContext
+from graphmode.graph.captures import Captures, shapes_of
 from graphmode.graph.declaration import DEFAULT_FAMILY, Declaration, Variant
 from graphmode.graph.dispatch import Decision, DispatchPolicy, GraphKey, Mode, Reason, dispatch, exact
 from graphmode.graph.host_arguments import HostArguments
-from graphmode.graph.inputs import Input, InputTree, all_padding, check_fit, examples
-from graphmode.graph.outputs import OutputAxes, Sample, find_output_axes
+from graphmode.graph.inputs import Input, InputTree, all_padding, check_fit
+from graphmode.graph.outputs import Sample
 from graphmode.graph.outside import name_of
-from graphmode.graph.program import Pool, Program, record, refuse_inside_recording
+from graphmode.graph.program import Program, refuse_inside_recording
 from graphmode.graph.progress import with_progress
 from graphmode.graph.stats import CaptureFailure, RunnerStats
-from graphmode.graph.training import inference_only
 from graphmode.graph.trees import Structure, flatten
 from graphmode.graph.turns import Turns
 from graphmode.graph.verify import Step, Verification, no_graph, verify
 
 log = logging.getLogger(__name__)
 
-CHECK_EVERY = 256
-"""Replays between two checks that the weights are still those of the capture."""
 _MAX_PLANS = 1024
 
 
@@ -152,30 +146,31 @@ class GraphRunner:
                 f"host_arguments are given, but graphs on {self.backend.device} keep those of the capture; "
                 "pass what changes in tensors"
             )
-        self.stats = RunnerStats()
-        self._fn = fn
         self._declared = Declaration(fn, inputs, buckets, axes or {}, output_axes, static or {})
-        self._host_arguments = host_arguments
-        self._strict = strict
-        self._on_capture_failure = on_capture_failure
-        self._warmup_iterations = warmup_iterations
         self.policy = DispatchPolicy(
             buckets=self._declared.buckets,
             enabled=enabled,
             max_padding_ratio=max_padding_ratio,
             capture_on_first_use=capture_on_first_use,
         )
-        self._programs: dict[GraphKey, Program] = {}
-        self._outputs: dict[tuple[str, Hashable], OutputAxes] = {}
-        self._context = CallContext(self.backend.device)
-        self._addresses = Addresses(fn)
-        self._unchecked_replays = CHECK_EVERY
-        self._failed: dict[GraphKey, Reason] = {}
-        self._bound: dict[GraphKey, BoundInputs] = {}
-        self._plans: dict[Hashable, _Plan] = {}
         self._buffers = InputBuffers(self._declared.inputs, self._declared.limits, self.backend)
-        self._pool = Pool(self.backend)
+        self._captures = Captures(
+            fn,
+            self._declared,
+            self._buffers,
+            self.backend,
+            host_arguments,
+            strict=strict,
+            on_capture_failure=on_capture_failure,
+            warmup_iterations=warmup_iterations,
+        )
+        self._plans: dict[Hashable, _Plan] = {}
         self._turns = Turns(name_of(fn), self.backend.synchronize)
+
+    @property
+    def stats(self) -> RunnerStats:
+        """What the steps did, and what the graphs cost."""
+        return self._captures.stats
 
     @property
     def carried(self) -> Mapping[str, torch.Tensor]:
@@ -189,12 +184,12 @@ class GraphRunner:
         On a device that may run out of graphs, one family after the other as they were declared (full graphs first:
         piecewise ones take the room of many), each from its largest and smallest size to those between.
         """
-        return self._declared.keys(limited=self.backend.capabilities.graph_limit is not None)
+        return self._captures.keys
 
     @property
     def failed(self) -> Mapping[GraphKey, Reason]:
         """The keys whose capture failed, and why."""
-        return self._failed
+        return self._captures.failed
 
     def capture(self, *, progress: bool | None = None, **static: Hashable) -> None:
         """Capture every key that has no graph yet, in the order of :attr:`keys`.
@@ -211,7 +206,7 @@ class GraphRunner:
                 is captured.
             InputError: a static argument has no such name or value.
         """
-        refuse_inside_recording(self._fn)
+        refuse_inside_recording(self._captures.fn)
         wanted = {name: exact(self._declared.static_value(name, value)) for name, value in static.items()}
         if not self.policy.enabled:
             return
@@ -220,12 +215,17 @@ class GraphRunner:
                 [
                     key
                     for key in self.keys
-                    if key not in self._programs
-                    and key not in self._failed
+                    if key not in self._captures.programs
+                    and key not in self._captures.failed
                     and all(exact(value) == wanted.get(name, exact(value)) for name, value in key.variant)
                 ],
                 progress,
             )
+
+    def _capture_all(self, keys: Sequence[GraphKey], progress: bool | None) -> None:
+        self._plans.clear()
+        show = sys.stderr.isatty() if progress is None else progress
+        self._captures.capture_all(with_progress(keys, "capturing graphs") if show else keys)
 
     def recapture(self, *, progress: bool | None = None) -> None:
         """Drop all graphs, and their memory, and capture those that there were again, with the weights as they are now.
@@ -239,19 +239,12 @@ class GraphRunner:
         Raises:
             CaptureError: a capture failed and the runner is strict.
         """
-        refuse_inside_recording(self._fn)
+        refuse_inside_recording(self._captures.fn)
         with self._turns:
-            self._context = CallContext(self.backend.device)
-            self._context.check()
-            keys = [key for key in self.keys if key in self._programs]
             self.backend.synchronize()  # what the graphs still compute
-            self._plans.clear()
-            self._programs.clear()
-            self._outputs.clear()
-            self._addresses = Addresses(self._fn)
-            self._pool = Pool(self.backend)
-            self.stats.graphs = self.stats.captures = self.stats.graph_bytes = 0
-            self.stats.breaks.clear()
+            keys = [key for key in self.keys if key in self._captures.programs]
+            self._captures.clear()
+            self._captures.context.check()
             self._capture_all(keys, progress)
 
     def check_addresses(self) -> None:
@@ -263,26 +256,7 @@ class GraphRunner:
             StaleAddressError: naming the tensor that was replaced, moved or freed, or the module that was switched
                 between training and evaluation, by its path from the function. Then call :meth:`recapture`.
         """
-        self._addresses.check()
-        self._unchecked_replays = 0
-
-    def _capture_all(self, keys: Sequence[GraphKey], progress: bool | None) -> None:
-        self._context.check()
-        gc.collect()
-        gc.freeze()
-        try:
-            show = sys.stderr.isatty() if progress is None else progress
-            for key in with_progress(keys, "capturing graphs") if show else keys:
-                if key not in self._failed:
-                    self._capture(key)
-        finally:
-            gc.unfreeze()
-        for family, variant in dict.fromkeys((key.family, key.variant) for key in keys if key in self._programs):
-            outputs = self._outputs_of(family, variant)
-            if isinstance(outputs, str):
-                if self._strict:
-                    raise CaptureError(outputs)
-                log.warning("calls that need padding will be refused: %s", outputs)
+        self._captures.check_addresses()
 
     def decide(self, size: Size, /, family: str = DEFAULT_FAMILY, **static: Hashable) -> Decision:
         """Say how a call of ``size`` on the bucketed axis (of each, where there are several) would run, and why.
@@ -293,7 +267,10 @@ class GraphRunner:
             InputError: that is no size, or the family or a static argument is not declared.
         """
         self._declared.axes.check(size)
-        return dispatch(size, self.policy, self._programs, self._failed, family, self._declared.variant(family, static))
+        return self._dispatch(size, family, self._declared.variant(family, static))
+
+    def _dispatch(self, size: Size, family: str, variant: Variant) -> Decision:
+        return dispatch(size, self.policy, self._captures.programs, self._captures.failed, family, variant)
 
     def __call__(self, *, family: str = DEFAULT_FAMILY, own: bool = False, repeats: int = 1, **values: Any) -> Any:
         """Run one step, or several over the same inputs as the function leaves them.
@@ -323,11 +300,11 @@ class GraphRunner:
             GraphModeError: another thread still holds outputs of an earlier call, or the call comes from inside the
                 function.
         """
-        refuse_inside_recording(self._fn)
+        refuse_inside_recording(self._captures.fn)
         if not isinstance(repeats, int) or repeats < 1:
             raise InputError(f"repeats is {repeats!r}; it must be an integer of at least 1")
         with self._turns:
-            self._context.check()
+            self._captures.context.check()
             signature = self._declared.signature(family, values)
             if signature is None:
                 values = self._declared.flat_values(values)
@@ -360,9 +337,9 @@ class GraphRunner:
         Raises:
             InputError, CaptureError, StaleAddressError: as for a call.
         """
-        refuse_inside_recording(self._fn)
+        refuse_inside_recording(self._captures.fn)
         with self._turns:
-            self._context.check()
+            self._captures.context.check()
             values = self._declared.flat_values(values)
             plan = self._planned(None, family, values)
             decision, key, bound = plan.decision, plan.decision.key, plan.bound
@@ -410,42 +387,37 @@ class GraphRunner:
             InputError: as for a call, or there is no such key.
             CaptureError: another runner's function calls this while it is captured.
         """
-        refuse_inside_recording(self._fn)
-        if key not in self._bound and key not in self.keys:
+        refuse_inside_recording(self._captures.fn)
+        if not self._captures.is_key(key):
             raise InputError(f"{key!r} is no key of this runner; take one of its keys, or that of decide(...)")
         with self._turns:
-            self._context.check()
+            self._captures.context.check()
             return self._run_padded(key, self._declared.flat_values(values))
 
     def _run_padded(self, key: GraphKey, values: Mapping[str, Any]) -> Any:
         """Run the function eagerly over the buffers of a graph."""
         sizes = self._declared.sizes(values, key.variant, self.backend.device)
-        bound = self._bind(key)
+        bound = self._captures.bind(key)
         check_fit(sizes, bound.sizes)
-        if self._host_arguments is not None:
-            self._host_arguments.set(key.family, bound.sizes, values)
+        self._captures.set_host_arguments(key.family, bound.sizes, values)
         with torch.inference_mode():
             self._buffers.load(bound, {**values, **self._declared.size_values(sizes)})
             with _unchanged(self._buffers.beyond(bound, sizes)):
-                leaves, structure = flatten(self._call(key.family, key.variant, bound.views))
+                leaves, structure = flatten(self._captures.call(key.family, key.variant, bound.views))
                 leaves = [leaf.clone() for leaf in leaves]
             if self._declared.output_axes is None and sizes == bound.sizes:
                 return structure.build(leaves)
-            here = Sample(bound.sizes, _shapes(leaves))
-            outputs = self._output_axes(key.family, key.variant, [here])
+            here = Sample(bound.sizes, shapes_of(leaves))
+            outputs = self._captures.output_axes(key.family, key.variant, [here])
             if isinstance(outputs, str):
                 raise InputError(outputs)
             return structure.build(_cut(leaves, outputs.cuts(here.shapes, sizes)))
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise GraphModeError(
-            f"the GraphRunner of {name_of(self._fn)} cannot be copied or pickled: its graphs read the memory of its "
-            "own function. Copy the function or the module without it, and make a runner of the copy"
+            f"the GraphRunner of {name_of(self._captures.fn)} cannot be copied or pickled: its graphs read the memory "
+            "of its own function. Copy the function or the module without it, and make a runner of the copy"
         )
-
-    def _call(self, family: str, variant: Variant, inputs: Mapping[str, torch.Tensor]) -> Any:
-        with inference_only(inputs):
-            return self._fn(**self._declared.arguments(family, variant, inputs))
 
     def _planned(self, signature: Hashable, family: str, values: dict[str, Any]) -> _Plan:
         """Decide what a call does, after a capture if it needs one."""
@@ -454,12 +426,13 @@ class GraphRunner:
         size = self._declared.axes.size_of(sizes)
         rows = volume(size)
         wanted = size if rows else self._declared.axes.size_of({axis: max(1, size) for axis, size in sizes.items()})
-        decision = dispatch(wanted, self.policy, self._programs, self._failed, family, variant)
+        decision = self._dispatch(wanted, family, variant)
         if decision.mode is not Mode.EAGER and decision.key is not None:
-            check_fit(sizes, self._bind(decision.key).sizes)
+            check_fit(sizes, self._captures.bind(decision.key).sizes)
         if decision.mode is Mode.CAPTURE and decision.key is not None:
-            self._capture(decision.key)
-            after = dispatch(wanted, self.policy, self._programs, self._failed, family, variant)
+            self._plans.clear()
+            self._captures.capture(decision.key)
+            after = self._dispatch(wanted, family, variant)
             plan = self._plan(after, family, variant, sizes, rows, values)
             now = replace(plan, decision=replace(after, reason=after.reason or decision.reason))
         else:
@@ -484,14 +457,14 @@ class GraphRunner:
         if decision.mode is Mode.EAGER or decision.key is None:
             self._declared.check_state_holds(sizes)
             return plan
-        program, bound = self._programs[decision.key], self._bind(decision.key)
+        program, bound = self._captures.programs[decision.key], self._captures.bind(decision.key)
         shapes = {name: value.shape for name, value in {**values, **true}.items() if name in self._declared.names}
         cuts: Sequence[tuple[slice, ...] | None] = [None] * len(program.outputs)
         if self._declared.output_axes is not None or any(sizes[axis] != bound.sizes[axis] for axis in sizes):
-            outputs = self._outputs_of(family, variant)
+            outputs = self._captures.outputs_of(family, variant)
             if isinstance(outputs, str):
                 raise InputError(outputs)
-            cuts = outputs.cuts(_shapes(program.outputs), sizes)
+            cuts = outputs.cuts(shapes_of(program.outputs), sizes)
         return replace(
             plan,
             idle=not rows and not any(leaf.numel() for leaf in _cut(program.outputs, cuts)),
@@ -510,11 +483,8 @@ class GraphRunner:
         if plan.program is None or plan.bound is None or plan.load is None:
             return self._run_unpadded(plan, values, repeats)
         if not plan.idle:
-            self._unchecked_replays += 1
-            if self._unchecked_replays > CHECK_EVERY:
-                self.check_addresses()
-            if self._host_arguments is not None:
-                self._host_arguments.set(plan.family, plan.bound.sizes, values)
+            self._captures.before_replay()
+            self._captures.set_host_arguments(plan.family, plan.bound.sizes, values)
             plan.load(values)
             with _unchanged(plan.beyond) if plan.beyond else nullcontext():
                 for _ in range(repeats):
@@ -526,8 +496,7 @@ class GraphRunner:
     ) -> tuple[list[Any], Structure]:
         """Run the function eagerly at the true sizes, on copies of its inputs."""
         device = self.backend.device
-        if self._host_arguments is not None:
-            self._host_arguments.set(plan.family, plan.sizes, values)
+        self._captures.set_host_arguments(plan.family, plan.sizes, values)
         inputs = self._buffers.bind_carried(plan.sizes)
         for spec in self._declared.inputs:
             value = values.get(spec.name)
@@ -539,129 +508,9 @@ class GraphRunner:
             else:
                 inputs[spec.name] = value.to(device, copy=True)
         for _ in range(repeats - 1):
-            self._call(plan.family, plan.variant, inputs)
-        leaves, structure = flatten(self._call(plan.family, plan.variant, inputs))
+            self._captures.call(plan.family, plan.variant, inputs)
+        leaves, structure = flatten(self._captures.call(plan.family, plan.variant, inputs))
         return [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
-
-    def _bind(self, key: GraphKey) -> BoundInputs:
-        if key not in self._bound:
-            self._bound[key] = self._buffers.bind(self._declared.axes.at(key.size, key.variant))
-        return self._bound[key]
-
-    def _capture(self, key: GraphKey) -> None:
-        self._plans.clear()
-        if problem := self._no_room(key):
-            self._stop_capturing(problem)
-            return
-        start = time.perf_counter()
-        try:
-            with self._pool.measured() as taken:
-                self._record(key, self._bind(key))
-        finally:
-            self.stats.capture_seconds += time.perf_counter() - start
-            self.stats.graph_bytes += taken.kept
-            self.stats.capture_peak_bytes = max(self.stats.capture_peak_bytes, taken.peak)
-
-    def _record(self, key: GraphKey, bound: BoundInputs) -> None:
-        if self._host_arguments is not None:
-            self._host_arguments.set(key.family, bound.sizes, {})
-        try:
-            with self._buffers.carried_kept(), _random_state_kept(self.backend.device):
-                self._buffers.load(bound, examples(self._declared.inputs, bound.sizes))
-                program = record(
-                    lambda **kwargs: self._call(key.family, key.variant, kwargs),
-                    self.backend,
-                    self._pool,
-                    bound.views,
-                    self._host_arguments,
-                    warmup_iterations=self._warmup_iterations,
-                )
-            known = self._known_outputs(key.family, key.variant)
-            if known is not None and (problem := known.problem(_shapes(program.outputs), bound.sizes)):
-                raise CaptureError(problem)
-        except CaptureError as error:
-            if self._strict:
-                raise
-            if error.__cause__ is not None and self.backend.out_of_resources(error.__cause__):
-                self._stop_capturing(f"it refused the next: {error.__cause__}")
-            else:
-                # As text: whoever keeps the log must not keep what the error's frames hold.
-                log.error("%s runs without a graph of its own: %s", key, str(error))
-                self._fail(key, _reason(error), str(error))
-        else:
-            self._programs[key] = program
-            self._addresses.watch(program.guard.reads, [*bound.views.values(), *self._pool.slabs])
-            self._unchecked_replays = CHECK_EVERY  # before its first replay
-            self._context.note_capture()
-            self.stats.captures += 1
-            self.stats.graphs += program.graphs
-            self.stats.breaks.update(program.breaks)
-        if self._failed.get(key) is Reason.OUT_OF_MEMORY:
-            gc.collect()  # what the broken capture held in cycles is needed for the next
-
-    def _known_outputs(self, family: str, variant: Variant) -> OutputAxes | None:
-        return self._declared.output_axes or self._outputs.get((family, variant))
-
-    def _outputs_of(self, family: str, variant: Variant) -> OutputAxes | str:
-        """Return how the outputs of graphs that are there follow the axes, or why that cannot be told."""
-        if known := self._known_outputs(family, variant):
-            return known  # each graph was held against it when it was captured
-        keys = [key for key in self._programs if (key.family, key.variant) == (family, variant)]
-        samples = [Sample(self._bind(key).sizes, _shapes(self._programs[key].outputs)) for key in keys]
-        return self._output_axes(family, variant, samples)
-
-    def _output_axes(self, family: str, variant: Variant, samples: list[Sample]) -> OutputAxes | str:
-        """Return how outputs follow the axes: as declared, as known, or as shapes at several sizes show."""
-        known = self._known_outputs(family, variant)
-        if known is not None:
-            return known.problem(samples[0].shapes, samples[0].sizes) or known
-
-        def shapes_at(sizes: dict[str, int]) -> tuple[tuple[int, ...], ...]:
-            if self._host_arguments is not None:
-                self._host_arguments.set(family, sizes, {})
-            inputs = {spec.name: all_padding(spec, sizes, self.backend.device) for spec in self._declared.inputs}
-            for name, value in examples(self._declared.inputs, sizes).items():
-                inputs[name] = value.to(self.backend.device)
-            with torch.inference_mode(), _random_state_kept(self.backend.device):
-                return _shapes(flatten(self._call(family, variant, inputs))[0])
-
-        found = find_output_axes(
-            samples, self._declared.axes, self._declared.input_axes, self._declared.limits, variant, shapes_at
-        )
-        if isinstance(found, OutputAxes):
-            self._outputs[family, variant] = found
-        return found
-
-    def _no_room(self, key: GraphKey) -> str | None:
-        """Return why the device has no room for the graphs of ``key``, as far as that is known beforehand."""
-        limit, held = self.backend.capabilities.graph_limit, self.stats.graphs
-        if limit is None:
-            return None
-        alike = (program.graphs for other, program in self._programs.items() if other.family == key.family)
-        needed = next(alike, 1)
-        return f"it holds {limit} at most and the next size takes {needed}" if held + needed > limit else None
-
-    def _stop_capturing(self, problem: str) -> None:
-        """Leave the keys that have no graph yet without one."""
-        left = [key for key in self.keys if key not in self._programs and key not in self._failed]
-        message = (
-            f"{self.stats.graphs} graphs are captured and {self.backend.device} has no room for more: {problem}. "
-            f"{len(left)} of {len(self.keys)} sizes stay without one; give fewer sizes, or use a mode with full graphs"
-        )
-        if self._strict:
-            raise CaptureError(message)
-        self.stats.out_of_graphs += len(left)
-        log.warning("%s", message)
-        for key in left:
-            self._fail(key, Reason.OUT_OF_GRAPHS, message)
-
-    def _fail(self, key: GraphKey, reason: Reason, message: str) -> None:
-        """Leave a key without a graph, and say so."""
-        self._failed[key] = reason
-        failure = CaptureFailure(key, reason, message)
-        self.stats.capture_failures.append(failure)
-        if self._on_capture_failure is not None:
-            self._on_capture_failure(failure)
 
     def _count(self, plan: _Plan, repeats: int) -> None:
         if plan.idle:
@@ -679,20 +528,9 @@ class GraphRunner:
             stats.padded_rows += decision.padding * repeats
 
 
-def _shapes(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(tensor.shape) for tensor in tensors)
-
-
 def _cut(leaves: Sequence[torch.Tensor], cuts: Sequence[tuple[slice, ...] | None]) -> list[torch.Tensor]:
     """Return the outputs at their true sizes; in inference mode, so that none takes part in training."""
     return [leaf.detach() if cut is None else leaf[cut] for leaf, cut in zip(leaves, cuts, strict=True)]
-
-
-def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
-    """Put the default random generators back, so that a call draws the same numbers whether it captures or not."""
-    has_one = device.type != "cpu" and hasattr(getattr(torch, device.type, None), "get_rng_state")
-    devices: list[torch.device] = [device] if has_one else []
-    return torch.random.fork_rng(devices, device_type=device.type if has_one else "cuda")
 
 
 @contextmanager
@@ -704,9 +542,3 @@ def _unchanged(views: Sequence[torch.Tensor]) -> Iterator[None]:
     finally:
         for view, values in zip(views, before, strict=True):
             view.copy_(values)
-
-
-def _reason(error: CaptureError) -> Reason:
-    if isinstance(error, CaptureMemoryError):
-        return Reason.OUT_OF_MEMORY
-    return Reason.UNSUPPORTED_OP if isinstance(error, UnsupportedOpError) else Reason.CAPTURE_FAILED
