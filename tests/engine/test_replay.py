@@ -94,7 +94,7 @@ class Harness:
             sequence.slot = SEQS - index
             sequence.num_computed = start
             needed = -(-(start + length) // 16)
-            sequence.blocks = [1 + index * (BLOCKS_A_SEQ - 1) + block for block in range(needed)]
+            sequence.block_tables = [[1 + index * (BLOCKS_A_SEQ - 1) + block for block in range(needed)]]
             scored = range(start, start + 1) if index % 2 else range(0)
             sequence.token_ids.append(7)  # the successor of the last, where that is scored
             sequence.prompt_token_ids.append(7)
@@ -109,7 +109,7 @@ class Harness:
                 flat = part.flatten(0, 1)
                 for row in batch.rows:
                     for at in range(row.start):
-                        slot = row.sequence.blocks[at // 16] * 16 + at % 16
+                        slot = row.sequence.block_tables[0][at // 16] * 16 + at % 16
                         flat[slot] = torch.randn(flat[slot].shape, generator=self.generator).to(flat.device)
 
 
@@ -129,7 +129,7 @@ def harness(request: pytest.FixtureRequest, tiny: Path) -> Harness:
 def owned_slots(batch: Batch) -> set[int]:
     """The slots that the batch's new tokens go to."""
     return {
-        row.sequence.blocks[at // 16] * 16 + at % 16
+        row.sequence.block_tables[0][at // 16] * 16 + at % 16
         for row in batch.rows
         for at in range(row.start, row.start + row.num_tokens)
     }

@@ -37,14 +37,14 @@ class Device:
             following = [choose[(index + 5 * step) % len(choose)] for index in range(len(batch.rows))]
             for row, token in zip(batch.rows, following, strict=True):
                 if step < row.steps:
-                    before = self.slots[row.sequence.blocks[row.start // SIZE], row.start % SIZE]
+                    before = self.slots[row.sequence.block_tables[0][row.start // SIZE], row.start % SIZE]
                     tokens = (*before, *extra[row])
                     at = row.start + step
-                    assert len(tokens) == at + 1 < len(row.sequence.blocks) * SIZE + 1
+                    assert len(tokens) == at + 1 < len(row.sequence.block_tables[0]) * SIZE + 1
                     for place in range(at):
-                        held = self.slots.get((row.sequence.blocks[place // SIZE], place % SIZE))
+                        held = self.slots.get((row.sequence.block_tables[0][place // SIZE], place % SIZE))
                         assert held == tokens[: place + 1], f"position {place} reads the cache of other tokens"
-                    self.slots[row.sequence.blocks[at // SIZE], at % SIZE] = tokens
+                    self.slots[row.sequence.block_tables[0][at // SIZE], at % SIZE] = tokens
                     extra[row].append(token)
                     self.sampled[batch.rows.index(row)] = token
             made.append(following)
@@ -57,16 +57,16 @@ class Device:
             if row.source >= 0:
                 # The host knows fewer tokens than the device has made.
                 last = row.start - 1
-                before = self.slots[row.sequence.blocks[last // SIZE], last % SIZE]
+                before = self.slots[row.sequence.block_tables[0][last // SIZE], last % SIZE]
                 assert list(before[: len(tokens)]) == tokens[: len(before)]
                 tokens = [*before, self.sampled[row.source]]
             assert len(tokens) == row.start + row.num_tokens
             for at in range(row.start, len(tokens)):
-                self.slots[row.sequence.blocks[at // SIZE], at % SIZE] = tuple(tokens[: at + 1])
+                self.slots[row.sequence.block_tables[0][at // SIZE], at % SIZE] = tuple(tokens[: at + 1])
             rows.append((row, tokens))
         for row, tokens in rows:
             for at in range(len(tokens)):
-                held = self.slots.get((row.sequence.blocks[at // SIZE], at % SIZE))
+                held = self.slots.get((row.sequence.block_tables[0][at // SIZE], at % SIZE))
                 assert held == tuple(tokens[: at + 1]), f"position {at} reads the cache of other tokens"
         self.sampled = list(choose)
         return choose
@@ -173,7 +173,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert row.num_tokens >= 1
             assert all(row.start <= at < row.start + row.num_tokens for at in row.scored)
             end = row.start + row.num_tokens + row.steps - 1
-            assert end == row.sequence.num_computed <= len(row.sequence.blocks) * SIZE
+            assert end == row.sequence.num_computed <= len(row.sequence.block_tables[0]) * SIZE
             assert 1 <= row.steps <= (self.limits.decode_steps if batch.family == "decode" else 1)
             assert row.samples == (row.sequence.num_computed == row.sequence.num_tokens - int(row.samples))
             assert row.sequence.num_computed < self.limits.max_model_len
@@ -181,9 +181,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def blocks_are_all_accounted_for(self) -> None:
         if hasattr(self, "scheduler"):
-            held = {block for sequence in self.sequences for block in sequence.blocks}
+            held = {block for sequence in self.sequences for table in sequence.block_tables for block in table}
             assert len(held) == self.total - self.pool.num_free
-            assert all(s in self.scheduler.running for s in self.sequences if s.blocks)
+            assert all(s in self.scheduler.running for s in self.sequences if s.block_tables)
 
     def teardown(self) -> None:
         """Run dry: every request ends, in bounded steps, with the tokens that its limits allow, and all blocks back."""

@@ -56,7 +56,7 @@ def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
     engine = llm.engine
     token_ids, vision = PromptReader(engine.loaded).read(prompt)  # type: ignore[arg-type]
     sequence = Sequence(0, token_ids, GREEDY, 0, vision)
-    sequence.blocks = engine.scheduler.pool.allocate(-(-len(token_ids) // 16))
+    sequence.block_tables = [engine.scheduler.pool.allocate(-(-len(token_ids) // 16))]
     batch = Batch("mixed", (ScheduledSequence(sequence, 0, len(token_ids), True),), len(token_ids))
     values = step_inputs(batch, -(-engine.limits.max_model_len // 16))
     assert engine.runner.vision is not None
@@ -65,7 +65,7 @@ def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
     with torch.inference_mode():
         on_device = {name: value.to(engine.device) for name, value in values.items() if name in read}
         logits = engine.runner.logits("mixed", **on_device)
-    engine.scheduler.pool.free(sequence.blocks)
+    engine.scheduler.pool.free(sequence.block_tables[0])
     return logits[0].cpu()
 
 
@@ -245,7 +245,7 @@ def test_what_padding_holds_changes_no_bit_of_a_step_with_images(folder: dict[st
     assert step.vision is not None
     token_ids, vision = PromptReader(engine.loaded).read(make_prompt(model_type, LAYOUTS["image"], 0))
     sequence = Sequence(0, token_ids, GREEDY, 0, vision)
-    sequence.blocks = [1, 2]
+    sequence.block_tables = [[1, 2]]
     batch = Batch("mixed", (ScheduledSequence(sequence, 0, len(token_ids), True),), len(token_ids))
     values = step_inputs(batch, 8)
     step.vision.features.fill_(float("nan"))

@@ -183,11 +183,12 @@ class Scheduler:
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.free(sequence.blocks)
+        for table in sequence.block_tables:
+            self.pool.free(table)
         if sequence.slot:
             self._free_slots.append(sequence.slot)
         sequence.slot = 0
-        sequence.blocks = []
+        sequence.block_tables = []
         sequence.num_computed = 0
 
     def _max_len(self, sequence: Sequence) -> int:
@@ -213,14 +214,14 @@ class Scheduler:
 
     def _publish(self, sequence: Sequence) -> None:
         """Make the full blocks that the sequence has computed findable."""
-        if not self._prefix_caching or sequence.blocks == []:
+        if not self._prefix_caching or not sequence.block_tables:
             return
         first, size = len(sequence.block_keys), self.pool.block_size
         known = min(len(sequence.token_ids), sequence.num_computed)
         if known // size > first:
             keys = block_keys(sequence.token_ids[:known], size, sequence.block_keys, sequence.contents)
             sequence.block_keys = list(keys)
-            for block, key in zip(sequence.blocks[first:], sequence.block_keys[first:], strict=False):
+            for block, key in zip(sequence.block_tables[0][first:], sequence.block_keys[first:], strict=False):
                 self.pool.publish(block, key)
 
     def _repeat(self, rows: Collection[ScheduledSequence]) -> None:
@@ -231,24 +232,24 @@ class Scheduler:
         while steps > 1:
             longer = [min(steps, self._max_len(row.sequence) - 1 - row.start) for row in rows]
             needed = [
-                self.pool.blocks_for(row.start + count) - len(row.sequence.blocks)
+                self.pool.blocks_for(row.start + count) - len(row.sequence.block_tables[0])
                 for row, count in zip(rows, longer, strict=True)
             ]
             if sum(needed) <= self.pool.num_free:
                 for row, count, blocks in zip(rows, longer, needed, strict=True):
                     row.steps = count
                     if blocks:
-                        row.sequence.blocks += self.pool.allocate(blocks)
+                        row.sequence.block_tables[0] += self.pool.allocate(blocks)
                 return
             steps //= 2
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Give ``sequence`` blocks for ``tokens`` more, if there are as many."""
-        needed = self.pool.blocks_for(sequence.num_computed + tokens) - len(sequence.blocks)
+        needed = self.pool.blocks_for(sequence.num_computed + tokens) - len(sequence.block_tables[0])
         if needed > self.pool.num_free:
             return False
         if needed > 0:
-            sequence.blocks += self.pool.allocate(needed)
+            sequence.block_tables[0] += self.pool.allocate(needed)
         return True
 
     def _preempt(self) -> Sequence:
@@ -287,7 +288,7 @@ class Scheduler:
         if tokens == 0 or needed > self.pool.num_free:
             self.pool.free(found)
             return 0
-        sequence.blocks = found + self.pool.allocate(needed)
+        sequence.block_tables = [found + self.pool.allocate(needed)]
         sequence.block_keys = self.pool.keys_of(found)
         sequence.num_computed = cached
         if sequence.num_cached < 0:

@@ -30,7 +30,8 @@ class Sequence:
         slot: where the device holds its sampling parameters while it runs; 0 while it does not.
         logprobs: of the generated tokens, where they are wanted.
         prompt_logprobs: of the prompt's tokens from the second on, as far as they are computed, where they are wanted.
-        blocks: its cache blocks, in order.
+        block_tables: of each cache group its blocks, by their place in the sequence; where one behind a window was
+            given back stands 0, which is never read. Empty while it does not run.
         block_keys: keys of its full blocks, as far as they are computed.
         finish_reason: None while it runs.
         stop_reason: the stop text or the token of ``stop_token_ids`` that ended it; None for any other end.
@@ -49,7 +50,7 @@ class Sequence:
     slot: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
+    block_tables: list[list[int]] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None

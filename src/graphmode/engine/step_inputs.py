@@ -57,7 +57,8 @@ def step_inputs(
         if row.source >= 0:
             token_ids.append(0)
             sources[ends[index] - 1] = row.source
-        tables[index, : len(row.sequence.blocks)] = row.sequence.blocks
+        [table] = row.sequence.block_tables
+        tables[index, : len(table)] = table
     positions = np.arange(batch.num_tokens) + np.repeat(starts - (ends - query_lens), query_lens)
     blocks = tables[np.repeat(np.arange(len(rows)), query_lens), positions // block_size].astype(np.int64)
     arrays = {
