@@ -11,6 +11,8 @@ from graphmode.errors import ModelError
 from graphmode.layers.attention import AttentionBatch
 from graphmode.models.hf.attention import attention_hook
 
+pytestmark = pytest.mark.versions
+
 KV_HEADS, HEAD_DIM, TOKENS = 2, 16, 3
 
 

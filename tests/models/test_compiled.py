@@ -22,6 +22,8 @@ from graphmode.models.hf.attention import ATTENTION_NAME
 from graphmode.models.hf.compiled import CompiledLayer, compile_layers
 from tests.models.test_families import FAMILIES, PROMPTS, SMALL
 
+pytestmark = pytest.mark.versions
+
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 OPTIONS: dict[str, Any] = {
     "device": "cpu",

@@ -1,1 +1,1 @@
-"""Everything that touches the insides of transformers."""
+"""Everything that touches the insides of transformers; ``patches.py`` lists what is changed or read there, and why."""
