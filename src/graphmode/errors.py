@@ -8,7 +8,24 @@ class GraphModeError(Exception):
 
 
 class InputError(GraphModeError, ValueError):
-    """A value does not fit the declared input: wrong name, dtype, rank, device or size."""
+    """A value is not allowed: an input of a runner, an option, a prompt or a request."""
+
+
+class TrainingError(InputError):
+    """The function of a runner trains.
+
+    Attributes:
+        what: the call that does, such as ``Tensor.backward``.
+    """
+
+    def __init__(self, what: str, location: object = None) -> None:
+        at = "" if location is None else f"\n  at {location}"
+        super().__init__(
+            f"{what} is called inside the function of a GraphRunner, which is inference only: train outside of the "
+            "runner, whose graphs see weights that an optimizer changes in place, or use torch.func.grad for gradients "
+            f"that are results{at}"
+        )
+        self.what = what
 
 
 class BackendError(GraphModeError, RuntimeError):
@@ -34,7 +51,7 @@ class UnsupportedOpError(CaptureError):
 
 
 class CaptureMemoryError(CaptureError):
-    """Memory ran out while a function was captured: the size is too large for what was left, nothing is wrong in it."""
+    """Memory ran out while a function was captured: its size is too large for what was left."""
 
 
 class StaleAddressError(GraphModeError, RuntimeError):

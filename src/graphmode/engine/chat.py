@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,11 @@ Conversation = Sequence[Message]
 # What a part of a message may be, and the kind of medium that it holds.
 _MEDIA = {"image": "image", "image_pil": "image", "image_url": "image", "video": "video"}
 _PARTS = ("text", *_MEDIA)
+# What apply_chat_template takes for itself; graphmode sets it.
+_NOT_FOR_TEMPLATES = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
+    *("documents", "kwargs"),  # for the template
+    "sanitize_control_tokens",  # for the user, since 5.24
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,7 @@ class ChatTemplate:
             raise checks.unfit("tools", self.tools, "a list of JSON schemas (dicts) or functions, or None")
         if not isinstance(self.options, Mapping) or not all(isinstance(name, str) for name in self.options):
             raise checks.unfit("chat_template_kwargs", self.options, "a dict of what the template reads, by name")
-        if taken := sorted(self.options.keys() & _OF_TRANSFORMERS):
+        if taken := sorted(self.options.keys() & _NOT_FOR_TEMPLATES):
             raise InputError(f"chat_template_kwargs holds {', '.join(taken)}, which the template does not read")
 
     def prompt(self, conversation: Conversation) -> PromptParts:
@@ -138,21 +144,6 @@ class ChatTemplate:
             medium = medium.get("url")
         media.setdefault(_MEDIA[kind], []).append(medium)
         return {"type": _MEDIA[kind]}
-
-
-_OF_TRANSFORMERS = frozenset(
-    {
-        "conversation",
-        "tokenize",
-        "tokenizer_kwargs",
-        "return_tensors",
-        "return_dict",
-        "padding",
-        "truncation",
-        "max_length",
-    }
-    | {"return_assistant_tokens_mask", "chat_template", "add_generation_prompt", "continue_final_message", "tools"}
-)
 
 
 def conversations(messages: object) -> list[Conversation]:

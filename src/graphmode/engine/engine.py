@@ -32,7 +32,8 @@ from graphmode.engine.stats import EngineStats, _Clock
 from graphmode.engine.text import Detokenizer
 from graphmode.engine.types import Batch
 from graphmode.engine.worker import StepInFlight, StepResult, StepRunner
-from graphmode.graph import InputError, RunnerStats, get_backend
+from graphmode.errors import InputError
+from graphmode.graph import RunnerStats, get_backend
 from graphmode.graph.memory import free_memory
 from graphmode.layers.attention import PORTABLE_ATTENTION
 from graphmode.layers.attention_npu import NPU_ATTENTION

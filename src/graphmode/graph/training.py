@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from graphmode.errors import InputError
-from graphmode.graph.locations import Location, location_of
+from graphmode.errors import TrainingError
+from graphmode.graph.locations import location_of
 
 _METHODS: dict[Callable[..., Any], str] = {
     torch.Tensor.backward: "Tensor.backward",
@@ -27,24 +27,11 @@ _AUTOGRAD = tuple(os.path.join(os.path.dirname(torch.autograd.__file__), file) f
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
 
-class TrainingError(InputError):
-    """The function of a runner trains."""
-
-    def __init__(self, what: str, location: Location | None = None) -> None:
-        at = "" if location is None else f"\n  at {location}"
-        super().__init__(
-            f"{what} is called inside the function of a GraphRunner, which is inference only: train outside of the "
-            "runner, whose graphs see weights that an optimizer changes in place, or use torch.func.grad for gradients "
-            f"that are results{at}"
-        )
-        self.what = what
-
-
 def refuse_training(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse a call, as a function mode sees it, that only training makes.
 
     Raises:
-        InputError: naming the call.
+        TrainingError: naming the call.
     """
     if func not in _METHODS or torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func does it by itself
         return
@@ -61,7 +48,7 @@ def inference_only(inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
         inputs: what the function is called with.
 
     Raises:
-        InputError: the function asks autograd for gradients, makes a step of an optimizer, or makes an input require
+        TrainingError: the function asks autograd for gradients, makes a step of an optimizer, or makes an input require
             gradients.
     """
     token = _inside.set(True)
