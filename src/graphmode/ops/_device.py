@@ -20,14 +20,14 @@ def swiglu(gate, up):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def inverse_rms(squares, size, eps):  # type: ignore[no-untyped-def]
+def rms_factor(squares, size, eps):  # type: ignore[no-untyped-def]
     """Return what an RMS norm multiplies by, from the sum of the squares of ``size`` elements."""
     return 1.0 / tl.sqrt(squares / size + eps)
 
 
 @jit()
-def approximate_inverse_rms(squares, size, eps):  # type: ignore[no-untyped-def]
-    """Return :func:`inverse_rms` by the one instruction for it, which rounds less exactly."""
+def fast_rms_factor(squares, size, eps):  # type: ignore[no-untyped-def]
+    """Return :func:`rms_factor` by the one instruction for it, which rounds less exactly."""
     return tl.rsqrt(squares / size + eps)
 
 
