@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         r"\[1\], a list, which cannot be hashed",
     ),
     "no values": (lambda: GraphRunner(print, [X], [2], static={"k": ()}), "'k' is declared without values"),
-    "no input": (lambda: GraphRunner(print, ["x"], [2]), "'x' stands among the inputs"),
+    "no input": (lambda: GraphRunner(print, ["x"], [2]), "'x' is among the inputs"),
     "no leaf": (lambda: GraphRunner(print, {"x": (X, 3)}, [2]), "3 stands in a tree of inputs"),
     "another signature": (lambda: GraphRunner(lambda y: y, [X], [2]), "missing a required argument: 'y'"),
     "sparse": (lambda: runner_of_x()(x=torch.ones(2).to_sparse()), "is a sparse_coo tensor"),

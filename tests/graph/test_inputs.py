@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from graphmode.graph import GraphRunner, Input, InputError
 from graphmode.graph.axes import AxisSize, resolve_axes
 from graphmode.graph.backends.cpu import CpuBackend
-from graphmode.graph.buffers import STAGING_SLOTS, InputBuffers
+from graphmode.graph.buffers import STAGING_BUFFERS, InputBuffers
 from graphmode.graph.inputs import DeclaredInputs
 
 DTYPES = [torch.float32, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
@@ -42,7 +42,7 @@ def test_buffers_hold_the_values_and_padding_everywhere_else(
     """Whatever a step before left there, each step's graph sees its values and, beyond them, padding alone."""
     specs, limits = case
     buffers = InputBuffers(specs, limits, backend)
-    for _ in range(3 * STAGING_SLOTS):
+    for _ in range(3 * STAGING_BUFFERS):
         sizes = {axis: data.draw(st.integers(1, limit)) for axis, limit in limits.items()}
         true = {axis: data.draw(st.integers(0, size)) for axis, size in sizes.items()}
         values = {

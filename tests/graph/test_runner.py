@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphmode.graph import GraphRunner, Input, InputError, Reason, StaleAddressError
-from graphmode.graph.buffers import STAGING_SLOTS
+from graphmode.graph.buffers import STAGING_BUFFERS
 
 BUCKETS = [1, 2, 4, 8, 13]
 SIZES = sorted(
@@ -271,7 +271,7 @@ def test_an_optional_input_that_is_left_out_is_padding(device: str) -> None:
     for enabled in (True, False):
         runner = GraphRunner(step, inputs, [4], axes={"m": 3}, backend=device, enabled=enabled)
         x, extra, others = torch.ones(2), torch.full((2,), 10.0), torch.tensor([7, 8])
-        for _ in range(STAGING_SLOTS + 1):
+        for _ in range(STAGING_BUFFERS + 1):
             assert runner(x=x, own=True).tolist() == [6.0, 6.0]
             assert runner(x=x, extra=extra, own=True).tolist() == [11.0, 11.0]
             assert runner(x=x, others=others, own=True).tolist() == [8.0, 8.0]

@@ -18,7 +18,7 @@ class Device:
 
     def run(self, upto: int) -> None:
         for memory, at_launch in self.queue[self.done : upto]:
-            assert torch.equal(memory, at_launch), "a slot was rewritten before the device had read it"
+            assert torch.equal(memory, at_launch), "a buffer was rewritten before the device had read it"
             self.read.append(int(memory[0]))
         self.done = max(self.done, upto)
 
@@ -38,15 +38,15 @@ class LateEvent:
 
 
 @given(st.integers(1, 5), st.lists(st.integers(0, 4), min_size=1, max_size=40))
-def test_no_slot_is_rewritten_before_the_device_has_read_it(slots: int, progress: list[int]) -> None:
+def test_no_buffer_is_rewritten_before_the_device_has_read_it(count: int, progress: list[int]) -> None:
     """However far the device lags, it reads what each step wrote, in order."""
     device = Device()
-    ring = StagingRing(8, slots, lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8), lambda: LateEvent(device))
+    ring = StagingRing(8, count, lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8), lambda: LateEvent(device))
     for step, advance in enumerate(progress):
-        slot = ring.acquire()
-        slot.memory.fill_(step)
-        device.copy(slot.memory)
-        ring.release(slot)
+        buffer = ring.acquire()
+        buffer.memory.fill_(step)
+        device.copy(buffer.memory)
+        ring.release(buffer)
         device.run(min(device.done + advance, len(device.queue)))
     device.run(len(device.queue))
     assert device.read == list(range(len(progress)))
@@ -56,7 +56,7 @@ def test_waiting_is_counted() -> None:
     device = Device()
     ring = StagingRing(1, 2, lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8), lambda: LateEvent(device))
     for _ in range(3):
-        slot = ring.acquire()
-        device.copy(slot.memory)
-        ring.release(slot)
+        buffer = ring.acquire()
+        device.copy(buffer.memory)
+        ring.release(buffer)
     assert ring.waits == 1

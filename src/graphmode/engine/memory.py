@@ -13,7 +13,7 @@ from graphmode.engine.sampler import REPORT_BYTES, SLOT_BYTES
 from graphmode.engine.step_inputs import INPUTS
 from graphmode.engine.types import Limits
 from graphmode.errors import InputError
-from graphmode.graph.buffers import STAGING_SLOTS
+from graphmode.graph.buffers import STAGING_BUFFERS
 from graphmode.graph.memory import in_words
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ def buffers_needed(
         "logits": 4 * seqs * vocab_size,
     }
     host = {
-        "staged inputs": STAGING_SLOTS * inputs,
-        "staged sampling parameters": (1 + STAGING_SLOTS) * slots,
+        "staged inputs": STAGING_BUFFERS * inputs,
+        "staged sampling parameters": (1 + STAGING_BUFFERS) * slots,
         "results": _RESULT_SLOTS * (results + 2 * seqs * REPORT_BYTES),
     }
     return Needed(device, host)

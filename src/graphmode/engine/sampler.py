@@ -22,7 +22,7 @@ from graphmode.engine.types import Batch, Limits, ScheduledSequence
 from graphmode.errors import InputError
 from graphmode.graph import Input
 from graphmode.graph.backends.base import Backend
-from graphmode.graph.buffers import STAGING_SLOTS, InputBuffers
+from graphmode.graph.buffers import STAGING_BUFFERS, InputBuffers
 from graphmode.graph.memory import free_memory, in_words
 from graphmode.graph.staging import StagingRing
 from graphmode.ops import (
@@ -166,7 +166,7 @@ class Sampler:
         nbytes = slots * SLOT_BYTES
         self._on_host = torch.empty(nbytes, dtype=torch.uint8)
         self._on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._staging = StagingRing(nbytes, STAGING_SLOTS, backend.host_buffer, backend.event)
+        self._staging = StagingRing(nbytes, STAGING_BUFFERS, backend.host_buffer, backend.event)
         floats, integers = _columns_in(self._on_host, slots)
         floats.copy_(torch.tensor(_NOBODY_FLOATS).unsqueeze(1))
         integers.copy_(torch.tensor(_NOBODY_INTEGERS).unsqueeze(1))

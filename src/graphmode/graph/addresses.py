@@ -1,4 +1,4 @@
-"""What graphs read from outside of their function: where it lay at capture, and whether it still lies there."""
+"""Memory from outside of the function that graphs read: where it was at capture, and whether it is still there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Read:
 
     Attributes:
         tensor: the tensor.
-        storage: its memory. Held, so that what the user gives up is never read after it was freed.
+        storage: its memory, kept alive so that a replay never reads freed memory.
         address: where its storage lay, in bytes.
         description: what it is, in words.
     """
@@ -40,7 +40,7 @@ class Read:
 
 
 class OutsideMemory:
-    """The memory from outside of a function that operators read or write, noted as they take it."""
+    """Memory from outside of a function, noted when an operator reads or writes it."""
 
     def __init__(self) -> None:
         self._reads: dict[int, Read] = {}
@@ -73,7 +73,7 @@ class OutsideMemory:
         self._storages.add(storage._cdata)
 
     def note_view(self, tensor: torch.Tensor) -> None:
-        """Note a tensor over memory from outside that an operator returned: the function makes it anew at each run."""
+        """Note a view of outside memory that an operator returned; the function makes a new one at each run."""
         read = self._reads.get(id(tensor))
         if read is None or not self._is(tensor, read.tensor):
             self._views[id(tensor)] = weakref.ref(tensor)
@@ -126,7 +126,7 @@ class Addresses:
         return known is not None and known() is tensor
 
     def _watch_modules(self, found: Found) -> None:
-        """Watch whether the modules on the paths, and those without weights in them, train or evaluate."""
+        """Watch the training mode of the modules on the paths, and of the modules in them that have no weights."""
         places = [*found.tensors, *found.others.values()]
         on_path = found.own | {id(before.value) for place in places for before, _ in place.steps()}
         for place in found.modules:
@@ -162,7 +162,7 @@ class Addresses:
             )
 
     def _problem(self, change: Change) -> str | None:
-        """Return what is wrong where a path leads to something else than at capture; None where graphs stay right."""
+        """Return what is wrong with a path that leads elsewhere than at capture; None if graphs stay right."""
         node, now = change.node, change.now
         read = self._reads.get(node)
         if read is None:

@@ -73,11 +73,12 @@ def resolve_axes(
     Args:
         used: the axes of all inputs.
         sizes: the sizes of the others.
-        bucketed: the names of the bucketed axes, where there may be several; else there must be one.
+        bucketed: the names of the bucketed axes, if several are declared; else exactly one axis must have no size.
         static: the names of the static arguments.
 
     Raises:
-        InputError: another number of axes is left, or a function takes what is neither an axis nor a static argument.
+        InputError: the axes without a size are not those, or a function takes what is neither an axis nor a static
+            argument.
     """
     free = [axis for axis in dict.fromkeys(used) if axis not in sizes]
     if bucketed and sorted(bucketed) != sorted(free):

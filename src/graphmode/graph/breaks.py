@@ -20,12 +20,12 @@ from graphmode.graph.guard import has_mask, is_composite, why_unsupported
 log = logging.getLogger(__name__)
 
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-# Operators of torch and of this package say what they do: by their tags, and by what is known of them here.
+# What operators of these namespaces do is known, from their tags and from the tables here.
 _KNOWN_NAMESPACES = ("aten", "prim", "prims", "graphmode")
 
 
 class Breaks:
-    """The operators that the graphs of a runner break around, beside those known from their arguments.
+    """Operators that the graphs of a runner break around, learned from running them.
 
     Attributes:
         reasons: why, by operator.
@@ -40,7 +40,7 @@ class Breaks:
         self.reasons.setdefault(func, reason)
 
     def reason(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], device: torch.device) -> str | None:
-        """Return why the graph must break around this call, or None where it can hold it."""
+        """Return why the graph must break around this call, or None if it can hold it."""
         return self.reasons.get(func) or why_outside(func, args, kwargs, device)
 
     def probe(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], device: torch.device) -> Any:
@@ -52,7 +52,7 @@ class Breaks:
             return func._op_dk(key, *args, **kwargs)
 
     def tell(self, program: Counter[str], reasons: dict[str, str]) -> None:
-        """Log which operators a program breaks around, each once for all programs."""
+        """Log which operators a program breaks around, each only once."""
         for name in program:
             if name not in self._told:
                 self._told.add(name)
@@ -98,7 +98,7 @@ def _kernel_key(func: Any, device_type: str) -> Any:
 
 
 class _Probe(TorchDispatchMode):
-    """Looks at the operators inside the kernel of another one."""
+    """Sees the operators that the kernel of another one calls."""
 
     def __init__(self, breaks: Breaks, func: Any, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -66,7 +66,7 @@ def check_buckets(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def bucket_sizes(buckets: Buckets, axes: Sequence[str]) -> tuple[Size, ...]:
-    """Return the sizes that ``buckets`` stand for, the smallest first.
+    """Return the sizes that ``buckets`` mean, the smallest first.
 
     Args:
         buckets: as a user gives them; ``()`` for none.
@@ -96,11 +96,10 @@ def _axis_sizes(buckets: object) -> tuple[int, ...]:
 
 
 def spread(sizes: Sequence[Size]) -> tuple[Size, ...]:
-    """Return ``sizes`` in the order in which a device captures them that may run out of graphs.
+    """Return ``sizes`` in the order of capture on a device that may run out of graphs.
 
     The largest comes first, so that every step is served; then the smallest; then always the one in the middle of the
-    longest run of sizes still missing, the larger run first. So wherever capture stops, the sizes that have a graph are
-    spread over all, end points among them, and none was captured in vain.
+    longest run of sizes that are still missing. Wherever capture stops, the captured sizes are spread over the range.
 
     Args:
         sizes: in ascending order, without repeats.

@@ -1,4 +1,4 @@
-"""The persistent buffers of inputs: where graphs read a step's values, and how these and their padding get there."""
+"""The persistent buffers of inputs: where graphs read a step's values, and how values and padding get there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphmode.graph.inputs import Input, all_padding, shape_at
 from graphmode.graph.staging import StagingRing
 
 ALIGNMENT = 256
-STAGING_SLOTS = 4
+STAGING_BUFFERS = 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BoundInputs:
     Attributes:
         sizes: the size of every axis.
         views: each input's prefix of its persistent buffer, on the device.
-        nbytes: length of the arena's prefix that holds all of them but those that are carried.
+        nbytes: length of the arena's prefix that holds them; carried inputs are not in it.
     """
 
     sizes: dict[str, int]
@@ -55,11 +55,11 @@ class BoundInputs:
 
 
 class _Staged:
-    """One input in one slot of the staging ring: a leading corner holds values, all else its padding.
+    """One input in one staging buffer: a leading corner holds values, the rest its padding.
 
     Args:
         region: which input.
-        memory: of the slot, uint8 ``[bytes]``.
+        memory: of the staging buffer, uint8 ``[bytes]``.
     """
 
     def __init__(self, region: _Region, memory: torch.Tensor) -> None:
@@ -68,7 +68,7 @@ class _Staged:
         self._corner: torch.Size | None = None
 
     def write(self, value: torch.Tensor | None) -> None:
-        """Write a value, None for nothing but padding. Only what held values before is padded again."""
+        """Write a value, or None for padding alone. Only elements that held values before are padded again."""
         before, self._corner = self._corner, None if value is None else value.shape
         if before is not None and (
             value is None or any(old > new for old, new in zip(before, value.shape, strict=True))
@@ -79,7 +79,7 @@ class _Staged:
 
 
 class InputBuffers:
-    """One persistent buffer of maximum size per input: those of each step in one arena on the device.
+    """A persistent buffer of maximum size for each input; all but the carried ones lie in one arena on the device.
 
     The largest inputs lie last, so that a small step copies a small prefix of the arena. Where the device's memory is
     the host's, values are written where graphs read them.
@@ -107,10 +107,10 @@ class InputBuffers:
         self.arena = torch.zeros(offset, dtype=torch.uint8, device=backend.device)
         self._ring: StagingRing | None = None
         if not backend.capabilities.host_memory:
-            self._ring = StagingRing(offset, STAGING_SLOTS, backend.host_buffer, backend.event)
+            self._ring = StagingRing(offset, STAGING_BUFFERS, backend.host_buffer, backend.event)
             self._staged = [
-                {region.spec.name: _Staged(region, slot.memory) for region in self._regions}
-                for slot in self._ring.slots
+                {region.spec.name: _Staged(region, buffer.memory) for region in self._regions}
+                for buffer in self._ring.buffers
             ]
 
     def bind(self, sizes: dict[str, int]) -> BoundInputs:
@@ -128,10 +128,10 @@ class InputBuffers:
     def loader(
         self, bound: BoundInputs, shapes: Mapping[str, Sequence[int]]
     ) -> Callable[[Mapping[str, torch.Tensor]], None]:
-        """Return what copies values of ``shapes`` into the buffers that ``bound`` sees and refills their padding.
+        """Return a function that copies values of ``shapes`` to the buffers of ``bound`` and refills their padding.
 
-        Host values go through one slot of the staging ring and one copy; device values are copied on the device. An
-        input without a shape is all padding, or what it was if it is carried. Everything is put on the current stream.
+        Host values go through one staging buffer and one copy; device values are copied on the device. An input without
+        a shape becomes all padding, or keeps its value if it is carried. All work is put on the current stream.
         """
         if self._ring is not None:
             return lambda values: self._load_staged(bound, values)
@@ -166,12 +166,12 @@ class InputBuffers:
         assert self._ring is not None
         on_device = {name: value for name, value in values.items() if value.device.type != "cpu"}
         if any(region.spec.name not in on_device for region in self._regions):
-            slot = self._ring.acquire()
-            for name, staged in self._staged[slot.index].items():
+            buffer = self._ring.acquire()
+            for name, staged in self._staged[buffer.index].items():
                 if name not in on_device:
                     staged.write(values.get(name))
-            self.arena[: bound.nbytes].copy_(slot.memory[: bound.nbytes], non_blocking=True)
-            self._ring.release(slot)
+            self.arena[: bound.nbytes].copy_(buffer.memory[: bound.nbytes], non_blocking=True)
+            self._ring.release(buffer)
         for region in self._regions:
             name = region.spec.name
             if name in on_device:
@@ -182,7 +182,7 @@ class InputBuffers:
 
     @contextmanager
     def carried_kept(self) -> Iterator[None]:
-        """Put all carried inputs back to what they were."""
+        """Restore all carried inputs afterwards."""
         before = {name: tensor.clone() for name, tensor in self.carried.items()}
         try:
             yield
@@ -191,7 +191,7 @@ class InputBuffers:
                 self.carried[name].copy_(tensor)
 
     def beyond(self, bound: BoundInputs, sizes: Mapping[str, int]) -> list[torch.Tensor]:
-        """Return what of the carried inputs that ``bound`` sees lies beyond the true ``sizes``."""
+        """Return the parts of the carried inputs of ``bound`` that lie beyond the true ``sizes``."""
         return [
             view
             for name, spec in self._carried.items()

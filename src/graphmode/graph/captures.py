@@ -33,19 +33,19 @@ CHECK_EVERY = 256
 
 
 class Captures:
-    """The graphs that there are, and the keys whose capture failed.
+    """The graphs of a runner, and the keys whose capture failed.
 
     Args:
         fn: the function.
         declared: its inputs, axes and outputs.
         buffers: of its inputs.
         backend: the device.
-        host_arguments: this and what follows as of :class:`~graphmode.graph.GraphRunner`.
+        host_arguments: this and the rest: see :class:`~graphmode.graph.GraphRunner`.
 
     Attributes:
         programs: each key's graph.
         failed: why a key has none.
-        context: the state around calls that graphs were captured in.
+        context: torch's global state at capture.
         stats: where captures are counted.
     """
 
@@ -201,10 +201,10 @@ class Captures:
             self.stats.graphs += program.graphs
             self.stats.breaks.update(program.breaks)
         if self.failed.get(key) is Reason.OUT_OF_MEMORY:
-            gc.collect()  # what the broken capture held in cycles is needed for the next
+            gc.collect()  # the next capture needs what the failed one holds in reference cycles
 
     def outputs_of(self, family: str, variant: Variant) -> OutputAxes | str:
-        """Return how the outputs of graphs that are there follow the axes, or why that cannot be told."""
+        """Return how the outputs of captured graphs follow the axes, or why that is not known."""
         if known := self._known_outputs(family, variant):
             return known  # each graph was held against it when it was captured
         keys = [key for key in self.programs if (key.family, key.variant) == (family, variant)]
@@ -273,7 +273,7 @@ def shapes_of(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
 
 
 def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
-    """Put the default random generators back, so that a call draws the same numbers whether it captures or not."""
+    """Restore the default random generators, so that a call draws the same numbers whether it captures or not."""
     has_one = device.type != "cpu" and hasattr(getattr(torch, device.type, None), "get_rng_state")
     devices: list[torch.device] = [device] if has_one else []
     return torch.random.fork_rng(devices, device_type=device.type if has_one else "cuda")

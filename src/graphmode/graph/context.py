@@ -1,4 +1,4 @@
-"""The state of torch around a call that changes what a function computes, and that graphs keep as it was at capture."""
+"""torch's global state that changes what a function computes: graphs keep that of their capture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from graphmode.errors import InputError
 
 
 class CallContext:
-    """The state around the calls of one runner. A check costs about half a microsecond.
+    """Checks that state around the calls of one runner. A check costs about half a microsecond.
 
     Args:
         device: that of the runner.
@@ -23,7 +23,7 @@ class CallContext:
         self._captured = (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
 
     def check(self) -> None:
-        """Check that a call computes what it would compute in any other place, and what graphs were captured for.
+        """Check that the state is that of the captures, and that autocast is off.
 
         Raises:
             InputError: autocast is on around the call, or torch's default dtype or its use of deterministic algorithms

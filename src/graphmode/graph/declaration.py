@@ -1,4 +1,4 @@
-"""What a user declares of a function, and what a call's values mean by it. Nothing here touches a device's memory."""
+"""What a user declares about a function, and how a call's values fit it. Nothing here touches device memory."""
 
 from __future__ import annotations
 
@@ -77,9 +77,8 @@ class Declaration:
         """Return every key that can have a graph, the largest first, so that memory is shared.
 
         Args:
-            limited: for a device that may run out of graphs: one family after the other as they were declared (full
-                graphs first: piecewise ones take the room of many), each from its largest and smallest size to those
-                between.
+            limited: whether the device may run out of graphs. Then families come in the order of their declaration
+                (declare full graphs first: a piecewise size takes many), each with its largest and smallest size first.
         """
         keys = [
             GraphKey(family, size, tuple(zip(self._static, values, strict=True)))
@@ -98,12 +97,12 @@ class Declaration:
         """Return a call's values by the names of inputs: trees taken apart, arrays made tensors.
 
         Raises:
-            InputError: a value nests otherwise than declared.
+            InputError: a value is nested differently than declared.
         """
         return self._declared.values(given)
 
     def signature(self, family: str, values: Mapping[str, Any]) -> Hashable:
-        """Return everything that a call's plan depends on; None where values must be taken apart or checked first."""
+        """Return all that a call's plan depends on; None if values must be flattened or checked first."""
         parts: list[Hashable] = [family]
         for name, value in values.items():
             if name in self._static:
@@ -133,7 +132,7 @@ class Declaration:
         return tuple((name, self.static_value(name, values[name])) for name in self._static)
 
     def static_value(self, name: str, value: Any) -> Hashable:
-        """Return the declared value of a static argument that ``value`` is.
+        """Return the declared value of a static argument that equals ``value``, type included.
 
         Raises:
             InputError: there is no such argument or value.
@@ -150,7 +149,7 @@ class Declaration:
             ) from None
 
     def sizes(self, tensors: Mapping[str, Any], variant: Variant, device: torch.device) -> dict[str, int]:
-        """Check a call's tensors and return the true size of every axis, also of those that outputs alone have.
+        """Check a call's tensors and return the true size of every axis, including those that only outputs have.
 
         Raises:
             InputError: a tensor does not fit its declaration.
@@ -204,7 +203,7 @@ class Declaration:
 def _check_names(
     fn: Callable[..., Any], inputs: Sequence[str], static: Mapping[str, object], families: Sequence[str]
 ) -> None:
-    """Check that arguments can be told apart and that ``fn`` takes them, ``family`` among them if there are some."""
+    """Check that arguments have different names and that ``fn`` takes them, and ``family`` if there are families."""
     for name in (*inputs, *static):
         if name in ("family", "own", "repeats", "progress"):
             raise InputError(
@@ -215,7 +214,7 @@ def _check_names(
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):
-        return  # a callable that does not tell
+        return  # a callable without a signature
     try:
         signature.bind(**dict.fromkeys([*inputs, *static, *(["family"] if families else [])]))
     except TypeError as error:
@@ -227,7 +226,7 @@ def _check_names(
 
 
 def _static_values(name: str, values: Sequence[Hashable]) -> dict[Hashable, Hashable]:
-    """Return the declared values of a static argument by what tells them apart."""
+    """Return the declared values of a static argument by their :func:`~graphmode.graph.dispatch.exact` keys."""
     found: dict[Hashable, Hashable] = {}
     for value in values:
         try:

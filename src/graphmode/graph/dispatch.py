@@ -1,4 +1,4 @@
-"""Which graph serves a step, and where none does, why. A pure decision: no tensor, no device, no state of its own."""
+"""Which graph serves a step, or why none does. A pure decision: no tensor, no device, no state of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Mode(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a step runs eagerly, or pays for a capture: why it was not a hit."""
+    """Why a step was no hit: it ran eagerly, or it had to capture first."""
 
     DISABLED = "disabled"
     ABOVE_THRESHOLD = "above_threshold"
@@ -44,8 +44,8 @@ class GraphKey:
     Attributes:
         family: name of the family, a set of graphs with buckets of its own.
         size: the bucket: the size of the bucketed axis that the graph was captured at, or of each of several.
-        variant: the static arguments, ``(name, value)`` pairs in the order of their declaration. Values of different
-            types differ, though Python may take them to be equal: 1, 1.0 and True have graphs of their own.
+        variant: the static arguments, ``(name, value)`` pairs in the order of their declaration. Types count: 1, 1.0
+            and True have different graphs.
     """
 
     family: str
@@ -63,7 +63,7 @@ class GraphKey:
 
 
 def exact(value: Hashable) -> Hashable:
-    """Return what tells a static argument from all others: its type and its value, -0.0 and 0.0 apart."""
+    """Return a key of a static argument's type and exact value: 1 and True differ, and so do 0.0 and -0.0."""
     if isinstance(value, float):
         return type(value), value.hex()
     if isinstance(value, complex):
@@ -97,8 +97,8 @@ class DispatchPolicy:
     """What the user chose.
 
     Attributes:
-        buckets: sizes of each family, the smallest first. The last one is the family's threshold; one with none runs
-            eagerly.
+        buckets: sizes of each family, the smallest first. The last one is the family's threshold; a family without any
+            runs eagerly.
         enabled: False runs every step eagerly.
         max_padding_ratio: a step whose padding is more than this share of its bucket runs eagerly; None allows any.
         capture_on_first_use: whether a key without a graph is captured when a step first needs it.
@@ -120,7 +120,7 @@ def dispatch(
 ) -> Decision:
     """Decide how a step of ``size`` runs: by the smallest bucket of its family that holds it.
 
-    Buckets that there was no room for are passed over, for the next larger one.
+    A bucket that the device had no room for is skipped; the next larger one serves.
 
     Args:
         size: the true size of the bucketed axis, or of each of several.

@@ -1,8 +1,8 @@
-"""Memory that a function makes and that outlives the call: what a replay would not make again, or would write over.
+"""Results that outlive the call that made them: a replay would not make them again, or would overwrite them.
 
 While a function is warmed up and captured, the memory that its operators make is noted, and whether it was computed
-from the inputs. What is still there after the call was put somewhere: into an attribute, a list, a global variable. A
-constant that is made at the first run and kept is fine; a result is refused with the name of where it is.
+from the inputs. Memory that is still in use after the call was stored somewhere: in an attribute, a list, a global
+variable. A constant that is made at the first run and kept is fine; a result is refused, and the error names its place.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Made:
         operator: which.
         line: the user's code that called it, where that is known.
         computed: whether it was computed from the inputs.
-        storage: keeps its key from naming other memory.
+        storage: a weak reference, so that no other memory gets the same key.
     """
 
     operator: str
@@ -48,7 +48,7 @@ class Made:
 
     @property
     def is_there(self) -> bool:
-        """Whether a tensor lies in it."""
+        """Whether a tensor still uses it."""
         return self.storage is not None and users(self.storage.cdata) > 0
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Made:
 
 
 class MemoryNotes:
-    """What the operators of one or more runs of a function made and wrote.
+    """The memory that operators made and wrote in one or more runs of a function.
 
     Args:
         inputs: the function's; what is computed from them differs from call to call.
@@ -134,10 +134,10 @@ def tensors_over(keys: Container[int]) -> list[torch.Tensor]:
 
 
 def held_by_call_alone(tensors: list[torch.Tensor], may_hold: Iterable[object]) -> bool:
-    """Return whether ``tensors`` are held by nothing but objects of the call that lead to ``may_hold``.
+    """Return whether only ``may_hold``, by way of other objects of the call, holds ``tensors``.
 
-    Of the objects that Python's collector shows, older ones are set aside (``gc.freeze``). What they hold shows by
-    counts of references that are higher than what is seen.
+    Objects from before the call are frozen (``gc.freeze``), so the garbage collector does not show them. That they hold
+    something shows in a reference count higher than the number of references that are seen.
 
     Args:
         tensors: nothing else of the runtime may hold them.
@@ -150,7 +150,7 @@ def held_by_call_alone(tensors: list[torch.Tensor], may_hold: Iterable[object]) 
         holders = [each for each in holders if not isinstance(each, types.FrameType)]
         references = Counter(id(each) for holder in holders for each in gc.get_referents(holder))
         for index in range(len(held)):
-            # Two of the references are the list's and that of the argument of getrefcount.
+            # Two of the references are those of the list and of getrefcount's argument.
             if sys.getrefcount(held[index]) - 2 > references[id(held[index])]:
                 return False
         new = [each for each in holders if id(each) not in allowed and id(each) not in seen]
@@ -169,9 +169,9 @@ class Places:
     """A container that a function can change, and what it held.
 
     Attributes:
-        container: a dictionary (attributes and globals are such), list, deque, cell or class.
-        path: how the code names the container, or the variable that a cell is.
-        names: of the places, where it is not all of them.
+        container: a dictionary (of attributes or globals, too), list, deque, cell or class.
+        path: how the code names the container; for a cell, its variable.
+        names: which of its keys are places; None for all.
         before: what they held.
     """
 
@@ -186,12 +186,12 @@ class Places:
         return Places(container, path, names, _contents(container, names))
 
     def changed(self) -> dict[Any, Any]:
-        """Return what the places hold now, where that is something else or new."""
+        """Return what those places hold now that are new or hold something else."""
         now = _contents(self.container, self.names)
         return {key: value for key, value in now.items() if self.before.get(key, now) is not value}
 
     def put_back(self) -> None:
-        """Make the places hold what they held."""
+        """Restore what the places held."""
         container = self.container
         if isinstance(container, types.CellType):
             container.cell_contents = self.before[0]
@@ -232,7 +232,7 @@ def _contents(container: Any, names: tuple[str, ...] | None) -> dict[Any, Any]:
 
 
 def places_of(fn: Callable[..., Any]) -> list[Places]:
-    """Return the places that ``fn`` can change: by its closure, its globals, its object, and what these lead to."""
+    """Return the places that ``fn`` can change: in its closure, globals and object, and in all that these lead to."""
     found: list[Places] = []
     seen: set[int] = set()
     ahead: deque[tuple[Any, str]] = deque([(fn, "")])
@@ -283,7 +283,7 @@ def _places_in(each: Any, path: str) -> Iterator[Places]:
 
 
 def _led_to(each: Any, path: str) -> Iterable[tuple[Any, str]]:
-    """Return what an object leads to without a place that can be changed."""
+    """Return what an object refers to by references that are no places: the function cannot change them."""
     if isinstance(each, (types.MethodType, staticmethod, classmethod)):
         return ((getattr(each, "__self__", None), path), (each.__func__, path))
     if isinstance(each, partial):
@@ -322,7 +322,7 @@ def holds(value: Any, keys: Container[int], depth: int = 3) -> bool:
 
 
 def put_back(state: Iterable[Places], results: Container[int]) -> list[str]:
-    """Put back what containers held, where they now hold results of a call.
+    """Restore containers that now hold results of a call.
 
     Args:
         state: the places that the function can change, as they were before the call.
@@ -343,7 +343,7 @@ def put_back(state: Iterable[Places], results: Container[int]) -> list[str]:
 def escaped(
     keys: Sequence[int], made: Mapping[int, Made], fn: Callable[..., Any], state: Sequence[Places]
 ) -> CaptureError:
-    """Return the error of results that outlive the call, and put back what they replaced where that is known."""
+    """Return the error for results that outlive the call, and restore what they replaced if that is known."""
     now = {
         key: name
         for places in reversed(places_of(fn))
@@ -366,7 +366,7 @@ def escaped(
 
 
 def _seen_from(key: int) -> str:
-    """Return what a tensor that nothing known to the function holds is, and what holds it."""
+    """Describe a tensor that is in no known place, and what holds it."""
     gc.unfreeze()
     for tensor in tensors_over({key}):
         kind = f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"

@@ -39,9 +39,9 @@ _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 @cache
 def is_composite(func: Any, device_type: str) -> bool:
-    """Return whether an operator is made of others on a device: a dispatch mode sees them only if it takes it apart.
+    """Return whether an operator is composed of others on a device, which a mode sees only if it decomposes it.
 
-    Python decompositions, which torch has for its compiler, do not count: without a recorder they do not run.
+    torch's Python decompositions for its compiler do not count: eager code does not run them.
     """
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     own = "PrivateUse1" if device_type == torch._C._get_privateuse1_backend_name() else device_type.upper()
@@ -52,9 +52,9 @@ _LINALG = {torch.ops.aten.linalg_svdvals, torch.ops.aten.linalg_eigvals, torch.o
 
 
 def _decides_by_modes(func: Any, args: Sequence[Any]) -> bool:
-    """Return whether a composite operator computes otherwise below a mode, so that it must not be taken apart.
+    """Return whether a composite operator takes another path below a mode, so that it must not be decomposed.
 
-    It would make vectors for gradients, or leave a batch of one out of a product. None of these reads values.
+    It would compute vectors for gradients, or leave a batch of one out of a product. None of these reads values.
     """
     if func.overloadpacket is torch.ops.aten.matmul:
         one, other = args[0], args[1]
@@ -70,7 +70,7 @@ def _below_views(func: Any) -> bool:
 
 @contextmanager
 def _dispatch_where_called(func: Any) -> Iterator[None]:
-    """Dispatch as where a composite operator was called, instead of below a mode: what it does may depend on that."""
+    """Restore the dispatcher's state of the caller of a composite operator, which may choose its path by it."""
     with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
         if _below_views(func):
             with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -89,10 +89,10 @@ _NESTED = (
     "(nn.TransformerEncoder: enable_nested_tensor=False)"
 )
 _OPAQUE = "the memory of an mkldnn tensor cannot be seen; use dense tensors (to_dense())"
-# Names of operators that make such tensors begin with these, after underscores.
+# Operators whose names begin like this, leading underscores aside, make such tensors.
 _LAYOUTS = {"to_sparse": _SPARSE, "sparse_c": _SPARSE, "spdiags": _SPARSE, "nested_": _NESTED, "to_mkldnn": _OPAQUE}
 
-# Their numbers follow from shapes and dtypes alone.
+# The numbers that these return follow from shapes and dtypes alone.
 # fmt: off
 _NUMBERS_OF_SHAPES = {
     "_cudnn_attention_forward", "_dimI", "_dimV", "_efficient_attention_forward", "_fused_sdp_choice",
@@ -173,7 +173,7 @@ def written_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[t
 
 
 def _resized(func: Any, written: Sequence[tuple[torch.Tensor, torch.Size]]) -> str | None:
-    """Return why no graph can hold an operator that gave a tensor another shape, or None. One without elements may."""
+    """Return why no graph can hold an operator that resized a tensor, or None. Empty tensors may be resized."""
     if torch.Tag.inplace_view in func.tags or all(t.shape == before or not before.numel() for t, before in written):
         return None
     return "it resizes a tensor that it writes, which a replay would not do again; give it one of the result's shape"
@@ -187,14 +187,14 @@ def has_mask(indices: Sequence[torch.Tensor | None]) -> bool:
 class Guard:
     """Installed while a function is warmed up or captured.
 
-    Composite operators are taken apart, so that a host read inside one is seen too; each operator is checked before
-    it runs; and the memory that comes from outside of the function is noted, to be checked while the graph is in use.
+    Composite operators are decomposed, so that a host read inside one is seen too; each operator is checked before it
+    runs; and memory from outside of the function is noted, so that it can be checked before replays.
 
     Args:
         device: where the work is captured.
         run: runs an operator that was checked, given with its arguments.
         note_outside: is told of operators that run unchecked, while the guard is suspended.
-        generators: the random generators that are known from warming up; None while that is under way.
+        generators: the random generators that warm-up used; None during warm-up.
 
     Attributes:
         device: where the work is captured.
@@ -287,7 +287,7 @@ class _DispatchGuard(TorchDispatchMode):
             guard.note_outside(func, args, kwargs)
             return func(*args, **kwargs)
         if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
-            return NotImplemented  # a tensor made of others: what it does with them comes here
+            return NotImplemented  # a wrapper subclass: the operators on its parts come here
         composite = is_composite(func, guard.device.type) and not _decides_by_modes(func, args)
         if not composite:
             guard.operator = func.name()

@@ -12,21 +12,20 @@ import torch
 class HostArguments:
     """The host arguments of a function, by the keyword under which its operators take them.
 
-    A graph holds a host argument as it was captured: the hazard of a Python scalar, made a rule. So the runner writes
-    the values of each step to ``current`` before it runs, and a backend with ``Capabilities.host_arguments`` hands them
-    to the graph at each replay. The function must read them from ``current``, whatever runs it: capture, eager step or
-    call outside the graph.
+    A graph keeps the host arguments of its capture. So the runner writes each step's values to ``current`` before the
+    step runs, and a backend with ``Capabilities.host_arguments`` passes them to the graph at each replay. The function
+    must always read them from ``current``: at capture, in an eager step and in a call outside the graph.
 
     Attributes:
         of: computes them, from the family, the size of every axis (the graph's; for an eager step the true ones) and
             the inputs' values. At capture there are no values: it returns what a graph must be captured with to serve
             every step. The number of integers must depend on family and sizes alone.
-        current: those of the step under way.
+        current: the values of the step in flight.
     """
 
     of: Callable[[str, Mapping[str, int], Mapping[str, torch.Tensor]], Mapping[str, list[int]]]
     current: dict[str, list[int]] = field(default_factory=dict)
 
     def set(self, family: str, sizes: Mapping[str, int], values: Mapping[str, torch.Tensor]) -> None:
-        """Compute the values of the step that comes."""
+        """Compute the values of the next step."""
         self.current.update(self.of(family, sizes, values))

@@ -1,10 +1,10 @@
 """Traps for what reads or writes tensors' memory on the host without an operator that a dispatch mode would see.
 
 They are in place while a function is warmed up or captured, and act in that thread alone. A function mode sees methods
-of tensors, those bound before too; what it does not see (storages, DLPack) is replaced where Python looks it up. The
-mode itself must not be seen: ``has_torch_function`` would let modules of torch leave their fast paths for it.
+of tensors, even if bound before; what it does not see (storages, DLPack) is replaced where Python looks it up.
+If ``has_torch_function`` reported this mode, modules of torch would leave their fast paths, so it does not.
 
-Not seen are reads by address (``ctypes`` at ``data_ptr()``) and by C extensions that take a tensor apart themselves.
+Reads by address (``ctypes`` at ``data_ptr()``) and by C extensions that access tensors themselves are not seen.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _METHODS: dict[Callable[..., Any], tuple[str, str]] = {
     torch.Tensor.__complex__: ("complex() of a tensor", _READS),
 }
 
-# They read each tensor in a list, where a tensor by itself is copied by an operator.
+# These read each tensor in a list on the host; a single tensor they copy by an operator.
 _FROM_LISTS: dict[Callable[..., Any], str] = {
     torch.tensor: "torch.tensor",
     torch.as_tensor: "torch.as_tensor",
@@ -180,12 +180,12 @@ def _replace_all() -> None:
 
 @lru_cache(maxsize=1)
 def _replacements(modules: int) -> list[tuple[Any, str, Callable[..., Any]]]:
-    """Return what modules hold that is to be replaced: the module, the name, and by what.
+    """Return what to replace: the module, the name in it, and the replacement.
 
-    Those of torch itself, other than ``torch.overrides``, ask for handlers of torch functions, which is no other path.
+    Of the questions, those of modules of torch other than ``torch.overrides`` stay: they choose no path.
 
     Args:
-        modules: their number: they are looked through again when others were imported.
+        modules: the number of loaded modules, so that a new one is searched too.
     """
     traps = [(name, held, _trap(held, name, reason)) for name, held, reason in _FUNCTIONS]
     answers = [(name, held, _without_traps(held)) for name, held in _QUESTIONS.items()]

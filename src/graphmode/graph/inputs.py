@@ -25,13 +25,13 @@ class Input:
         padding: the value of every element beyond the true size. Choose one that reads and writes nothing.
         optional: whether a call may leave it out: then it is all padding, at no cost. An axis that no input gives a
             size then has size 0.
-        carried: whether it is state that the function changes in place, as a counter or the hidden state of a recurrent
-            network. It keeps its value from call to call, through warm-up and capture, and beyond the true size. It
-            starts as padding; a call that passes it sets it. ``GraphRunner.carried`` has the tensor.
+        carried: whether it is state that the function changes in place, such as a counter or the hidden state of a
+            recurrent network. It keeps its value from call to call, through warm-up and capture, and beyond the true
+            size. It starts as padding; a call that passes it sets it. ``GraphRunner.carried`` has the tensor.
         size_of: an axis. Then the runner itself fills this input, of shape ``()``, with the true size of that axis in
             each call, and at capture with the graph's.
-        example: its value for warm-up and capture, where a function cannot run on padding alone: a function of the
-            sizes of all axes that returns a tensor of the input's full shape there.
+        example: makes its value for warm-up and capture, if the function cannot run on padding alone: takes the sizes
+            of all axes and returns a tensor of the input's full shape.
 
     Raises:
         InputError: the padding does not fit the dtype, or the attributes contradict each other.
@@ -77,7 +77,7 @@ class Input:
 
 
 def _holds(dtype: torch.dtype, value: float | int | bool) -> bool:
-    """Return whether ``dtype`` can hold ``value``; of a fraction, closely."""
+    """Return whether ``dtype`` can hold ``value``; fractions may be rounded."""
     if dtype.is_floating_point and isinstance(value, (int, float)):
         if math.isinf(value):
             return bool(torch.tensor(value).to(dtype).to(torch.float32).isinf())
@@ -121,7 +121,7 @@ class DeclaredInputs:
             self.arguments = tuple(spec.name for spec in self.flat if isinstance(spec, Input))
         for spec in self.flat:
             if not isinstance(spec, Input):
-                raise InputError(f"{spec!r} stands among the inputs; declare each as an Input")
+                raise InputError(f"{spec!r} is among the inputs; declare each as an Input")
         names = [spec.name for spec in self.flat]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise InputError(f"inputs declared twice: {sorted(repeated)}; names must differ")
@@ -131,7 +131,7 @@ class DeclaredInputs:
         """Return the values of a call by the names of their inputs: trees taken apart, arrays made tensors.
 
         Raises:
-            InputError: a value nests otherwise than declared.
+            InputError: a value is nested differently than declared.
         """
         values: dict[str, Any] = {}
 
@@ -233,7 +233,7 @@ def all_padding(spec: Input, sizes: Mapping[str, int], device: torch.device) -> 
 
 
 def examples(inputs: Sequence[Input], sizes: Mapping[str, int]) -> dict[str, torch.Tensor]:
-    """Return the values for warm-up and capture at the axis ``sizes``, where padding alone does not do.
+    """Return the values for warm-up and capture at the axis ``sizes``, where padding alone is not enough.
 
     Raises:
         InputError: an example has another shape or dtype than its input.

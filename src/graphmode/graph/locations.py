@@ -1,4 +1,4 @@
-"""Where an error comes from, and what its author can do there: in code of the user, or of an installed package."""
+"""Which line an error comes from, and what can be done there: in the user's code or in an installed package."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Location:
 
 
 def location_of(error: BaseException) -> Location | None:
-    """Return where an error was raised, as its author sees it; None where no line is theirs."""
+    """Return the line that raised an error, outside of Python, torch and the runtime; None if there is none."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_shown(frame.filename)]
     if not frames:
         return None

@@ -11,7 +11,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be taken on ``device``: of the host what its control groups leave, too."""
+    """Return the bytes that are free on ``device``; on the host, within the limits of its control groups."""
     if device.type != "cpu":
         free: int = torch.accelerator.get_memory_info(device)[0]
         return free
@@ -60,6 +60,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
-    # What torch's allocators of the host raise, and a driver that takes memory beside torch.
+    # From torch's allocators on the host, and from drivers that allocate memory themselves.
     told = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, RuntimeError) and any(words in text for words in told)

@@ -78,14 +78,14 @@ def find_output_axes(
     variant: Sequence[tuple[str, Hashable]],
     run: Callable[[dict[str, int]], tuple[tuple[int, ...], ...]],
 ) -> OutputAxes | str:
-    """Find which dimensions of outputs follow which axes, or say in words why that cannot be told.
+    """Find which dimensions of outputs follow which axes, or say why that is not known.
 
-    Shapes are compared between sizes that differ in one axis alone, and at one size more. Where ``samples`` do not have
-    such, the function runs at smaller ones.
+    Shapes are compared between sizes that differ in one axis alone, and at one more size. If ``samples`` lacks such
+    sizes, the function runs at smaller ones.
 
     Args:
         samples: what is known, at least one.
-        axes: says how sizes hang on the bucket.
+        axes: gives the sizes of a bucket.
         used: the axes of inputs.
         limits: the largest size of each.
         variant: the static arguments.
@@ -99,7 +99,7 @@ def find_output_axes(
         nonlocal problem
         try:
             samples.append(Sample(sizes, run(sizes)))
-        except Exception as error:  # the function may take no such size: then it is not known there
+        except Exception as error:  # the function may refuse this size
             problem = error
             return False
         return True
@@ -124,7 +124,7 @@ def find_output_axes(
     bases = [full[axis] if full[axis] > 2 else min(limits[axis], 4) for axis in axes.bucketed]
     between = axes.at(_as_size([max(1, 2 * base // 3) for base in bases]), variant)
     if len(samples) < 3 and all(any(sample.sizes[axis] != between[axis] for axis in used) for sample in samples):
-        tried(between)  # a length that only happens to fit two sizes shows
+        tried(between)  # shows a length that fits two sizes by chance
     found = infer_output_axes(samples, free)
     return _undeclared(found) if isinstance(found, str) else found
 
@@ -138,10 +138,10 @@ def _undeclared(problem: str) -> str:
 
 
 def infer_output_axes(samples: Sequence[Sample], axes: Sequence[str]) -> OutputAxes | str:
-    """Tell from the shapes of ``samples`` which dimensions follow which of ``axes``, or why that cannot be told.
+    """Return which dimensions follow which of ``axes``, by the shapes of ``samples``, or why that is not known.
 
-    A dimension follows an axis where it is as long, or shorter by a constant, in every sample. Of longer ones, such as
-    two inputs joined or rows repeated, shapes do not tell whether true rows come before all padding.
+    A dimension follows an axis if in every sample it is as long, or shorter by a constant. If it is longer, such as
+    after a concatenation, shapes do not show whether true rows come before all padding.
     """
     ranks = [len(shape) for shape in samples[0].shapes]
     for sample in samples:
@@ -160,7 +160,7 @@ def infer_output_axes(samples: Sequence[Sample], axes: Sequence[str]) -> OutputA
 
 
 def _find_length(seen: Sequence[tuple[Sizes, int]], axes: Sequence[str]) -> Length | str:
-    """Return the length of one dimension, seen at several sizes, or why it cannot be told."""
+    """Return the length of one dimension, seen at several sizes, or what is wrong with it."""
     follows: list[str] = []
     for axis in axes:
         pair = _pair_apart_in(axis, [sizes for sizes, _ in seen], axes)

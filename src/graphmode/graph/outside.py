@@ -29,10 +29,10 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Alias:
-    """A result of a call outside the graph that is no copy: it lies in an argument, or in memory that someone keeps.
+    """A result of a call outside the graph that is not copied: it shares memory with an argument or a kept tensor.
 
     Attributes:
-        tensor: the result at capture, which the graphs write to, or to what it lies in.
+        tensor: the result at capture, whose memory the graphs write.
     """
 
     tensor: torch.Tensor
@@ -46,7 +46,7 @@ class OutsideCall:
         fn: the function, or the operator that the graph breaks around.
         arguments: its arguments, flat.
         spec: the structure of ``(args, kwargs)``.
-        results: how graphs read its results; None for what they do not read, or read where an argument lies.
+        results: how graphs read its results; None for one that they do not read, or that lies in an argument.
     """
 
     fn: Callable[..., Any]
@@ -111,7 +111,7 @@ def placed(memory: torch.Tensor, like: torch.Tensor, offset: int = 0) -> torch.T
 
 
 def copy_to(fixed: torch.Tensor, result: torch.Tensor) -> None:
-    """Copy to ``fixed``, where elements may lie in one place by a stride of 0."""
+    """Copy ``result`` to ``fixed``, whose elements may share a place by a stride of 0."""
     expanded = [index for index, stride in enumerate(fixed.stride()) if stride == 0 and fixed.shape[index] > 1]
     for index in expanded:
         fixed, result = fixed.narrow(index, 0, 1), result.narrow(index, 0, 1)
@@ -119,7 +119,7 @@ def copy_to(fixed: torch.Tensor, result: torch.Tensor) -> None:
 
 
 def range_of(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Return where in their storage tensors begin and end together, in bytes; the start is fit for any dtype."""
+    """Return the range of bytes of their storage that tensors use together; the start is aligned for any dtype."""
     starts = [tensor.storage_offset() * tensor.dtype.itemsize for tensor in tensors]
     ends = [start + extent(tensor) for start, tensor in zip(starts, tensors, strict=True)]
     return int(min(starts)) // 16 * 16, int(max(ends))

@@ -1,7 +1,7 @@
 """Paths: how a function reaches the tensors that it uses. They are searched once and can be followed again later.
 
-A path starts at the function and goes on by the variables of its closure and module, by the object that it is bound to,
-by attributes and items, and by parameters, buffers and children of modules. It keeps nothing alive but the function.
+A path starts at the function and leads through variables of its closure and module, the object that it is bound to,
+attributes and items, and parameters, buffers and children of modules. It keeps nothing alive but the function.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PLAIN = (
     *(bool, int, float, complex, str, bytes, bytearray, type(None), range, slice, CodeType, Enum, PurePath),
     *(torch.dtype, torch.device, torch.layout, torch.Generator, torch.UntypedStorage, torch.optim.Optimizer),
 )
-_COMMON = frozenset((bool, int, float, str, type(None)))  # told fast
+_COMMON = frozenset((bool, int, float, str, type(None)))  # recognised without issubclass
 _CONTAINERS = frozenset((dict, OrderedDict, list, tuple, set))
 _FUNCTIONS = (FunctionType, MethodType, BuiltinMethodType, functools.partial)
 
@@ -68,7 +68,7 @@ def _class_attribute(instance: Any, name: str) -> Any:
 def _entry(mapping: Any, key: Any) -> Any:
     key = key() if isinstance(key, weakref.ref) else key
     if isinstance(mapping, dict):
-        return dict.__getitem__(mapping, key)  # as it is: a subclass may make what it is asked for
+        return dict.__getitem__(mapping, key)  # a subclass may create what it is asked for
     return mapping[key]
 
 
@@ -185,8 +185,7 @@ class Found:
 
     Attributes:
         tensors: places of the tensors that were looked for; one tensor may have several.
-        others: for memory that was looked for, by its storage's ``_cdata``, the first tensor over it that is not one
-            of these.
+        others: for memory that was looked for, by its storage's ``_cdata``: the first other tensor over it.
         modules: the first place of each module, parents first.
         again: further places of modules.
         own: the ``id`` of the function and of what belongs to it: what it is bound to and what it wraps.
@@ -200,7 +199,7 @@ class Found:
 
 
 def search(function: object, tensors: Mapping[int, torch.Tensor], storages: Collection[int]) -> Found:
-    """Search what a function reaches, breadth first and modules first, until there is what is looked for.
+    """Search what a function reaches, breadth first and modules first, until all is found.
 
     The search goes through objects of any class, but not into the code of Python's own library and of installed
     packages, except the package of the function.
@@ -398,10 +397,10 @@ def _weak(key: Any) -> Any:
 
 
 class Node:
-    """A place in the tree of the paths that are followed again.
+    """A place in the tree of watched paths.
 
     Attributes:
-        path: as code would write it, where the object here is watched; else None.
+        path: as code would write it, if the object here is watched; else None.
         address: where the watched object lay, if it is a tensor with memory of its own; else None.
         layout: its size, stride and dtype.
         children: where the steps from here lead.
@@ -446,11 +445,11 @@ class Node:
             yield from child.watched()
 
     def follow(self, value: Any, changes: list[Change]) -> None:
-        """Follow all paths from ``value``, which stands here now, and append what is not as it was found."""
+        """Follow all paths from ``value``, which is here now, and append what is not as it was found."""
         for (get, key), child in self.children.items():
             try:
                 now = get(value, key)
-            except Exception:  # what stands here now may answer with anything
+            except Exception:  # the object that is here now may raise anything
                 now = _by_name(value, get, key)
                 if now is None:
                     replaced = not self.held(value)
@@ -470,7 +469,7 @@ class Change(NamedTuple):
     Attributes:
         node: where it led.
         now: what it leads to now; None where it leads to nothing.
-        replaced: whether something else stands there or on the way to it, and not only nothing.
+        replaced: whether another object is there or on the way; False if it is just gone.
     """
 
     node: Node

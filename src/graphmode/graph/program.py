@@ -71,7 +71,7 @@ class Pool:
 
     @property
     def _slabs_uncounted(self) -> int:
-        """Bytes of the slabs where the graphs are on the host, which counts nothing by itself as a device does."""
+        """Bytes of the slabs on the host, where no allocator counts them."""
         return sum(slab.nbytes for slab in self.slabs) if self._backend.device.type == "cpu" else 0
 
     def crossing(self, index: int, nbytes: int, device: torch.device) -> torch.Tensor:
@@ -113,7 +113,7 @@ class Program:
 
 
 class _WarmUp:
-    """The function runs as it is; what it makes and what it breaks around is noted."""
+    """Plain runs of the function, which note the memory that it makes and the operators to break around."""
 
     def __init__(self, backend: Backend, breaks: Breaks | None, inputs: Sequence[torch.Tensor]) -> None:
         self.memory = MemoryNotes(inputs)
@@ -139,7 +139,7 @@ class _WarmUp:
         with self.guard.suspended():
             returned, spec = tree_flatten(fn(*args, **kwargs))
             given = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in returned]
-            returned.clear()  # whoever holds the memory now is somebody else
+            returned.clear()  # so that what uses the memory now is not this code
         tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
         count = Counter(key_of(tensor) for tensor in tensors)
         made = [tensor for tensor in tensors if users(key_of(tensor)) == count[key_of(tensor)]]
@@ -176,7 +176,7 @@ class _Recorder:
         self.failed: Any = None
         """The operator whose kernel raised an error."""
         self.written_aliases: set[Place] = set()
-        """Results that were taken for copies, though they are not, and that the code wrote to."""
+        """Results that were copied although they share memory, and that the code wrote to."""
         self._kept = kept
         self._calls = 0
         self._crossings = 0
@@ -300,7 +300,7 @@ class _Recorder:
     def _take(
         self, fn: Callable[..., Any], call: int, returned: list[Any]
     ) -> tuple[list[Any], list[Crossing | Alias | None]]:
-        """Take the results of a function: as copies, but for those that share memory that the code writes to."""
+        """Take the results of a function: as copies, except those that share memory that the code writes to."""
         for result in returned:
             if result is not None and not isinstance(result, torch.Tensor):
                 raise CaptureError(
@@ -311,7 +311,7 @@ class _Recorder:
         given: list[Any] = [None] * len(returned)
         results: list[Crossing | Alias | None] = [None] * len(returned)
         returned.clear()
-        result = None  # whoever holds the memory now is somebody else
+        result = None  # so that what uses the memory now is not this code
         by_storage: dict[int, list[int]] = {}
         for index, tensor in tensors.items():
             by_storage.setdefault(key_of(tensor), []).append(index)
@@ -383,7 +383,7 @@ class _Recorder:
         return [*self._own, *self.outputs, *fixed, *self.recording.own()]
 
     def _held_elsewhere(self) -> dict[int, int]:
-        """Return how many tensors lie in memory that the call made, beside those of this recording, by its key."""
+        """Return, by key of memory that the call made, how many tensors other than this recording's use it."""
         ours = Counter(key_of(tensor) for tensor in self._ours())
         before = {**dict.fromkeys(self.memory.made, 0), **self._slabs}
         counts = {key: users(key) - known - ours[key] for key, known in before.items()}
@@ -405,7 +405,7 @@ _warm_up: ContextVar[_WarmUp | None] = ContextVar("warm_up", default=None)
 
 
 def recording_active() -> bool:
-    """Return whether a function is being warmed up or captured in this thread, calls outside the graph left out."""
+    """Return whether this thread warms up or captures a function, and is not in a call outside the graph."""
     recorder, warm_up = _recorder.get(), _warm_up.get()
     return (recorder is not None and recorder.guard.active) or (warm_up is not None and warm_up.guard.active)
 
@@ -427,9 +427,9 @@ def refuse_inside_recording(fn: Callable[..., Any]) -> None:
 def outside_graph(fn: Callable[P, R]) -> Callable[P, R]:
     """Mark a function to run outside the graph: it breaks a capture into graph, call, graph, ...
 
-    The function may do what a graph cannot: read values on the host, choose by them, call a library that waits for the
+    The function may do what a graph cannot: read values on the host, branch on them, call a library that waits for the
     device. It runs at every replay, in order. It takes anything and returns tensors or None, of the same shape each
-    time; arguments that are not tensors are those of the capture. Outside of a capture it is called as it is.
+    time; arguments that are not tensors stay those of the capture. Outside of a capture it is an ordinary function.
     """
 
     @wraps(fn)
@@ -517,7 +517,7 @@ def record(
 def _capture(fn: Callable[..., Any], kwargs: dict[str, Any], recorder: _Recorder) -> Structure:
     """Record one run of the function; return the structure of its results."""
     recording, guard = recorder.recording, recorder.guard
-    # The guard goes last: what a device puts on top of it to capture must be gone before it.
+    # The guard leaves last, after whatever the device put on top of it to capture.
     with _errors_located(guard), _set(_recorder, recorder), guard.installed():
         try:
             recorder.begin()
@@ -528,7 +528,7 @@ def _capture(fn: Callable[..., Any], kwargs: dict[str, Any], recorder: _Recorder
                         f"the function returned {reprlib.repr(output)}, a {type(output).__name__}; a replay would "
                         "return the same for ever. Return tensors"
                     )
-            # Other tensors over the same memory, so that references that the function keeps itself can be counted.
+            # New tensors over the same memory, so that references that the function keeps can be counted.
             recorder.outputs = [output.detach() for output in outputs]
             outputs.clear()
             if (graph := recorder.end()) is not None:
@@ -550,7 +550,7 @@ def _learned(recorder: _Recorder, error: CaptureError, shared: set[Place]) -> bo
     if func in breaks.reasons or "previous error" in str(cause) or not recorder.recording.breaks_inside_operators:
         return False
     breaks.learn(func, f"the device refused to capture it: {type(cause).__name__}: {cause}")
-    shared.clear()  # calls are counted otherwise now
+    shared.clear()  # one more break changes the numbers of calls
     return True
 
 

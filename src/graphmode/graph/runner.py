@@ -37,7 +37,7 @@ _MAX_PLANS = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What calls of one signature (family, static arguments, shapes) do, until a graph is added or given up.
+    """What calls of one signature (family, static arguments, shapes) do, until the graphs change.
 
     Attributes:
         decision: how they run.
@@ -45,12 +45,12 @@ class _Plan:
         variant: the static arguments.
         sizes: the true size of every axis.
         rows: how many rows that is.
-        idle: whether nothing runs, as there is no row and no output has an element.
+        idle: whether nothing runs: there is no row, and all outputs are empty.
         values: what the runner itself adds to the inputs: true sizes.
         program: the graph, where one serves them.
         bound: the inputs as the graph sees them.
         load: copies the values to where the graph reads them.
-        beyond: what of the carried inputs no true row has, which the step must leave as it is.
+        beyond: the parts of carried inputs beyond the true sizes, which the step must not change.
         cuts: for each output the slices to the true sizes.
     """
 
@@ -75,9 +75,9 @@ class GraphRunner:
     holds it, copies its values in, refills the padding and replays; a call that no graph serves runs the function
     eagerly, and ``stats`` says why.
 
-    The function may change its inputs in place: a step that leaves the inputs of the next one can be repeated by one
-    call. It must be the same work each time: Python code, shapes and scalars are those of the capture, and only
-    what tensors hold changes. It must leave padding rows harmless: the declared padding values are how it knows them.
+    The function may change its inputs in place; if it leaves the inputs of the next step there, one call can run
+    several steps (``repeats``). It must do the same work each time: Python code, shapes and scalars stay those of the
+    capture, and only values in tensors change. Padding rows, which have the declared padding values, must do no harm.
 
     Example::
 
@@ -90,16 +90,16 @@ class GraphRunner:
             in any structure.
         inputs: the declarations, each an argument of ``fn``; or a mapping from its arguments to inputs or to dicts,
             tuples, lists and dataclasses of them, as values will nest.
-        buckets: the sizes that get a graph: a list, or the largest one, from which few are made. For several bucketed
-            axes one of these for each, by its name; a graph is made for each combination. Or any of these for each
-            family, by the family's name: then each call names its family, and ``fn`` takes it as ``family``. A family
+        buckets: the sizes that get a graph: a list, or the largest one, from which few are made. With several bucketed
+            axes, a mapping from each axis to its sizes; every combination gets a graph. With families, a mapping from
+            each family to any of these; then each call names its family, and ``fn`` takes it as ``family``. A family
             with ``()`` runs eagerly.
         axes: the sizes of the axes that are not bucketed: fixed, or a function whose parameters are named after
             bucketed axes and static arguments (with one bucketed axis, its one parameter may have any name). An axis
             that no input has may be one of an output: ``{"samples": lambda frames: 256 * frames}``.
         output_axes: for each output in flat order, the axis name (or None) of each leading dimension, to cut outputs to
             the true size. Default: found from the shapes of the outputs at two sizes or more, for which the function
-            runs eagerly on padding once or a few times; where these do not tell, calls that need padding are refused.
+            runs eagerly on padding once or a few times; if it cannot be found, calls that need padding are refused.
         static: Python arguments of ``fn`` by name, with all values they may take; each has graphs of its own.
         host_arguments: lists of integers that operators take on the host. Values that they are computed from must be
             given on the host. Only for a backend with the capability ``host_arguments``.
@@ -110,8 +110,8 @@ class GraphRunner:
         strict: whether a failed capture raises instead of leaving that bucket to run eagerly.
         on_capture_failure: called with each graph that cannot be captured, as soon as that is known. What it raises
             ends the capture.
-        warmup_iterations: how often the function runs before each capture, at least once: what it sets up at its first
-            runs, and what libraries choose then, is not to be captured.
+        warmup_iterations: how often the function runs before each capture, at least once, so that what it and libraries
+            do only at first runs is not captured.
 
     Raises:
         InputError: the declarations do not fit together.
@@ -181,8 +181,8 @@ class GraphRunner:
     def keys(self) -> list[GraphKey]:
         """Every key that can have a graph, in the order of capture: the largest first, so that memory is shared.
 
-        On a device that may run out of graphs, one family after the other as they were declared (full graphs first:
-        piecewise ones take the room of many), each from its largest and smallest size to those between.
+        On a device that may run out of graphs, families come in the order of their declaration (declare full graphs
+        first: a piecewise size takes many), each with its largest and smallest size first.
         """
         return self._captures.keys
 
@@ -194,8 +194,8 @@ class GraphRunner:
     def capture(self, *, progress: bool | None = None, **static: Hashable) -> None:
         """Capture every key that has no graph yet, in the order of :attr:`keys`.
 
-        Where the device has no room for more graphs, capture ends, keeps what it has and leaves the other keys to
-        larger buckets, or to run eagerly where there is none; a warning says how many.
+        If the device has no room for more graphs, capture ends with a warning: calls of the other keys use larger
+        buckets, or run eagerly.
 
         Args:
             progress: whether to show a progress bar on standard error. Default: where that is a terminal.
@@ -228,10 +228,10 @@ class GraphRunner:
         self._captures.capture_all(with_progress(keys, "capturing graphs") if show else keys)
 
     def recapture(self, *, progress: bool | None = None) -> None:
-        """Drop all graphs, and their memory, and capture those that there were again, with the weights as they are now.
+        """Drop all graphs and their memory, and capture the same keys again, with the weights as they are now.
 
-        To be called after weights were replaced, instead of written in place. Outputs that were returned before must
-        not be used any more, except those that were asked for with ``own=True``.
+        Call it after weights were replaced instead of written in place. Outputs that were returned before must not be
+        used any more, except those that were asked for with ``own=True``.
 
         Args:
             progress: as of :meth:`capture`.
@@ -264,7 +264,7 @@ class GraphRunner:
         Changes nothing.
 
         Raises:
-            InputError: that is no size, or the family or a static argument is not declared.
+            InputError: ``size`` is no size, or the family or a static argument is not declared.
         """
         self._declared.axes.check(size)
         return self._dispatch(size, family, self._declared.variant(family, static))
@@ -273,27 +273,26 @@ class GraphRunner:
         return dispatch(size, self.policy, self._captures.programs, self._captures.failed, family, variant)
 
     def __call__(self, *, family: str = DEFAULT_FAMILY, own: bool = False, repeats: int = 1, **values: Any) -> Any:
-        """Run one step, or several over the same inputs as the function leaves them.
+        """Run one step, or several, each on the inputs as the one before left them.
 
         Calls from several threads take turns. Outputs that are not ``own`` belong to the thread that got them: while it
         holds them, another thread's call is refused.
 
         Args:
             family: which family of graphs, where there are several.
-            repeats: how many times in a row the step runs; what is returned is of the last.
+            repeats: how many times in a row the step runs; the outputs of the last are returned.
             own: whether to return tensors that stay. Otherwise outputs are views of memory that the **next call of
                 this runner overwrites**: use them, or copy them, before it.
             **values: the inputs, on the host or on the device, at their true sizes, as tensors or numpy arrays; and the
-                static arguments. With no row at all outputs are empty; nothing runs, unless one of them has elements
-                nevertheless, such as a sum over rows.
+                static arguments. Without any row, outputs are empty and nothing runs, unless one has elements even so,
+                such as a sum over rows.
 
         Returns:
             What the function returns, cut to the true sizes, in tensors that take no part in training.
 
         Raises:
             InputError: a value does not fit its declaration, a size its limit, or ``repeats`` is less than 1; or
-                outputs must be cut, and which of
-                their dimensions follow the axes is not declared and cannot be found.
+                outputs must be cut, and which of their dimensions follow the axes is not declared and cannot be found.
             CaptureError: the step needed a capture, it failed, and the runner is strict; or another runner's function
                 calls this while it is captured.
             StaleAddressError: as of :meth:`check_addresses`, which a call runs now and then.
@@ -323,7 +322,7 @@ class GraphRunner:
     def verify(self, *, family: str = DEFAULT_FAMILY, **values: Any) -> Verification:
         """Run one step in several ways and compare: replay, eager over the same buffers, other padding, no padding.
 
-        Counts no step, and puts back what it changes: memory that the function reads or writes (all but its weights),
+        Counts no step, and restores what it changes: memory that the function reads or writes (all but its weights),
         carried inputs and random states. A graph that is not there yet is captured, as by a call. Outputs of an earlier
         call are overwritten.
 
@@ -380,8 +379,8 @@ class GraphRunner:
     def run_eagerly(self, key: GraphKey, /, **values: Any) -> Any:
         """Run the function without its graph, over the same padded buffers as the graph of ``key``.
 
-        What a replay of ``key`` returns for the same values is bitwise the same: this is what proves it.
-        Counts nothing. Outputs stay valid.
+        A replay of ``key`` returns bitwise the same for the same values; this is the way to prove it. Counts nothing.
+        Outputs stay valid.
 
         Raises:
             InputError: as for a call, or there is no such key.
@@ -535,7 +534,7 @@ def _cut(leaves: Sequence[torch.Tensor], cuts: Sequence[tuple[slice, ...] | None
 
 @contextmanager
 def _unchanged(views: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Restore what ``views`` hold afterwards."""
+    """Restore afterwards what ``views`` hold now."""
     before = [view.clone() for view in views]
     try:
         yield

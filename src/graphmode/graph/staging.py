@@ -23,7 +23,7 @@ class Event(Protocol):
 
 
 @dataclass(slots=True)
-class Slot:
+class StagingBuffer:
     """One host buffer of the ring, and the event after which the device no longer reads it."""
 
     index: int
@@ -48,25 +48,25 @@ class StagingRing:
     host_buffer: Callable[[int], torch.Tensor]
     event: Callable[[], Event]
     waits: int = 0
-    """How often the host had to wait for the device to free a slot."""
-    slots: tuple[Slot, ...] = field(init=False, repr=False)
+    """How often the host had to wait for the device to free a buffer."""
+    buffers: tuple[StagingBuffer, ...] = field(init=False, repr=False)
     _next: int = field(init=False, default=0, repr=False)
 
     def __post_init__(self) -> None:
-        self.slots = tuple(Slot(i, self.host_buffer(self.nbytes), self.event()) for i in range(self.count))
+        self.buffers = tuple(StagingBuffer(i, self.host_buffer(self.nbytes), self.event()) for i in range(self.count))
 
-    def acquire(self) -> Slot:
-        """Return the next slot, waiting until the device has read what it last held."""
-        slot = self.slots[self._next]
+    def acquire(self) -> StagingBuffer:
+        """Return the next buffer, waiting until the device has read what it last held."""
+        buffer = self.buffers[self._next]
         self._next = (self._next + 1) % self.count
-        if slot.in_flight:
-            if not slot.event.query():
+        if buffer.in_flight:
+            if not buffer.event.query():
                 self.waits += 1
-                slot.event.synchronize()
-            slot.in_flight = False
-        return slot
+                buffer.event.synchronize()
+            buffer.in_flight = False
+        return buffer
 
-    def release(self, slot: Slot) -> None:
-        """Say that the copy from ``slot`` has been put on the current stream."""
-        slot.event.record()
-        slot.in_flight = True
+    def release(self, buffer: StagingBuffer) -> None:
+        """Say that the copy from ``buffer`` has been put on the current stream."""
+        buffer.event.record()
+        buffer.in_flight = True

@@ -9,13 +9,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def key_of(tensor: torch.Tensor) -> int:
-    """Return what names the storage of ``tensor`` for as long as anything refers to it, a weak reference included."""
+    """Return a key of the storage of ``tensor``, valid as long as anything refers to the storage, even weakly."""
     key: int = tensor.untyped_storage()._cdata
     return key
 
 
 def users(key: int) -> int:
-    """Return the number of tensors over the storage at ``key``, which Python has seen and something refers to."""
+    """Return the number of tensors over the storage of ``key``, which must be alive and known to Python."""
     count: int = torch._C._storage_Use_Count(key)
     return max(0, count - _counted_for_python())
 
@@ -27,7 +27,7 @@ def weakly(tensor: torch.Tensor) -> StorageWeakRef:
 
 @cache
 def _counted_for_python() -> int:
-    """Return what being seen by Python adds to a storage's count of users; versions of torch differ in it."""
+    """Return by how much Python's own reference raises a storage's count of users; versions of torch differ."""
     tensor = torch.empty(1)
     count: int = torch._C._storage_Use_Count(key_of(tensor))
     return count - 1

@@ -23,7 +23,7 @@ class Structure:
 
     Attributes:
         spec: the structure down to dataclasses.
-        parts: what stands at each leaf of ``spec``: True for a leaf, False for None, or a dataclass.
+        parts: what is at each leaf of ``spec``: True for a leaf, False for None, or a dataclass.
     """
 
     spec: TreeSpec
@@ -104,7 +104,7 @@ def match(declared: Any, kind: type, value: Any, path: str, take: Callable[[Any,
     A dict may lack keys: then what is declared there gets None.
 
     Raises:
-        InputError: the value nests otherwise, naming the path and what is declared there.
+        InputError: the value is nested differently; the message names the path and what is declared there.
     """
     if isinstance(declared, kind):
         take(declared, value)

@@ -16,7 +16,7 @@ class Turns:
 
     Args:
         name: of the runner's function, for messages.
-        hand_over: called when a call comes from another thread than the one before: waits for the device.
+        hand_over: waits for the device; called when a call comes from another thread than the last one.
     """
 
     def __init__(self, name: str, hand_over: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ class Comparison:
         passed: whether they agree; None where the comparison could not be made.
         differences: outputs and carried inputs that differ, or the error that was raised: a sentence each.
         memory: memory from outside that the function left different: a sentence each.
-        largest: the largest absolute difference of any element; infinite where NaN stands beside a number. 0 where
+        largest: the largest absolute difference of any element; infinite if one is NaN and the other a number, 0 if
             nothing can be subtracted.
         inputs: of the comparison with another padding: the inputs whose padding values change the result, each alone
             or, where none does, all together.
@@ -115,7 +115,7 @@ class Step:
 
 
 def no_graph(reason: str) -> Verification:
-    """Return what there is to say of a call that replays no graph, and why."""
+    """Return the verification of a call that replays no graph."""
     nothing = Comparison(None, note=reason)
     return Verification(None, nothing, nothing, nothing)
 
@@ -123,7 +123,7 @@ def no_graph(reason: str) -> Verification:
 def verify(step: Step) -> Verification:
     """Compare the replay of a step with the other ways to run it.
 
-    Every run starts from the same memory and the same random state, and both are put back in the end.
+    Every run starts from the same memory and the same random state, and both are restored at the end.
     """
     with _Surroundings(step).kept() as surroundings:
         graph = surroundings.run(lambda: step.replay(step.values))
@@ -141,7 +141,7 @@ def verify(step: Step) -> Verification:
 def other_padding(
     spec: Input, value: torch.Tensor, sizes: Mapping[str, int], graph_sizes: Mapping[str, int], number: float
 ) -> torch.Tensor | None:
-    """Return the value of an input at the size of its graph, with something else than its padding around it.
+    """Return the value of an input at the size of its graph, surrounded by something other than its padding.
 
     Numbers become ``number``, booleans the opposite; integers, which may be indices, become values that the input holds
     elsewhere.
@@ -242,7 +242,7 @@ class _Run:
 
     Attributes:
         values: its outputs, and carried inputs as they were afterwards, by what to call them in a sentence.
-        memory: memory from outside as it was afterwards, likewise.
+        memory: memory from outside as it was afterwards, by such a name too.
         error: what it raised instead.
         random: whether it drew random numbers.
     """
@@ -449,7 +449,7 @@ def _largest(here: Any, there: Any) -> float:
 
 
 def _same_bits(here: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Return where two tensors of one shape hold the same bits; NaN is as good as any other NaN."""
+    """Return where two tensors of one shape hold the same bits; all NaNs count as the same."""
     if here.dtype != there.dtype:
         return torch.zeros_like(here, dtype=torch.bool)
     if here.is_complex():

@@ -89,7 +89,7 @@ class Recording(Protocol):
     breaks_inside_operators: bool
 
     def installed(self, generators: Sequence[torch.Generator]) -> AbstractContextManager[None]:
-        """Surround the whole recording. ``generators`` are those that the function draws from, beside the default."""
+        """Surround the whole recording. ``generators``: those that the function draws from, except the default one."""
 
     def begin(self) -> None:
         """Start to record a segment."""
@@ -98,13 +98,13 @@ class Recording(Protocol):
         """Stop recording and return the segment; None where it is known that nothing was recorded."""
 
     def abort(self) -> None:
-        """Drop what was recorded, the segment under way too, and leave the device usable."""
+        """Drop what was recorded, the open segment included, and leave the device usable."""
 
     def own(self) -> Sequence[torch.Tensor]:
         """Return the tensors that the recording itself holds."""
 
     def finish(self) -> None:
-        """Say that all segments are recorded. What Python still holds is read later; the rest may now share memory."""
+        """End the recording. Memory that Python still holds is read later; from now on the rest may be shared."""
 
 
 @runtime_checkable
@@ -120,9 +120,8 @@ class Backend(Protocol):
     def recording(self, pool: Any, host_arguments: HostArguments | None) -> Recording:
         """Return a recording whose intermediate results live in ``pool``.
 
-        Where ``host_arguments`` are given, the replay of each of its graphs takes them as they are at that time. An
-        update must not reach the graph before its replay before has finished. Only a backend with the capability
-        ``host_arguments`` is ever given any.
+        If ``host_arguments`` are given, each replay takes their current values. An update must not reach a graph whose
+        previous replay is still in flight. Only a backend with the capability ``host_arguments`` is ever given any.
         """
 
     def capture_stream(self) -> AbstractContextManager[None]:
@@ -168,7 +167,7 @@ def _opener(module: str, name: str) -> Callable[[torch.device], Backend]:
 
 
 def device_support() -> dict[str, Support]:
-    """Return how each device with a built-in backend is supported; ``other`` stands for those without one."""
+    """Return how each device with a built-in backend is supported; ``other`` is for those without one."""
     return {device: _load(module, "SUPPORT") for device, (module, _) in {**_BUILT_IN, "other": _GENERIC}.items()}
 
 
@@ -201,7 +200,7 @@ def default_device() -> torch.device:
 def get_backend(device: str | torch.device | Backend = "auto") -> Backend:
     """Return the backend that serves ``device``: a device, a device type, or ``"auto"`` for the best one present.
 
-    A backend stands for itself.
+    A backend object is returned as it is.
 
     Raises:
         BackendError: no backend is registered for the device type, or the device is not there.

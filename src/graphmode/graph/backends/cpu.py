@@ -34,9 +34,8 @@ from graphmode.graph.staging import Event
 from graphmode.graph.storages import key_of, users
 
 ALIGNMENT = 64
-# Memory that is given back while recording goes to the allocator's heap, among what the tape keeps, where it often fits
-# no later result. After half of the most that recording took, and no less than this, its free pages are returned to the
-# system.
+# Memory that is freed while recording is scattered among what the tape keeps, and often fits no later result. Whenever
+# half of the peak of the recording, and at least this much, was freed, free pages are returned to the system.
 _TRIM_AFTER = 16 << 20
 
 SUPPORT = Support(
@@ -53,7 +52,7 @@ class CpuPool:
 
     Attributes:
         storage: the memory.
-        retired: bytes of what it was before, which earlier graphs keep, and of results that stay where they are.
+        retired: bytes of earlier, smaller storages that earlier graphs keep, and of results that cannot be moved.
         peak: the most bytes that there were at a time, those made while recording included.
     """
 
@@ -117,7 +116,7 @@ class CpuBackend:
 
     @contextmanager
     def measured(self, pool: CpuPool) -> Iterator[MemoryTaken]:
-        """Measure by what recordings made; what operators take for a while inside of themselves is not seen."""
+        """Measure what recordings made; temporary memory inside operators is not seen."""
         taken, before = MemoryTaken(), pool.nbytes
         pool.peak = before
         try:
@@ -154,7 +153,7 @@ class Made:
         nbytes: its size.
         own: the tensors over it that instructions use.
         theirs: the tensors over it that the recorded code got.
-        given_back: whether the memory was given back while recording, since nothing but the tape held it.
+        given_back: whether the memory was freed while recording, since nothing but the tape held it.
     """
 
     start: int
@@ -244,11 +243,11 @@ class CpuRecording:
 
 
 class _TapeMode(TorchDispatchMode):
-    """Writes every operator call to the open tape. The guard stands above it: composite operators never come here.
+    """Writes every operator call to the open tape. The guard is above it: composite operators never come here.
 
-    Instructions use tensors of the tape's own, so that what the recorded code still holds is told apart from what only
-    the tape does. Memory that only the tape holds is given back at once: its values are of no more use, and it gets a
-    place in the pool in the end. So recording takes what an eager run takes.
+    Instructions use tensors of the tape's own, which tells memory that the recorded code still holds from memory that
+    only the tape holds. The latter is freed at once: nothing reads its values any more, and it gets a place in the pool
+    at the end. So recording takes no more memory than an eager run.
 
     Attributes:
         tape: the segment being recorded.
@@ -310,7 +309,7 @@ class _TapeMode(TorchDispatchMode):
         self.peak = max(self.peak, self.nbytes)
 
     def _give_back(self) -> None:
-        """Give memory back that the recorded code has let go of."""
+        """Free memory that the recorded code no longer holds."""
         for key in list(self._let_go):
             memory = self.made[key]
             if self._held(key):
@@ -330,7 +329,7 @@ class _TapeMode(TorchDispatchMode):
             _trim_heap()
 
     def _held(self, key: int) -> bool:
-        """Return whether anything but the tape holds memory: then it may be read again, by whatever code."""
+        """Return whether anything but the tape holds memory, and may read it again."""
         return users(key) > len(self.made[key].own)
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -383,7 +382,7 @@ class _TapeMode(TorchDispatchMode):
     def lifetimes(self) -> dict[int, Lifetime]:
         """Return the lifetime of all memory that can be moved, by its key.
 
-        What a tensor lies in that no operator call showed (``tensor.data``) stays where that tensor looks for it.
+        Memory of a tensor that no operator call returned (``tensor.data``) is not moved: that tensor could not follow.
         """
         return {
             key: Lifetime(memory.start, self._last_use.get(key, memory.start), memory.nbytes)

@@ -45,16 +45,16 @@ class CudaRecording(StreamRecording):
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         if not empty:
             return graph
-        # A call outside the graph stands first or last, or follows another. The pool must not lose its last graph.
+        # A call outside the graph comes first or last, or follows another. The pool must not lose its last graph.
         self.pool.abandoned.append(self._ended.pop())
         return None
 
     def forget(self, graph: Any) -> None:
         """Undo what a capture that the driver refused leaves behind.
 
-        The caching allocators still take it to be under way: the device's is told otherwise; the one for pinned host
-        memory cannot be, and refuses the pool, so later captures get a new one. Random generators draw nothing outside
-        of a capture until one has ended in order: an empty one.
+        The caching allocators still regard the capture as running. The device's is told that it has ended; the one for
+        pinned host memory cannot be told and refuses the pool, so later captures get a new one. Random generators
+        refuse to draw outside of a capture until a capture has ended normally: an empty one does.
         """
         torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool.handle)
         super().forget(graph)

@@ -1,7 +1,7 @@
 """ACL graphs of Ascend NPUs, by ``torch.npu.graph`` of torch_npu.
 
 Attention there takes lengths as lists on the host. Captured with ``auto_dispatch_capture``, such an operator becomes a
-group of tasks that waits for an event before it runs. An update, issued on a stream of its own beside the replay, gives
+group of tasks that waits for an event before it runs. An update, issued on a stream of its own during the replay, gives
 the group its new arguments and records the event, so the replay runs up to the operator meanwhile.
 """
 
@@ -71,10 +71,10 @@ class UpdatedGraph:
         self._host_arguments = host_arguments
 
     def replay(self) -> None:
-        """Replay, and update beside it.
+        """Replay, and update while the replay runs.
 
-        The update stream waits first for all that came before this replay: an update that ran ahead would let the
-        replay before go on with the wrong lengths. It must not wait for this replay, which waits for the update.
+        The update stream first waits for all work before this replay: an update that ran ahead would give the wrong
+        lengths to the replay before. It must not wait for this replay, which waits for the update.
         """
         self._graph.graph_dispatch_mode.update_stream.wait_stream(self._module.current_stream())
         self._graph.replay()
@@ -94,7 +94,7 @@ class NpuRecording(StreamRecording):
     ) -> None:
         super().__init__(module, interface, pool, stream)
         self._host_arguments = host_arguments
-        # Its own dispatch mode, which leaves with a capture, is under way when the guard is called.
+        # Its own dispatch mode, which ends with the capture, is active when the guard is called.
         self.breaks_inside_operators = host_arguments is None
 
     def open_capture(self, graph: Any) -> AbstractContextManager[object]:
@@ -115,7 +115,7 @@ class NpuRecording(StreamRecording):
         return replayable
 
     def forget(self, graph: Any) -> None:
-        """Undo what a refused capture leaves behind: its dispatch mode, which would go on recording, and its pool."""
+        """Undo what a refused capture leaves behind: a dispatch mode that still records, and a pool."""
         still_there = _get_current_dispatch_mode() is graph.graph_dispatch_mode
         if still_there:
             graph.graph_dispatch_mode.__exit__(None, None, None)

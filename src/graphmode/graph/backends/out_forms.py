@@ -1,7 +1,7 @@
 """The ``out=`` forms of operators, which write results into given memory: found by schema, taken after a trial.
 
-An ``out=`` form is code of its own. Some give other results than the operator, read what they are to overwrite, write
-beyond it or exchange it. So each is tried on memory as graphs plan it before it is taken.
+An ``out=`` form is code of its own. Some give other results than the operator, read the memory that they overwrite,
+write beyond it or replace it. So each is tried on memory as graphs plan it before it is used.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def out_form(
 
 @cache
 def _overload(func: Any) -> tuple[Any, tuple[str, ...], frozenset[str]] | None:
-    """Return the overload of ``func`` that writes into given tensors, their names, and arguments that it does without.
+    """Return the overload of ``func`` that writes into given tensors, their names, and the arguments that it lacks.
 
-    Only a factory, which reads no tensor, does without its options: the given tensor has them.
+    Only a factory, which reads no tensor, may lack options: the given tensor has them.
     """
     schema = func._schema
     wanted = [(argument.name, str(argument.type)) for argument in schema.arguments]
@@ -106,7 +106,7 @@ def _gives_the_same(
             not replaced or _trial(func, overload, *others, None, generator)
         )
     except Exception:
-        return False  # what a form cannot do it is not asked to; the operator itself has run
+        return False  # the form cannot do this; the operator itself has run
     finally:
         generator.set_state(state)
 

@@ -32,7 +32,7 @@ class GraphInterface:
         device_type: the device's name, and that of its module under ``torch``.
         graph: the graph class in that module.
         package: what must be imported before torch has the module; None where torch brings it.
-        options: keyword arguments of the module's ``graph`` beside the graph, ``pool`` and ``stream``.
+        options: keyword arguments of the module's ``graph``, other than the graph, ``pool`` and ``stream``.
         exhausted: texts of errors that say that the device has no room for more graphs.
     """
 
@@ -73,7 +73,7 @@ class StreamPool:
     """A pool of the device's caching allocator.
 
     Attributes:
-        handle: its id; another one after a capture that the device refused.
+        handle: its id; a new one after a capture that the device refused.
         abandoned: graphs of failed captures. An allocator refuses a pool whose last graph is gone, so they stay.
     """
 
@@ -202,11 +202,11 @@ class StreamRecording:
         self._ended = []
 
     def own(self) -> Sequence[torch.Tensor]:
-        """Return nothing: a device's graph knows addresses alone."""
+        """Return nothing: a device's graph holds addresses alone."""
         return ()
 
     def finish(self) -> None:
-        """Do nothing: the caching allocator has shared the memory of what was let go already."""
+        """Do nothing: the caching allocator reuses freed memory already."""
 
     def make_graph(self) -> Any:
         """Return an empty graph."""
@@ -226,7 +226,7 @@ class StreamRecording:
         return capture
 
     def finished(self, graph: Any) -> Graph:
-        """Return what a captured graph is replayed by."""
+        """Return the object that replays a captured graph."""
         replayable: Graph = graph
         return replayable
 
