@@ -58,6 +58,10 @@ class StaleAddressError(GraphModeError, RuntimeError):
     """Memory that a graph recorded was freed or moved between capture and replay."""
 
 
+class EngineError(GraphModeError, RuntimeError):
+    """A request ended without its last output: a step failed in another thread, or nothing was left to run for it."""
+
+
 class ModelError(GraphModeError, ValueError):
     """A model that cannot be read, or that graphmode cannot run. The message names the file and what to do."""
 

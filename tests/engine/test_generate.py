@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graphmode import LLM, SamplingParams
-from graphmode.graph import InputError
+from graphmode.engine.requests import ActiveRequest, Request
+from graphmode.errors import InputError
 from tests.engine.conftest import PASSAGE
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -117,6 +118,9 @@ def test_a_stream_that_is_left_gives_its_blocks_back(tiny: Path) -> None:
     stream = llm.stream({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=50))
     next(stream)
     stream.close()
+    (last,) = llm.engine.step()
+    assert (last.finished, last.outputs[0].finish_reason) == (True, "abort")
+    assert not llm.engine.has_requests
     assert not llm.engine.scheduler.has_work
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
 
@@ -158,27 +162,33 @@ def test_limits_end_a_sequence_with_its_reason(tiny: Path) -> None:
     assert ignored.outputs[0].token_ids == output.outputs[0].token_ids
 
 
-def test_steps_start_before_the_last_request_is_queued_and_give_what_all_queued_at_once_give(tiny: Path) -> None:
+def test_steps_start_before_the_last_request_is_queued_and_give_what_all_queued_at_once_give(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"device": "cpu", "max_num_seqs": 4, "max_num_batched_tokens": 16}
     prompts = [{"prompt_token_ids": list(range(n, n + 6 + n % 5))} for n in range(20)]
     params = [SamplingParams(seed=n if n % 3 else None, max_tokens=1 + n % 7, n=1 + n % 2) for n in range(20)]
     engine = LLM(tiny, **options).engine
-    queued = [engine.add(prompt["prompt_token_ids"], each) for prompt, each in zip(prompts, params, strict=True)]
-    while engine.scheduler.has_work:
-        engine.step()
+    for prompt, each in zip(prompts, params, strict=True):
+        engine.submit(Request(prompt["prompt_token_ids"], each))
+    for request in engine._active.values():
+        engine.scheduler.waiting.update(dict.fromkeys(request.sequences()))
+    engine.scheduler._sources.clear()
+    queued = {}
+    while engine.has_requests:
+        queued |= {output.request_id: output.outputs for output in engine.step()}
     llm = LLM(tiny, **options)
-    make, steps_before = llm.engine.make, []
+    begin, steps_before = ActiveRequest._begin, []
 
-    def made(*args: object) -> object:
-        steps_before.append(llm.stats.steps)
-        return make(*args)  # type: ignore[arg-type]
+    def begun(request: ActiveRequest) -> None:
+        if not request.answers:
+            steps_before.append(llm.stats.steps)
+        begin(request)
 
-    llm.engine.make = made  # type: ignore[assignment,method-assign]
+    monkeypatch.setattr(ActiveRequest, "_begin", begun)
     outputs = llm.generate(prompts, params)
-    assert [output.request_id for output in outputs] == list(range(20))
-    assert [[each.token_ids for each in output.outputs] for output in outputs] == [
-        [sequence.output_token_ids for sequence in sequences] for sequences in queued
-    ]
+    assert [output.request_id for output in outputs] == list(map(str, range(20)))
+    assert {output.request_id: output.outputs for output in outputs} == queued
     assert steps_before[0] == 0
     assert steps_before == sorted(steps_before)
     assert len(set(steps_before)) > 5
@@ -202,6 +212,8 @@ def test_a_generate_that_is_interrupted_leaves_nothing_behind(tiny: Path, steps:
     with pytest.raises(KeyboardInterrupt):
         llm.generate(prompts, params)
     llm.engine.step = step  # type: ignore[method-assign]
+    assert all(output.outputs[0].finish_reason == "abort" for output in llm.engine.step())
+    assert not llm.engine.has_requests
     assert not llm.engine.scheduler.has_work
     assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
     again = llm.generate(prompts[::-1], params)

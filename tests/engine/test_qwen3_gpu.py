@@ -56,7 +56,7 @@ def test_logits_are_as_close_to_float32_as_transformers_own_bf16(llm: LLM) -> No
         with torch.inference_mode():
             reference = exact(ids[None].cuda()).logits[0, -1]
             bf16 = theirs(ids[None].cuda()).logits[0, -1].float()
-        sequence = Sequence(0, ids.tolist(), SamplingParams(temperature=0), 0)
+        sequence = Sequence("0", ids.tolist(), SamplingParams(temperature=0), 0)
         sequence.block_tables = [engine.scheduler.pool.allocate(-(-length // 16))]
         # All but the last token as a prompt, then the last as a decode step: both families are in the result.
         for start, count, family in ((0, length - 1, "mixed"), (length - 1, 1, "decode")):

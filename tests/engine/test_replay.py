@@ -90,7 +90,7 @@ class Harness:
                 logprobs=index,
                 prompt_logprobs=2 * index,
             )
-            sequence = Sequence(index, tokens, params, seed=self.random(0, 9999))
+            sequence = Sequence(str(index), tokens, params, seed=self.random(0, 9999))
             sequence.slot = SEQS - index
             sequence.num_computed = start
             needed = -(-(start + length) // 16)

@@ -88,9 +88,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.limits, self.pool, prefix_caching=caching)
         self.device = Device()
         self.sequences: list[Sequence] = []
-        self.aborted: set[int] = set()
-        self.sources: list[Iterator[Sequence]] = []
-        self.withdrawn: set[int] = set()
+        self.aborted: set[str] = set()
+        self.queued = 0
         self.under_way: tuple[Batch, list[list[int]]] | None = None
 
     @rule(
@@ -101,43 +100,36 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def add(self, prompt: list[int], answer: int, ignore: bool, scored: int | None) -> None:
         params = SamplingParams(max_tokens=answer, ignore_eos=ignore, prompt_logprobs=scored)
-        sequence = Sequence(len(self.sequences), prompt, params, 0)
         if len(prompt) >= self.limits.max_model_len:
             with pytest.raises(InputError, match=str(len(prompt))):
-                self.scheduler.add(sequence)
+                self.scheduler.check(len(prompt), answer)
         else:
-            self.scheduler.add(sequence)
-            self.sequences.append(sequence)
+            self.scheduler.check(len(prompt), answer)
+            self.queue([(prompt, params)])
 
     @rule(lengths=st.lists(st.integers(1, 12), max_size=6), answer=st.integers(1, 9))
-    def feed(self, lengths: list[int], answer: int) -> None:
-        number = len(self.sources)
+    def add_several(self, lengths: list[int], answer: int) -> None:
+        params = SamplingParams(max_tokens=answer)
+        self.queue([([1] * min(length, self.limits.max_model_len - 1), params) for length in lengths])
+
+    def queue(self, asked: list[tuple[list[int], SamplingParams]]) -> None:
+        self.queued += len(asked)
 
         def made() -> Iterator[Sequence]:
-            for length in lengths:
+            for prompt, params in asked:
                 assert not self.scheduler.waiting, "one is asked for while another waits"
-                assert number not in self.withdrawn
-                prompt = [1] * min(length, self.limits.max_model_len - 1)
-                self.sequences.append(Sequence(len(self.sequences), prompt, SamplingParams(max_tokens=answer), 0))
+                self.sequences.append(Sequence(str(len(self.sequences)), prompt, params, 0))
                 yield self.sequences[-1]
 
-        self.sources.append(made())
-        self.scheduler.feed(self.sources[-1])
-
-    @precondition(lambda self: self.sources)
-    @rule(which=st.integers(0, 1000))
-    def withdraw(self, which: int) -> None:
-        number = which % len(self.sources)
-        self.scheduler.withdraw(self.sources[number])
-        self.withdrawn.add(number)
+        self.scheduler.add(made())
 
     @precondition(lambda self: self.sequences)
     @rule(which=st.integers(0, 1000))
-    def abort(self, which: int) -> None:
+    def drop(self, which: int) -> None:
         sequence = self.sequences[which % len(self.sequences)]
         if sequence.finish_reason is None:
             self.aborted.add(sequence.request_id)
-        self.scheduler.abort(sequence)
+        self.scheduler.drop(sequence)
 
     @rule(choose=st.lists(st.sampled_from([1, 2, 2, 2, 2, EOS]), min_size=25, max_size=25))
     def step(self, choose: list[int]) -> None:
@@ -189,11 +181,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Run dry: every request ends, in bounded steps, with the tokens that its limits allow, and all blocks back."""
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(200 * (1 + len(self.sequences) + 6 * len(self.sources))):
+        for _ in range(200 * (1 + self.queued)):
             if not self.scheduler.has_work and self.under_way is None:
                 break
             self.step([2] * 25)
         assert not self.scheduler.has_work
+        assert len(self.sequences) == self.queued
         assert self.pool.num_free == self.total
         for sequence in self.sequences:
             answer = sequence.output_token_ids
@@ -226,21 +219,20 @@ TestScheduler.settings = settings(max_examples=150, stateful_step_count=50)
 def test_sequences_made_when_there_is_room_run_in_the_steps_of_those_that_wait_from_the_start(
     prompts: list[list[int]], answer: int, seqs: int, extra: int, blocks: int, caching: bool, decode_steps: int
 ) -> None:
-    def batches(fed: bool) -> list[list[tuple[int, int, int, int]]]:
+    def batches(one_by_one: bool) -> list[list[tuple[str, int, int, int]]]:
         limits = Limits(seqs, seqs + extra, 40, decode_steps)
         scheduler = Scheduler(limits, BlockPool(blocks, SIZE), prefix_caching=caching)
-        made = (Sequence(n, prompt, SamplingParams(max_tokens=answer), 0) for n, prompt in enumerate(prompts))
-        if fed:
-            scheduler.feed(made)
+        made = (Sequence(str(n), prompt, SamplingParams(max_tokens=answer), 0) for n, prompt in enumerate(prompts))
+        if one_by_one:
+            scheduler.add(made)
         else:
-            for sequence in made:
-                scheduler.add(sequence)
+            scheduler.waiting.update(dict.fromkeys(made))
         return [
             [(row.sequence.request_id, row.start, row.num_tokens, row.steps) for row in batch.rows]
             for batch in run_to_end(scheduler, Device())
         ]
 
-    assert batches(fed=True) == batches(fed=False)
+    assert batches(one_by_one=True) == batches(one_by_one=False)
 
 
 def test_no_sequence_is_made_before_a_step_has_room_for_it() -> None:
@@ -250,9 +242,9 @@ def test_no_sequence_is_made_before_a_step_has_room_for_it() -> None:
     def sequences() -> Iterator[Sequence]:
         for number in range(6):
             made.append(number)
-            yield Sequence(number, [number] * 8, SamplingParams(max_tokens=1), 0)
+            yield Sequence(str(number), [number] * 8, SamplingParams(max_tokens=1), 0)
 
-    scheduler.feed(sequences())
+    scheduler.add(sequences())
     assert scheduler.has_work
     counts = []
     while (batch := scheduler.schedule()) is not None:
@@ -278,11 +270,11 @@ def run_to_end(scheduler: Scheduler, device: Device) -> list[Batch]:
 
 def test_a_long_prompt_is_cut_into_chunks_and_does_not_hold_up_others() -> None:
     scheduler = Scheduler(Limits(4, 16, 100), BlockPool(64, SIZE))
-    first = Sequence(0, [1, 2, 3], SamplingParams(max_tokens=10), 0)
-    scheduler.add(first)
+    first = Sequence("0", [1, 2, 3], SamplingParams(max_tokens=10), 0)
+    scheduler.add(iter([first]))
     batch = scheduler.schedule()
     assert batch is not None
-    scheduler.add(Sequence(1, list(range(40)), SamplingParams(max_tokens=2), 0))
+    scheduler.add(iter([Sequence("1", list(range(40)), SamplingParams(max_tokens=2), 0)]))
     chunks = []
     for _ in range(3):
         following = scheduler.schedule()
@@ -298,11 +290,10 @@ def test_a_long_prompt_is_cut_into_chunks_and_does_not_hold_up_others() -> None:
 def test_a_prompt_that_begins_as_an_earlier_one_computes_only_the_rest() -> None:
     scheduler = Scheduler(Limits(2, 64, 100), BlockPool(64, SIZE))
     device, prompt = Device(), list(range(1, 23))
-    scheduler.add(Sequence(0, prompt, SamplingParams(max_tokens=3), 0))
+    scheduler.add(iter([Sequence("0", prompt, SamplingParams(max_tokens=3), 0)]))
     run_to_end(scheduler, device)
-    again, longer = (Sequence(n, prompt + [9] * n, SamplingParams(max_tokens=3), 0) for n in (0, 5))
-    scheduler.add(again)
-    scheduler.add(longer)
+    again, longer = (Sequence(str(n), prompt + [9] * n, SamplingParams(max_tokens=3), 0) for n in (0, 5))
+    scheduler.add(iter([again, longer]))
     batches = run_to_end(scheduler, device)
     assert again.num_cached == longer.num_cached == 20
     assert batches[0].num_tokens == 2 + 7
@@ -310,9 +301,8 @@ def test_a_prompt_that_begins_as_an_earlier_one_computes_only_the_rest() -> None
 
 def test_memory_that_runs_out_preempts_the_last_admitted_and_all_still_end() -> None:
     scheduler = Scheduler(Limits(3, 32, 32), BlockPool(9, SIZE))
-    sequences = [Sequence(n, [n + 1] * 8, SamplingParams(max_tokens=20), 0) for n in range(3)]
-    for sequence in sequences:
-        scheduler.add(sequence)
+    sequences = [Sequence(str(n), [n + 1] * 8, SamplingParams(max_tokens=20), 0) for n in range(3)]
+    scheduler.add(iter(sequences))
     run_to_end(scheduler, Device())
     assert scheduler.preemptions > 0
     assert all(len(sequence.output_token_ids) == 20 for sequence in sequences)

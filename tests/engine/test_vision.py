@@ -55,7 +55,7 @@ def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
     """The logits after a prompt that is one step, eagerly."""
     engine = llm.engine
     token_ids, vision = PromptReader(engine.loaded).read(prompt)  # type: ignore[arg-type]
-    sequence = Sequence(0, token_ids, GREEDY, 0, vision)
+    sequence = Sequence("0", token_ids, GREEDY, 0, vision)
     sequence.block_tables = [engine.scheduler.pool.allocate(-(-len(token_ids) // 16))]
     batch = Batch("mixed", (ScheduledSequence(sequence, 0, len(token_ids), True),), len(token_ids))
     values = step_inputs(batch, -(-engine.limits.max_model_len // 16))
@@ -176,8 +176,9 @@ def test_preemption_and_eviction_change_no_token(folder: dict[str, Path], kept_b
 def test_generated_placeholders_are_text(folder: dict[str, Path]) -> None:
     """A token that the model makes stands for itself, whatever its number, when it is computed again as well."""
     llm = LLM(folder["qwen3_vl"], **GRAPHS)
-    (sequence,) = llm.engine.add([1, 2, 3], GREEDY)
+    sequence = Sequence("0", [1, 2, 3], GREEDY, 0)
     sequence.token_ids.append(IMAGE)
+    llm.engine.scheduler.add(iter([sequence]))
     batch = llm.engine.scheduler.schedule()
     assert batch is not None
     assert batch.num_tokens == 4
@@ -244,7 +245,7 @@ def test_what_padding_holds_changes_no_bit_of_a_step_with_images(folder: dict[st
     engine, step = llm.engine, llm.engine.runner
     assert step.vision is not None
     token_ids, vision = PromptReader(engine.loaded).read(make_prompt(model_type, LAYOUTS["image"], 0))
-    sequence = Sequence(0, token_ids, GREEDY, 0, vision)
+    sequence = Sequence("0", token_ids, GREEDY, 0, vision)
     sequence.block_tables = [[1, 2]]
     batch = Batch("mixed", (ScheduledSequence(sequence, 0, len(token_ids), True),), len(token_ids))
     values = step_inputs(batch, 8)

@@ -8,9 +8,10 @@ import pytest
 
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.engine import Engine
+from graphmode.engine.outputs import RequestOutput
+from graphmode.engine.requests import Request
 from graphmode.engine.sampler import SamplingLevel
 from graphmode.engine.sampling_params import SamplingParams
-from graphmode.engine.sequence import Sequence
 
 REQUESTS = 240
 BLOCK = (
@@ -51,15 +52,17 @@ def engine(folder: Path, device: str, **options: object) -> Engine:
     return Engine(folder, EngineOptions(**common, **options))
 
 
-def run_alone(engine: Engine, prompt: list[int], params: SamplingParams) -> Sequence:
-    (sequence,) = engine.add(prompt, params)
-    while sequence.finish_reason is None:
-        engine.step()
-    return sequence
+def run_alone(engine: Engine, prompt: list[int], params: SamplingParams) -> RequestOutput:
+    engine.submit(Request(prompt, params))
+    outputs: list[RequestOutput] = []
+    while engine.has_requests:
+        outputs += engine.step()
+    (output,) = outputs
+    return output
 
 
 @cache
-def alone(folder: Path, device: str) -> list[Sequence]:
+def alone(folder: Path, device: str) -> list[RequestOutput]:
     """Each request by itself."""
     one = engine(folder, device, graph_mode="full", enable_prefix_caching=False, decode_steps=1)
     return [run_alone(one, prompt, params) for prompt, params in make_requests(random.Random(5))]
@@ -70,17 +73,17 @@ def test_each_request_gets_what_it_gets_alone(tiny: Path, device: str, mode: str
     rng = random.Random(5)
     requests = make_requests(rng)
     busy = engine(tiny, device, graph_mode=mode, kv_cache_memory=11 * BLOCK, decode_steps=decode_steps)
-    sequences: list[Sequence] = []
-    aborted: set[int] = set()
-    while len(sequences) < REQUESTS or busy.scheduler.has_work:
-        for prompt, params in requests[len(sequences) : len(sequences) + rng.choice([0, 0, 1, 4])]:
-            sequences += busy.add(prompt, params)
-        if sequences and rng.random() < 0.05:
-            victim = rng.choice(sequences)
-            if victim.finish_reason is None:
-                busy.scheduler.abort(victim)
-                aborted.add(victim.request_id)
-        busy.step()
+    submitted: list[str] = []
+    outputs: dict[str, RequestOutput] = {}
+    while len(submitted) < REQUESTS or busy.has_requests:
+        for prompt, params in requests[len(submitted) : len(submitted) + rng.choice([0, 0, 1, 4])]:
+            submitted.append(busy.submit(Request(prompt, params)))
+        if submitted and rng.random() < 0.05:
+            busy.abort(rng.choice(submitted))
+        for output in busy.step():
+            assert output.finished
+            assert output.request_id not in outputs
+            outputs[output.request_id] = output
     stats = busy.stats
     if mode == "full":
         assert stats.replays == stats.steps
@@ -89,23 +92,22 @@ def test_each_request_gets_what_it_gets_alone(tiny: Path, device: str, mode: str
         assert stats.misses.keys() == {"not_captured_yet"}
         assert stats.misses["not_captured_yet"] <= len(keys)
     assert stats.preemptions > 0
-    assert sum(sequence.num_cached > 0 for sequence in sequences) > REQUESTS / 10
-    assert len(aborted) > 5
+    assert sum(output.num_cached_tokens > 0 for output in outputs.values()) > REQUESTS / 10
+    assert sum(output.outputs[0].finish_reason == "abort" for output in outputs.values()) > 5
     assert busy.scheduler.pool.num_free == 11
 
-    for sequence, (prompt, params), expected in zip(sequences, requests, alone(tiny, device), strict=True):
-        if sequence.request_id in aborted:
-            made = sequence.output_token_ids
-            assert made == expected.output_token_ids[: len(made)]
-        else:
-            assert sequence.output_token_ids == expected.output_token_ids
-            assert sequence.finish_reason == expected.finish_reason
-            assert len(sequence.logprobs) == (0 if params.logprobs is None else len(sequence.output_token_ids))
-            assert len(sequence.prompt_logprobs) == (0 if params.prompt_logprobs is None else len(prompt) - 1)
-            for one, other in (
-                (sequence.logprobs, expected.logprobs),
-                (sequence.prompt_logprobs, expected.prompt_logprobs),
-            ):
-                for here, there in zip(one, other, strict=True):
-                    assert here.keys() == there.keys()
-                    assert all(abs(here[token][0] - there[token][0]) < 1e-4 for token in here)
+    for request_id, (prompt, params), expected in zip(submitted, requests, alone(tiny, device), strict=True):
+        output, (answer,), (whole,) = outputs[request_id], outputs[request_id].outputs, expected.outputs
+        if answer.finish_reason == "abort":
+            assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
+            continue
+        assert answer.token_ids == whole.token_ids
+        assert answer.finish_reason == whole.finish_reason
+        assert (answer.logprobs is None) == (params.logprobs is None)
+        assert (output.prompt_logprobs is None) == (params.prompt_logprobs is None)
+        assert len(answer.logprobs or answer.token_ids) == len(answer.token_ids)
+        assert len(output.prompt_logprobs or prompt) == len(prompt)
+        for one, other in ((answer.logprobs, whole.logprobs), (output.prompt_logprobs, expected.prompt_logprobs)):
+            for here, there in zip(one or [], other or [], strict=True):
+                assert (here or {}).keys() == (there or {}).keys()
+                assert all(abs(here[token].logprob - there[token].logprob) < 1e-4 for token in here or {})

@@ -140,7 +140,7 @@ def continue_greedily(model: PreTrainedModel, prompt: list[int]) -> tuple[list[i
 
 def compute_logits(engine: Engine, tokens: list[int], prompt_len: int) -> torch.Tensor:
     """The engine's logits for every token after the prompt: the prompt as one mixed step, the rest by decode steps."""
-    sequence = Sequence(0, tokens, SamplingParams(temperature=0), 0)
+    sequence = Sequence("0", tokens, SamplingParams(temperature=0), 0)
     sequence.block_tables = [engine.scheduler.pool.allocate(-(-len(tokens) // 16))]
     steps = [Batch("mixed", (ScheduledSequence(sequence, 0, prompt_len, True),), prompt_len)]
     steps += [Batch("decode", (ScheduledSequence(sequence, at, 1, True),), 1) for at in range(prompt_len, len(tokens))]

@@ -1,21 +1,22 @@
-"""The engine: takes requests, steps them, hands back what changed."""
+"""The engine: takes requests, steps them, gives what is new of each."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from array import array
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
+from threading import Lock
 
-import numpy as np
 import torch
 
 from graphmode.cache.allocate import block_bytes, make_cache
 from graphmode.cache.block_pool import BlockPool
+from graphmode.engine import checks
 from graphmode.engine.config import (
     EngineOptions,
     piecewise_families,
@@ -24,15 +25,15 @@ from graphmode.engine.config import (
     resolve_limits,
 )
 from graphmode.engine.memory import cache_memory, check_buffers, fit_cache
-from graphmode.engine.multimodal import VisionPrompt
-from graphmode.engine.sampling_params import SamplingParams
+from graphmode.engine.outputs import RequestOutput
+from graphmode.engine.requests import ActiveRequest, Answer, Request, derived_seed
 from graphmode.engine.scheduler import Scheduler
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.stats import EngineStats, _Clock
 from graphmode.engine.text import Detokenizer
 from graphmode.engine.types import Batch
 from graphmode.engine.worker import StepInFlight, StepResult, StepRunner
-from graphmode.errors import InputError
+from graphmode.errors import EngineError, InputError
 from graphmode.graph import RunnerStats, get_backend
 from graphmode.graph.memory import free_memory
 from graphmode.layers.attention import PORTABLE_ATTENTION
@@ -63,9 +64,13 @@ class Engine:
     model: str | Path
     options: EngineOptions
     progress: bool = False
-    _next_id: int = field(default=0, init=False)
     _clock: _Clock = field(default_factory=_Clock, init=False)
     _in_flight: StepInFlight | None = field(default=None, init=False)
+    _numbers: Iterator[int] = field(default_factory=count, init=False)
+    _active: dict[str, ActiveRequest] = field(default_factory=dict, init=False)
+    _aborted: deque[ActiveRequest] = field(default_factory=deque, init=False)
+    _lock: Lock = field(default_factory=Lock, init=False)  # of which requests there are
+    _stepping: Lock = field(default_factory=Lock, init=False)
 
     def __post_init__(self) -> None:
         options = self.options
@@ -109,9 +114,8 @@ class Engine:
         self.compiled_layers = 0
         if options.fuse == "compile" and not self.fused_layers:
             self.compiled_layers = compile_layers(self.loaded.model, self.caches, self.limits.max_model_len)
-        self.scheduler = Scheduler(
-            self.limits, BlockPool(num_blocks, attention.block_size), prefix_caching=options.enable_prefix_caching
-        )
+        self._num_blocks, self._block_size = num_blocks, attention.block_size
+        self.scheduler = self._make_scheduler()
         self.runner = StepRunner(
             self.loaded,
             self.caches,
@@ -150,59 +154,92 @@ class Engine:
         check_buffers(self.limits, self.device, free, host_free, block_size=block_size, **sizes)
         return blocks
 
-    def add(
-        self, prompt_token_ids: SequenceOf[int], params: SamplingParams, vision: VisionPrompt | None = None
-    ) -> list[Sequence]:
-        """Queue a request, with the images of its prompt, and return its sequences, ``params.n`` of them.
+    def _make_scheduler(self) -> Scheduler:
+        pool = BlockPool(self._num_blocks, self._block_size)
+        return Scheduler(self.limits, pool, prefix_caching=self.options.enable_prefix_caching)
 
-        Raises:
-            InputError: the prompt holds a token that the model does not have, or does not fit the limits.
-        """
-        self.check(prompt_token_ids, params)
-        sequences = self.make(prompt_token_ids, params, vision)
-        for sequence in sequences:
-            self.scheduler.add(sequence)
-        return sequences
-
-    def make(
-        self, prompt_token_ids: SequenceOf[int], params: SamplingParams, vision: VisionPrompt | None = None
-    ) -> list[Sequence]:
-        """Return the sequences of a request that is checked, for :meth:`Scheduler.feed`. Requests count in this order.
-
-        Arguments as of :meth:`add`.
-        """
-        request_id, self._next_id = self._next_id, self._next_id + 1
-        seed = _derived_seed(self.options.seed, request_id) if params.seed is None else params.seed
-        seeds = [seed, *(_derived_seed(seed, index) for index in range(1, params.n))]
-        token_ids = list(prompt_token_ids)
-        # The prompt is the same for all completions: one scores it.
-        others = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
-        return [
-            Sequence(request_id, token_ids, others if index else params, each, vision)
-            for index, each in enumerate(seeds)
-        ]
-
-    def check(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> None:
+    def check(self, request: Request) -> None:
         """Check a request without queueing it.
 
         Raises:
-            InputError: as for :meth:`add`.
+            InputError: the prompt holds a token that the model does not have or does not fit the limits, or the model
+                cannot sample so.
         """
-        self.scheduler.check(len(prompt_token_ids), params.max_tokens)
-        self.runner.sampler.check(params)
-        _check_tokens(prompt_token_ids, self.loaded.shape.vocab_size)
+        if request.request_id is not None and not (isinstance(request.request_id, str) and request.request_id):
+            raise checks.unfit("request_id", request.request_id, "a text that is not empty, or None")
+        if request.params.stop and self.detokenizer is None:
+            raise InputError("the model comes without a tokenizer, so stop texts cannot be found; use stop_token_ids")
+        self.scheduler.check(len(request.prompt_token_ids), request.params.max_tokens)
+        self.runner.sampler.check(request.params)
+        request.check_tokens(self.loaded.shape.vocab_size)
 
-    def step(self) -> list[Sequence]:
-        """Launch the next batch, then take in the one before; return the sequences that got tokens from it.
+    def submit(self, request: Request) -> str:
+        """Queue a request and return its name, by which outputs and :meth:`abort` know it. Any thread may call it.
+
+        Raises:
+            InputError: as for :meth:`check`, or a request of that name has not ended.
+        """
+        self.check(request)
+        with self._lock:
+            number = next(self._numbers)
+            while request.request_id is None and str(number) in self._active:
+                number = next(self._numbers)
+            request_id = str(number) if request.request_id is None else request.request_id
+            if request_id in self._active:
+                raise InputError(f"request_id {request_id!r} is that of a request that has not ended; give another")
+            seed = request.params.seed
+            if seed is None:
+                seed = derived_seed(self.options.seed, number)
+            self._active[request_id] = active = ActiveRequest(request, request_id, seed, self.detokenizer)
+            self.scheduler.add(active.sequences())
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """Let a request end at the next :meth:`step`, which gives its last output. Any thread may call it.
+
+        A name that no request has, or one that has ended, is left alone.
+        """
+        if (request := self._active.get(request_id)) is not None:
+            self._aborted.append(request)
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request has not had its last output."""
+        return bool(self._active)
+
+    def step(self) -> list[RequestOutput]:
+        """Launch the next batch, then take in the one before; return the outputs that follow.
 
         The device computes a batch while the host reads the one before: what ends a sequence is known a batch late,
-        and what was made for it since is dropped.
+        and what was made for it since is dropped. One thread steps at a time.
+
+        Returns:
+            What is new, in the order in which it came: of a request that streams an output for every token, of others
+            the last one alone. The last output of a request says that it is finished.
+
+        Raises:
+            EngineError: requests have not ended, and there is nothing to run.
+            Exception: whatever a step raises. All requests have then ended without a last output; the engine has
+                forgotten them and what its cache holds, and takes new ones.
         """
+        with self._stepping:
+            try:
+                return self._step()
+            except BaseException:
+                self._start_anew()
+                raise
+
+    def _step(self) -> list[RequestOutput]:
         start = time.perf_counter()
+        outputs = self._end_aborted()
+        with self._lock:
+            unfinished = len(self._active)
         batch = self.scheduler.schedule()
         before, self._in_flight = self._in_flight, None if batch is None else self.runner.launch(batch)
         if before is None:
-            return []
+            if batch is None and unfinished:
+                raise EngineError(f"{unfinished} requests have not ended, and the engine finds nothing to run for them")
+            return outputs
         result = before.result()
         changed = self.scheduler.update(before.batch, result.tokens, self.loaded.shape.eos_token_ids)
         _note_logprobs(before.batch, result, changed.keys())
@@ -210,7 +247,46 @@ class Engine:
         if batch is not None and batch.family == before.batch.family == "decode":
             self._clock.steps += before.batch.steps
             self._clock.seconds += time.perf_counter() - start
-        return list(changed)
+        return outputs + self._take_in(changed.keys())
+
+    def _end_aborted(self) -> list[RequestOutput]:
+        outputs = []
+        while self._aborted:
+            request = self._aborted.popleft()
+            if self._active.get(request.request_id) is request:  # otherwise it has ended meanwhile
+                outputs.append(request.abort())
+                self._forget_ended(request, request.answers)
+        return outputs
+
+    def _take_in(self, changed: Collection[Sequence]) -> list[RequestOutput]:
+        """Let requests take in the new tokens of their sequences; end those that this ends."""
+        outputs = []
+        answers: dict[ActiveRequest, list[Answer]] = {}
+        for sequence in changed:
+            request = self._active[sequence.request_id]
+            answers.setdefault(request, []).append(request.answers[sequence.index])
+        for request, theirs in answers.items():
+            outputs += request.take_in(theirs)
+            self._forget_ended(request, theirs)
+        return outputs
+
+    def _forget_ended(self, request: ActiveRequest, answers: SequenceOf[Answer]) -> None:
+        """Drop the sequences of ended answers (a text or an abort may have ended them), and an ended request."""
+        for answer in answers:
+            if answer.finish_reason is not None:
+                self.scheduler.drop(answer.sequence)
+        if request.finished:
+            del self._active[request.request_id]
+
+    def _start_anew(self) -> None:
+        """Forget all requests and what the cache holds: a step that was broken off may have left any half done."""
+        preemptions = self.scheduler.preemptions
+        with self._lock:
+            self._active.clear()
+            self._aborted.clear()
+            self._in_flight = None
+            self.scheduler = self._make_scheduler()
+            self.scheduler.preemptions = preemptions
 
     @property
     def stats(self) -> EngineStats:
@@ -242,23 +318,6 @@ class Engine:
         if self.runner.vision:
             self.runner.vision.graphs.stats.reset_steps()
         self._clock = _Clock()
-
-
-def _check_tokens(token_ids: SequenceOf[int], vocab_size: int) -> None:
-    try:
-        # Without a sign, what is below 0 is too large.
-        if np.maximum.reduce(np.frombuffer(array("q", token_ids), np.uint64)) < vocab_size:
-            return
-    except OverflowError:
-        pass
-    token = next(token for token in token_ids if not 0 <= token < vocab_size)
-    raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
-
-
-def _derived_seed(seed: int, index: int) -> int:
-    """Return the seed of a request, or of a further completion, by its index: the same in each run."""
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _note_logprobs(batch: Batch, result: StepResult, changed: Collection[Sequence]) -> None:

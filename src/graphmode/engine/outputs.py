@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from graphmode.engine.checks import is_integer
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 TokenLogprobs = dict[int, tuple[float, int]] | npt.NDArray[np.float32]
 """Log-probability and rank of a token and of the most likely ones in its place, by token id; or the logits of all."""
 
@@ -85,7 +85,7 @@ class CompletionOutput:
         text: what the answer adds to the prompt's text; empty where the model has no tokenizer or none was asked for.
         token_ids: the generated tokens, with the token that ended them where there is one.
         finish_reason: ``stop`` (end of text, stop token or stop text), ``length`` (``max_tokens`` or the model's
-            limit); None while it runs.
+            limit) or ``abort`` (the request was aborted); None while it runs.
         logprobs: for each token, itself and the most likely ones by token id; None where they were not asked for.
         cumulative_logprob: the sum of the tokens' log-probabilities; None where they were not asked for.
         stop_reason: the stop text, or the token of ``stop_token_ids``, that ended it; None for any other end.
@@ -105,7 +105,7 @@ class RequestOutput:
     """A request and its completions.
 
     Attributes:
-        request_id: its number, in the order of submission.
+        request_id: its name; where the caller gave none, its number in the order of submission.
         prompt: the prompt's text; None where it was given as token ids.
         prompt_token_ids: the prompt's tokens.
         outputs: its completions.
@@ -115,7 +115,7 @@ class RequestOutput:
         num_cached_tokens: tokens of the prompt whose keys and values were cached when it began.
     """
 
-    request_id: int
+    request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]

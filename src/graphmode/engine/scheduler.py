@@ -66,29 +66,15 @@ class Scheduler:
                 f"has {self.pool.num_blocks}. Give a smaller max_tokens, or raise kv_cache_memory"
             )
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence.
+    def add(self, sequences: Iterator[Sequence]) -> None:
+        """Queue sequences, each asked for when a step has room for it and none waits. Any thread may call it.
 
-        Raises:
-            InputError: it could never run.
-        """
-        self.check(len(sequence.prompt_token_ids), sequence.params.max_tokens)
-        self.waiting[sequence] = None
-
-    def feed(self, sequences: Iterator[Sequence]) -> None:
-        """Queue sequences that are made one by one, each when a step has room for it and nothing else waits.
-
-        So the first step starts before the last sequence is made, and holds what it would if all had been added.
+        So the first step starts before the last sequence is made, and holds what it would if all had been there.
 
         Args:
-            sequences: makes them, checked. What it raises, :meth:`schedule` raises.
+            sequences: makes them; each fits (:meth:`check`). What it raises, :meth:`schedule` raises.
         """
         self._sources.append(sequences)
-
-    def withdraw(self, sequences: Iterator[Sequence]) -> None:
-        """Ask for no more of what :meth:`feed` took. Those that came already stay."""
-        if sequences in self._sources:
-            self._sources.remove(sequences)
 
     def schedule(self) -> Batch | None:
         """Choose the next step, admitting waiting sequences; None where there is nothing to compute now."""
@@ -157,30 +143,18 @@ class Scheduler:
                 changed[sequence] = self._append(sequence, made[: row.steps], eos_token_ids)
             self._publish(sequence)
             if sequence.finish_reason:
-                self._drop(sequence)
+                self.drop(sequence)
         return changed
 
-    def stop(self, sequence: Sequence, length: int, text: str) -> None:
-        """End a sequence with its first ``length`` tokens, since its text has come to a stop text."""
-        self.abort(sequence)
-        sequence.finish_reason, sequence.stop_reason = "stop", text
-        del sequence.token_ids[length:]
-        del sequence.logprobs[length - len(sequence.prompt_token_ids) :]
-
-    def abort(self, sequence: Sequence) -> None:
-        """Drop a sequence, waiting or running, and take its blocks back. A finished one is left as it is."""
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence, waiting or running, and take its blocks back. One that was dropped is left as it is."""
         if self._holds(sequence):
-            self._drop(sequence)
+            self.running.pop(sequence, None)
+            self.waiting.pop(sequence, None)
+            self._release(sequence)
 
     def _holds(self, sequence: Sequence) -> bool:
         return sequence in self.running or sequence in self.waiting
-
-    def _drop(self, sequence: Sequence) -> None:
-        if sequence in self.running:
-            del self.running[sequence]
-        else:
-            del self.waiting[sequence]
-        self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         for table in sequence.block_tables:

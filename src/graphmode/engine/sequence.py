@@ -17,11 +17,12 @@ class Sequence:
     """The state of one sequence in the engine.
 
     Attributes:
-        request_id: its number.
+        request_id: the name of the request that it answers.
         prompt_token_ids: the prompt, at least one token.
         params: how to sample it.
         seed: of its random numbers, resolved.
         vision: the images and videos of the prompt; None where it has none.
+        index: its number among the answers to the request.
         token_ids: prompt and generated tokens, as far as the host knows them.
         in_flight: tokens that steps under way are making: one for each that samples it.
         last_row: its row in the last step that did.
@@ -37,11 +38,12 @@ class Sequence:
         stop_reason: the stop text or the token of ``stop_token_ids`` that ended it; None for any other end.
     """
 
-    request_id: int
+    request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
     vision: VisionPrompt | None = None
+    index: int = 0
     token_ids: list[int] = field(init=False)
     in_flight: int = 0
     last_row: int = -1
@@ -77,3 +79,9 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens not computed yet: the rest of the prompt, or the last generated token."""
         return self.num_tokens - self.num_computed
+
+    def stop(self, text: str, length: int) -> None:
+        """End with the first ``length`` generated tokens, since their text has come to the stop text ``text``."""
+        self.finish_reason, self.stop_reason = "stop", text
+        del self.token_ids[len(self.prompt_token_ids) + length :]
+        del self.logprobs[length:]

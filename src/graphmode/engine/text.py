@@ -329,7 +329,7 @@ class AnswerText:
                     break
         return texts.shown.text[:end]
 
-    def feed(self, token_ids: Sequence[int], *, last: bool = False) -> bool:
+    def feed(self, token_ids: Sequence[int], *, last: bool = False) -> str | None:
         """Take in the next tokens.
 
         Args:
@@ -337,14 +337,14 @@ class AnswerText:
             last: whether no more will come.
 
         Returns:
-            Whether the text has come to a stop text, so that it ends.
+            The stop text that the text has come to, so that it ends; None where it has not.
         """
         if not self._stops:
             # Decoding costs the host time: it is done where somebody looks.
             self._unread += token_ids
             self.num_tokens += len(token_ids)
             self._ended = last
-            return False
+            return None
         before = self._read()
         if (early := self._min_tokens - self.num_tokens) > 0:
             before = self._texts = self._extend(before, token_ids[:early])
@@ -365,13 +365,13 @@ class AnswerText:
         elif last and self.num_tokens > self._min_tokens and (found := self._find(before, before, last)):
             return self._stop(before, *found)
         self._ended = last
-        return False
+        return None
 
-    def _stop(self, texts: _Texts, at: int, stop: str) -> bool:
+    def _stop(self, texts: _Texts, at: int, stop: str) -> str:
         self.stop = stop
         self._final = texts.shown.whole[:at] + (stop if self._include_stop else "")
         self._ended = True
-        return True
+        return stop
 
     def _read(self) -> _Texts:
         """Return the texts with all tokens that are taken in."""
