@@ -48,7 +48,7 @@ def random_step(rows: int, vocab: int, max_bias: int = 3, max_stop: int = 2) -> 
         "logits": torch.randn(rows, vocab) * 3,
         "positions": torch.full((rows,), 10),
         "history": torch.randint(-6, 6, (rows + 1, vocab), dtype=torch.int32).clamp(min=0),
-        "row_slot": torch.where(torch.arange(rows) % 3 == 2, -1, torch.arange(rows).flip(0)),
+        "state_indices": torch.where(torch.arange(rows) % 3 == 2, -1, torch.arange(rows).flip(0)),
         "adjustments": adjustments,
     }
 
@@ -60,15 +60,15 @@ def to(step: dict[str, object], device: str) -> dict[str, object]:
     }
 
 
-def adjust_one_by_one(logits, positions, history, row_slot, adjustments: Adjustments) -> torch.Tensor:
+def adjust_one_by_one(logits, positions, history, state_indices, adjustments: Adjustments) -> torch.Tensor:
     """The documented rules, token by token, in Python's floats."""
     rows = logits.tolist()
     for row, values in enumerate(rows):
-        slot = int(row_slot[row])
+        state = int(state_indices[row])
         for token, bias in zip(adjustments.bias_ids[row].tolist(), adjustments.bias[row].tolist(), strict=True):
             if token >= 0:
                 values[token] += bias
-        for token, had in enumerate(history[slot].tolist() if slot >= 0 else []):
+        for token, had in enumerate(history[state].tolist() if state >= 0 else []):
             penalty = adjustments.repetition_penalty[row].item() if had else 1.0
             values[token] = values[token] / penalty if values[token] > 0 else values[token] * penalty
             values[token] -= had // 2 * adjustments.frequency_penalty[row].item()
@@ -101,7 +101,7 @@ def test_a_row_does_not_depend_on_its_batch(adjust_logits, kernel_device: str) -
     step = to(random_step(6, 1100), kernel_device)
     adjusted = adjust_logits(**step)
     for row in range(6):
-        alone = {name: step[name][row : row + 1] for name in ("logits", "positions", "row_slot")}
+        alone = {name: step[name][row : row + 1] for name in ("logits", "positions", "state_indices")}
         one = Adjustments(*(value[row : row + 1] for value in step["adjustments"]))
         assert torch.equal(adjust_logits(**alone, history=step["history"], adjustments=one), adjusted[row : row + 1])
 
@@ -111,7 +111,7 @@ def test_padding_rows_do_no_harm(adjust_logits, kernel_device: str) -> None:
     step = random_step(5, 1100)
     expected = adjust_logits(**to(step, kernel_device))[:3]
     step["logits"][3:] = NAN
-    step["row_slot"][3:] = -1
+    step["state_indices"][3:] = -1
     for value in step["adjustments"][:3]:
         value[3:] = torch.tensor([NAN, 0.0])
     step["adjustments"].bias[3:] = NAN
@@ -145,7 +145,7 @@ def test_leaves_its_inputs_alone(adjust_logits, kernel_device: str) -> None:
 def test_draws_from_the_adjusted_softmax() -> None:
     count, vocab = 20_000, 30
     step = random_step(1, vocab)
-    step["row_slot"][:] = 0
+    step["state_indices"][:] = 0
     expected = (adjust_one_by_one(**step).double() / 1.5).softmax(1)[0]
     adjusted = adjust_logits_reference(**step).expand(count, vocab)
     numbers = torch.arange(count)
@@ -169,7 +169,7 @@ def test_public_function_on_a_gpu() -> None:
         ("logits", torch.zeros(4, 9, dtype=torch.float64), "logits is torch.float64"),
         ("positions", torch.zeros(4), "positions is torch.float32, expected torch.int64"),
         ("history", torch.zeros(3, 8, dtype=torch.int32), r"history has shape \[3, 8\], expected \[any, 9\]"),
-        ("row_slot", torch.zeros(3, dtype=torch.int64), r"row_slot has shape \[3\], expected \[4\]"),
+        ("state_indices", torch.zeros(3, dtype=torch.int64), r"state_indices has shape \[3\], expected \[4\]"),
         ("presence_penalty", torch.zeros(4, dtype=torch.float16), "presence_penalty is torch.float16"),
         ("bias_ids", torch.zeros(4, 3, dtype=torch.int32), "bias_ids is torch.int32, expected torch.int64"),
         ("bias", torch.zeros(4, 2), r"bias has shape \[4, 2\], expected \[4, 3\]"),

@@ -18,18 +18,20 @@ def ban(implementation: str):
     return getattr(module, f"ban_tokens_{implementation}")
 
 
-def with_bans(slots: dict[int, tuple[set[int], list[list[int]], list[int]]], vocab: int, words: int = 3) -> Bans:
-    """Bans of five slots: of each, forbidden tokens, words, and what it made from position 7 on."""
+def with_bans(
+    state_indices: dict[int, tuple[set[int], list[list[int]], list[int]]], vocab: int, words: int = 3
+) -> Bans:
+    """Bans of five state indices: of each, forbidden tokens, words, and what it made from position 7 on."""
     bans = no_bans(5, vocab, words, WINDOW, "cpu")
-    for slot, (forbidden, sequences, made) in slots.items():
+    for state, (forbidden, sequences, made) in state_indices.items():
         for token in forbidden:
             bit = 1 << token % 32
-            bans.forbidden[slot, token // 32] |= bit - (1 << 32 if bit >> 31 else 0)
+            bans.forbidden[state, token // 32] |= bit - (1 << 32 if bit >> 31 else 0)
         for at, word in enumerate(sequences):
-            bans.prefixes[slot, at, : len(word) - 1] = torch.tensor(word[-2::-1], dtype=torch.int32)
-            bans.finals[slot, at] = word[-1]
+            bans.prefixes[state, at, : len(word) - 1] = torch.tensor(word[-2::-1], dtype=torch.int32)
+            bans.finals[state, at] = word[-1]
         for position, token in enumerate(made, 7):
-            bans.recent[slot, position % WINDOW] = token
+            bans.recent[state, position % WINDOW] = token
     return bans
 
 
@@ -37,9 +39,11 @@ def on(device: str, bans: Bans) -> Bans:
     return Bans(*(tensor.to(device) for tensor in bans))
 
 
-def banned_in(bans: Bans, logits: torch.Tensor, positions: list[int], slots: list[int], device: str, ban) -> list[set]:
+def banned_in(
+    bans: Bans, logits: torch.Tensor, positions: list[int], state_indices: list[int], device: str, ban
+) -> list[set]:
     given_ = logits.to(device, copy=True)
-    ban(given_, torch.tensor(positions).to(device), torch.tensor(slots).to(device), on(device, bans))
+    ban(given_, torch.tensor(positions).to(device), torch.tensor(state_indices).to(device), on(device, bans))
     kept = given_.cpu() != -INF
     assert torch.equal(given_.cpu()[kept], logits[kept])
     return [set((~row).nonzero().flatten().tolist()) for row in kept]
@@ -47,13 +51,13 @@ def banned_in(bans: Bans, logits: torch.Tensor, positions: list[int], slots: lis
 
 @pytest.mark.parametrize("vocab", [40, 1025])
 def test_a_set_and_the_last_tokens_of_words_are_banned(ban, kernel_device: str, vocab: int) -> None:
-    slots = {
+    state_indices = {
         1: ({0, 31, 32, vocab - 1}, [], []),
         2: (set(), [[5, 6, 7], [6, 9], [1, 6, 8]], [5, 6]),
         3: ({4}, [[1, 2, 3, 4, 5]], [0, 1, 2, 3, 4]),
         4: (set(), [[6, 5]], [6, 9]),
     }
-    bans = with_bans(slots, vocab)
+    bans = with_bans(state_indices, vocab)
     got = banned_in(bans, torch.randn(6, vocab), [8, 9, 12, 9, 8, 3], [1, 2, 3, 4, 4, 0], kernel_device, ban)
     assert got == [{0, 31, 32, vocab - 1}, {7, 9}, {4, 5}, set(), {5}, set()]
 
@@ -83,32 +87,32 @@ def test_words_are_found_as_they_come(implementation: str, data: st.DataObject) 
     bans = on(device, with_bans({2: (set(), words, [])}, 33))
     for made in range(len(answer) + 1):
         position = torch.tensor([1, start + made]).to(device)
-        slots = torch.tensor([0, 2]).to(device)
+        state_indices = torch.tensor([0, 2]).to(device)
         logits = torch.zeros(2, 33, device=device)
-        ban(logits, position, slots, bans)
+        ban(logits, position, state_indices, bans)
         expected = {
             word[-1] for word in words if len(word) <= made + 1 and answer[made - len(word) + 1 : made] == word[:-1]
         }
         assert set((logits[1] == -INF).nonzero().flatten().tolist()) == expected
         assert not logits[0].any()
         if made < len(answer):
-            note(bans.recent, position, slots, torch.tensor([3, answer[made]]).to(device))
+            note(bans.recent, position, state_indices, torch.tensor([3, answer[made]]).to(device))
 
 
 def test_public_functions_choose_by_device_and_refuse_what_does_not_fit() -> None:
     bans = with_bans({1: ({3}, [[1, 2]], [1])}, 40)
-    logits, positions, slots = torch.randn(2, 40), torch.tensor([8, 8]), torch.tensor([1, 0])
+    logits, positions, state_indices = torch.randn(2, 40), torch.tensor([8, 8]), torch.tensor([1, 0])
     expected = logits.clone()
-    ban_tokens_reference(expected, positions, slots, bans)
-    ban_tokens(logits, positions, slots, bans)
+    ban_tokens_reference(expected, positions, state_indices, bans)
+    ban_tokens(logits, positions, state_indices, bans)
     assert torch.equal(logits, expected)
     noted = bans.recent.clone()
-    note_recent_reference(noted, positions, slots, torch.tensor([7, 0]))
-    note_recent(bans.recent, positions, slots, torch.tensor([7, 0]))
+    note_recent_reference(noted, positions, state_indices, torch.tensor([7, 0]))
+    note_recent(bans.recent, positions, state_indices, torch.tensor([7, 0]))
     assert torch.equal(bans.recent, noted)
     with pytest.raises(ValueError, match=r"logits is torch\.float16"):
-        ban_tokens(logits.half(), positions, slots, bans)
+        ban_tokens(logits.half(), positions, state_indices, bans)
     with pytest.raises(ValueError, match="forbidden has shape"):
-        ban_tokens(torch.randn(2, 80), positions, slots, bans)
+        ban_tokens(torch.randn(2, 80), positions, state_indices, bans)
     with pytest.raises(ValueError, match="the window is 3, expected a power of two"):
-        ban_tokens(logits, positions, slots, no_bans(5, 40, 3, 3, "cpu"))
+        ban_tokens(logits, positions, state_indices, no_bans(5, 40, 3, 3, "cpu"))

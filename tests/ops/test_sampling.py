@@ -149,13 +149,13 @@ def test_a_row_does_not_depend_on_its_batch(sample, kernel_device: str) -> None:
     assert torch.equal(sample(logits[order], **shuffled), tokens[order])
 
 
-def test_parameters_by_slot_are_those_of_the_rows(sample, kernel_device: str) -> None:
+def test_parameters_by_state_index_are_those_of_the_rows(sample, kernel_device: str) -> None:
     logits = torch.randn(6, 1500, device=kernel_device)
     parameters = rows([0.0, 0.5, 1.0, 0.0, 2.0, 0.7, 1.5, 0.0], 8, kernel_device)
     positions = parameters.pop("positions")[:6]
-    slots = torch.tensor([7, 0, 4, 4, 1, 2], device=kernel_device)
-    expected = sample(logits, **{name: value[slots] for name, value in parameters.items()}, positions=positions)
-    assert torch.equal(sample(logits, **parameters, positions=positions, slots=slots), expected)
+    state_indices = torch.tensor([7, 0, 4, 4, 1, 2], device=kernel_device)
+    expected = sample(logits, **{name: value[state_indices] for name, value in parameters.items()}, positions=positions)
+    assert torch.equal(sample(logits, **parameters, positions=positions, state_indices=state_indices), expected)
 
 
 def test_a_row_at_no_position_gets_token_0(sample, kernel_device: str) -> None:

@@ -25,7 +25,7 @@ INPUTS = (
     Input("temperature", torch.float32, ("rows",), padding=float("nan")),
     Input("seeds", torch.int64, ("rows",), padding=-3),
     Input("positions", torch.int64, ("rows",), padding=-1),
-    Input("row_slot", torch.int64, ("rows",), padding=-1),
+    Input("state_indices", torch.int64, ("rows",), padding=-1),
     Input("top_k", torch.int32, ("rows",), padding=-9),
     Input("top_p", torch.float32, ("rows",), padding=float("nan")),
     Input("min_p", torch.float32, ("rows",), padding=float("nan")),
@@ -37,7 +37,7 @@ INPUTS = (
     Input("stop_ids", torch.int64, ("rows", MAX_STOP), padding=-1),
     Input("stop_from", torch.int64, ("rows",), padding=2**62),
     Input("wanted", torch.int32, ("rows",), padding=2**30),
-    Input("new_slots", torch.int64, ("rows",), padding=-1),
+    Input("new_state_indices", torch.int64, ("rows",), padding=-1),
 )
 
 
@@ -47,13 +47,15 @@ class Sampler:
     def __init__(self, device: str) -> None:
         self.history = torch.zeros(SLOTS, VOCAB, dtype=torch.int32, device=device)
 
-    def step(self, logits, temperature, seeds, positions, row_slot, wanted, new_slots, **parameters) -> tuple:
-        start_history(self.history, new_slots, torch.zeros_like(new_slots), new_slots)
+    def step(
+        self, logits, temperature, seeds, positions, state_indices, wanted, new_state_indices, **parameters
+    ) -> tuple:
+        start_history(self.history, new_state_indices, torch.zeros_like(new_state_indices), new_state_indices)
         adjustments = Adjustments(*(parameters[name] for name in Adjustments._fields))
         filters = Filters(*(parameters[name] for name in Filters._fields))
-        adjusted = adjust_logits(logits, positions, self.history, row_slot, adjustments)
+        adjusted = adjust_logits(logits, positions, self.history, state_indices, adjustments)
         tokens = sample(adjusted, temperature, seeds, positions, filters)
-        count_tokens(self.history, row_slot, tokens)
+        count_tokens(self.history, state_indices, tokens)
         return (tokens, *log_probabilities(logits, tokens, wanted, TOP_N))
 
 
@@ -66,7 +68,7 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     chosen: list[float] = field(default_factory=list)
 
-    def row(self, slot: int) -> dict[str, object]:
+    def row(self, state: int) -> dict[str, object]:
         n, position = self.number, 1 + len(self.tokens)  # after a prompt of one token
         generator = torch.Generator().manual_seed(1000 * n + position)
         return {
@@ -74,7 +76,7 @@ class Request:
             "temperature": [0.0, 0.7, 1.0, 1.5][n % 4],
             "seeds": 77 * n,
             "positions": position,
-            "row_slot": slot,
+            "state_indices": state,
             "top_k": [0, 5, VOCAB, 40][n % 4],
             "top_p": [1.0, 0.9, 0.6][n % 3],
             "min_p": [0.0, 0.05][n % 2],
@@ -86,15 +88,15 @@ class Request:
             "stop_ids": [n % VOCAB, 3],
             "stop_from": n % 5,
             "wanted": n % (TOP_N + 1),
-            "new_slots": slot if position == 1 else -1,
+            "new_state_indices": state if position == 1 else -1,
             **self.changes,
         }
 
 
 def serve(sampler: Sampler, runner: GraphRunner | None, batches: list[dict[int, Request]], device: str) -> None:
-    """Run one step for each batch, ``{slot: request}``, by graph or, without a runner, eagerly at the true size."""
+    """Run a step for each batch, ``{state index: request}``: by graph, or without a runner eagerly at the true size."""
     for batch in batches:
-        rows = [request.row(slot) for slot, request in batch.items()]
+        rows = [request.row(state) for state, request in batch.items()]
         inputs = {spec.name: torch.tensor([row[spec.name] for row in rows], dtype=spec.dtype) for spec in INPUTS}
         if runner is None:
             results = sampler.step(**{name: value.to(device) for name, value in inputs.items()})
@@ -115,7 +117,7 @@ def test_requests_get_the_same_alone_and_replayed_in_any_batch(device: str) -> N
     runner = GraphRunner(sampler.step, INPUTS, [1, 4, 6], backend=device, strict=True)
     runner.capture()
     first = dict(zip([3, 0, 5, 1, 2], together[:5], strict=True))
-    second = dict(zip([0, 4, 1], together[5:8], strict=True))  # slots 0 and 1 again
+    second = dict(zip([0, 4, 1], together[5:8], strict=True))  # state indices 0 and 1 again
     last = {3: together[8]}
     serve(sampler, runner, [first] * 6 + [second, second] + [last] * 6 + [second] * 4, device)
     assert runner.stats.hit_rate == 1.0

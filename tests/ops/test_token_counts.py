@@ -32,7 +32,7 @@ def used_history(device: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("slots", "prompt", "prompt_slots"),
+    ("state_indices", "prompt", "prompt_state_indices"),
     [
         ([2], [5, 1029, 5, 0], [2, 2, 2, 2]),
         ([0, 3], [5, 7, 7, 9], [0, 0, 3, 3]),
@@ -42,18 +42,20 @@ def used_history(device: str) -> torch.Tensor:
         ([], [], []),
     ],
 )
-def test_starts_slots_and_touches_no_other(
-    start_history, kernel_device: str, slots: list[int], prompt: list[int], prompt_slots: list[int]
+def test_starts_histories_and_touches_no_other(
+    start_history, kernel_device: str, state_indices: list[int], prompt: list[int], prompt_state_indices: list[int]
 ) -> None:
     history = used_history(kernel_device)
     expected = history.clone()
-    for slot in slots:
-        if slot >= 0:
-            expected[slot] = 0
-    for slot, token in zip(prompt_slots, prompt, strict=True):
-        if slot >= 0:
-            expected[slot, token] = 1
-    start_history(history, ids(slots, kernel_device), ids(prompt, kernel_device), ids(prompt_slots, kernel_device))
+    for state in state_indices:
+        if state >= 0:
+            expected[state] = 0
+    for state, token in zip(prompt_state_indices, prompt, strict=True):
+        if state >= 0:
+            expected[state, token] = 1
+    start_history(
+        history, ids(state_indices, kernel_device), ids(prompt, kernel_device), ids(prompt_state_indices, kernel_device)
+    )
     assert torch.equal(history, expected)
 
 
@@ -66,7 +68,7 @@ def test_a_prompt_may_come_in_parts(start_history, kernel_device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row_slot", "tokens"),
+    ("state_indices", "tokens"),
     [
         ([0, 1, 2, 3], [0, 1029, 3, 3]),
         ([2, -1, 0, -1], [7, -9, 7, 10**12]),
@@ -75,13 +77,13 @@ def test_a_prompt_may_come_in_parts(start_history, kernel_device: str) -> None:
         ([], []),
     ],
 )
-def test_counts_real_rows(count_tokens, kernel_device: str, row_slot: list[int], tokens: list[int]) -> None:
+def test_counts_real_rows(count_tokens, kernel_device: str, state_indices: list[int], tokens: list[int]) -> None:
     history = used_history(kernel_device)
     expected = history.clone()
-    for slot, token in zip(row_slot, tokens, strict=True):
-        if slot >= 0:
-            expected[slot, token] += 2
-    count_tokens(history, ids(row_slot, kernel_device), ids(tokens, kernel_device))
+    for state, token in zip(state_indices, tokens, strict=True):
+        if state >= 0:
+            expected[state, token] += 2
+    count_tokens(history, ids(state_indices, kernel_device), ids(tokens, kernel_device))
     assert torch.equal(history, expected)
 
 
@@ -92,18 +94,18 @@ def test_counts_real_rows(count_tokens, kernel_device: str, row_slot: list[int],
     st.integers(0, 2),
     st.integers(1, 4),
 )
-def test_holds_prompt_and_counts(prompt: list[int], output: list[int], slot: int, parts: int) -> None:
-    """Whatever a slot held before, and in however many parts the prompt came."""
+def test_holds_prompt_and_counts(prompt: list[int], output: list[int], state: int, parts: int) -> None:
+    """Whatever a history held before, and in however many parts the prompt came."""
     history = torch.randint(0, 99, (3, 10), dtype=torch.int32)
     before = history.clone()
     for part in range(parts):
         tokens = prompt[part::parts]
-        start_history_reference(history, ids([slot if part == 0 else -1]), ids(tokens), ids([slot] * len(tokens)))
+        start_history_reference(history, ids([state if part == 0 else -1]), ids(tokens), ids([state] * len(tokens)))
     for token in output:
-        count_tokens_reference(history, ids([-1, slot]), ids([3, token]))
+        count_tokens_reference(history, ids([-1, state]), ids([3, token]))
     expected = [2 * output.count(token) + (token in prompt) for token in range(10)]
-    assert history[slot].tolist() == expected
-    others = [other for other in range(3) if other != slot]
+    assert history[state].tolist() == expected
+    others = [other for other in range(3) if other != state]
     assert torch.equal(history[others], before[others])
 
 
@@ -125,14 +127,14 @@ def test_public_functions_take_the_reference_on_cpu() -> None:
 @pytest.mark.gpu
 def test_public_functions_on_a_gpu() -> None:
     history = torch.randint(0, 9, (16, 151_936), dtype=torch.int32)
-    prompt, slots = torch.randint(0, 50, (5000,)), torch.randint(-1, 16, (5000,))
+    prompt, state_indices = torch.randint(0, 50, (5000,)), torch.randint(-1, 16, (5000,))
     on_gpu = history.cuda()
     for start, count, to in (
         (public_start_history, public_count_tokens, on_gpu),
         (start_history_reference, count_tokens_reference, history),
     ):
-        start(to, ids([0, 7, -1], to.device), prompt.to(to.device), slots.to(to.device))
-        count(to, slots.to(to.device), prompt.to(to.device))
+        start(to, ids([0, 7, -1], to.device), prompt.to(to.device), state_indices.to(to.device))
+        count(to, state_indices.to(to.device), prompt.to(to.device))
     assert torch.equal(on_gpu.cpu(), history)
 
 
@@ -141,17 +143,21 @@ def test_public_functions_on_a_gpu() -> None:
     [
         ("history", torch.zeros(3, 9), "history is torch.float32, expected torch.int32"),
         ("history", torch.zeros(9, 3, dtype=torch.int32).T, "history is of strides .*, expected a contiguous tensor"),
-        ("history", torch.zeros(0, 3, dtype=torch.int32), "history is of shape .*, expected at least one slot"),
-        ("slots", torch.zeros(2, dtype=torch.int32), "slots is torch.int32, expected torch.int64"),
-        ("prompt_slots", torch.zeros(5, dtype=torch.int64), r"prompt_slots has shape \[5\], expected \[4\]"),
-        ("row_slot", torch.zeros(2, 1, dtype=torch.int64), r"row_slot has shape \[2, 1\], expected \[any\]"),
+        ("history", torch.zeros(0, 3, dtype=torch.int32), "history is of shape .*, expected at least one state"),
+        ("state_indices", torch.zeros(2, dtype=torch.int32), "state_indices is torch.int32, expected torch.int64"),
+        (
+            "prompt_state_indices",
+            torch.zeros(5, dtype=torch.int64),
+            r"prompt_state_indices has shape \[5\], expected \[4\]",
+        ),
+        ("state_indices", torch.zeros(2, 1, dtype=torch.int64), r"state_indices has shape \[2, 1\], expected \[any\]"),
         ("tokens", torch.zeros(3, dtype=torch.int64), r"tokens has shape \[3\], expected \[2\]"),
     ],
 )
 def test_refuses_what_does_not_fit(name: str, value: torch.Tensor, message: str) -> None:
     history = {"history": torch.zeros(3, 9, dtype=torch.int32)}
-    start = history | {"slots": ids([0]), "prompt": ids([0] * 4), "prompt_slots": ids([0] * 4)}
-    count = history | {"row_slot": ids([0, 0]), "tokens": ids([0, 0])}
+    start = history | {"state_indices": ids([0]), "prompt": ids([0] * 4), "prompt_state_indices": ids([0] * 4)}
+    count = history | {"state_indices": ids([0, 0]), "tokens": ids([0, 0])}
     function, arguments = (public_start_history, start) if name in start else (public_count_tokens, count)
     with pytest.raises(ValueError, match=message):
         function(**{**arguments, name: value})

@@ -366,7 +366,7 @@ class Sampler:
         if level is SamplingLevel.PLAIN:
             temperature = _Floats[torch.Tensor]._make(self._floats).temperature
             return sample(
-                logits, temperature, _Integers[torch.Tensor]._make(self._integers).seed, positions, slots=slots
+                logits, temperature, _Integers[torch.Tensor]._make(self._integers).seed, positions, state_indices=slots
             )
         floats = _Floats[torch.Tensor]._make(self._floats.index_select(1, slots))
         integers = _Integers[torch.Tensor]._make(self._integers.index_select(1, slots))

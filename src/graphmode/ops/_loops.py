@@ -233,7 +233,7 @@ _MOST_NOISE = np.float32(17.5)
 
 
 @_compile("void(f4[:,::1], f4[:], i8[:], i8[:], i8[:], f4, i8[:])")
-def sample(logits, temperature, seeds, positions, slots, min_temperature, out):  # type: ignore[no-untyped-def]
+def sample(logits, temperature, seeds, positions, state_indices, min_temperature, out):  # type: ignore[no-untyped-def]
     """Draw a token of each row, as :func:`graphmode.ops.sampling.sample.sample` without filters.
 
     The noise of a token takes two logarithms, so it is computed only where the token may win: noise ``-log(-log(u))``
@@ -247,11 +247,11 @@ def sample(logits, temperature, seeds, positions, slots, min_temperature, out): 
         out[row] = 0
         if positions[row] <= 0:
             continue
-        slot = slots[row]
-        random = temperature[slot] >= min_temperature
-        inverse = np.float32(1.0) / temperature[slot] if random else np.float32(1.0)
+        state = state_indices[row]
+        random = temperature[state] >= min_temperature
+        inverse = np.float32(1.0) / temperature[state] if random else np.float32(1.0)
         most_noise = _MOST_NOISE if random else np.float32(0.0)
-        key = _mix64((_mix64(np.uint64(seeds[slot])) + np.uint64(positions[row])) & _MASK64)
+        key = _mix64((_mix64(np.uint64(seeds[state])) + np.uint64(positions[row])) & _MASK64)
         factor = np.uint32((key >> np.uint64(32)) | np.uint64(1))
         offset = np.uint32(key & np.uint64(0xFFFFFFFF))
         best = np.float32(-np.inf)

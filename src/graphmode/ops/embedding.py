@@ -41,12 +41,12 @@ def embed(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def embed_reference(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Do as :func:`embed` in PyTorch."""
+    """Run :func:`embed` in PyTorch."""
     return torch.nn.functional.embedding(token_ids, weight)
 
 
 def embed_triton(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Do as :func:`embed` in Triton: programs of one token and part of its row."""
+    """Run :func:`embed` in Triton: programs of one token and part of its row."""
     tokens, hidden = token_ids.numel(), weight.shape[1]
     out = torch.empty((*token_ids.shape, hidden), dtype=weight.dtype, device=weight.device)
     if tokens:

@@ -56,7 +56,7 @@ def write_kv_reference(
     v_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor,
 ) -> None:
-    """Do as :func:`write_kv` in PyTorch, with fixed shapes: every row is written somewhere.
+    """Run :func:`write_kv` in PyTorch, with fixed shapes: every row is written somewhere.
 
     A padding row repeats a real one: the same value to the same slot, so that it does not matter which write comes
     last. Where no row is real, all of them give slot 0 the value that it has. A slot beyond the cache raises IndexError
@@ -84,7 +84,7 @@ def write_kv_triton(
     v_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor,
 ) -> None:
-    """Do as :func:`write_kv` in Triton: one program for each token (and each 2,048 elements of it).
+    """Run :func:`write_kv` in Triton: one program for each token (and each 2,048 elements of it).
 
     A slot beyond the cache, which is the caller's error, writes nothing rather than someone else's memory.
     """

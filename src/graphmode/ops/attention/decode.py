@@ -116,7 +116,7 @@ def rotate_and_attend_triton(
     parts: SplitKVPlan | None = None,
     hopper: bool = False,
 ) -> torch.Tensor:
-    """Do as :func:`rotate_and_attend` in Triton, for whole heads rotated by halves; on ``hopper`` by its own kernel."""
+    """Run :func:`rotate_and_attend` in Triton, for whole heads rotated by halves; on ``hopper`` by its own kernel."""
     tokens, (block_size, kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
     q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)

@@ -161,7 +161,7 @@ def paged_attention_cpu(
     sinks: torch.Tensor | None = None,
     selection: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`paged_attention` on a CPU, by an operator that reads the lengths when it runs."""
+    """Run :func:`paged_attention` on a CPU, by an operator that reads the lengths when it runs."""
     out = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype)
     lengths = block_tables, cu_query_lens, kv_lens
     attend_on_cpu(q, k_cache, v_cache, *lengths, scale, max_query_len, window, soft_cap, sinks, selection, out)
@@ -192,7 +192,7 @@ def paged_attention_reference(
     sinks: torch.Tensor | None = None,
     selection: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`paged_attention` in PyTorch with fixed shapes: each query block meets the same number of keys.
+    """Run :func:`paged_attention` in PyTorch with fixed shapes: each query block meets the same number of keys.
 
     Keys beyond what a block sees are gathered from the first slot that it sees instead of their own, so that masking
     them is enough: no weight of zero meets the NaN that an unused slot may hold.
@@ -417,7 +417,7 @@ def paged_attention_triton(
     selection: torch.Tensor | None = None,
     parts: SplitKVPlan | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`paged_attention` in Triton."""
+    """Run :func:`paged_attention` in Triton."""
     tokens, q_heads, key_dim = q.shape
     _, block_size, kv_heads, value_dim = v_cache.shape
     out = torch.empty((tokens, q_heads, value_dim), dtype=q.dtype, device=q.device)

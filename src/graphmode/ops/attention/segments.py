@@ -67,7 +67,7 @@ _CHUNK_BYTES = 4 << 20
 def segment_attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_lens: torch.Tensor, *, scale: float
 ) -> torch.Tensor:
-    """Do as :func:`segment_attention` in PyTorch with fixed shapes: every token meets all, most hidden."""
+    """Run :func:`segment_attention` in PyTorch with fixed shapes: every token meets all, most hidden."""
     tokens, heads, _ = q.shape
     starts, ends = _bounds(cu_lens, tokens)
     token = torch.arange(tokens, device=q.device, dtype=torch.int32)
@@ -95,7 +95,7 @@ _BLOCK_N = 64
 def segment_attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_lens: torch.Tensor, *, scale: float
 ) -> torch.Tensor:
-    """Do as :func:`segment_attention` in Triton."""
+    """Run :func:`segment_attention` in Triton."""
     tokens, heads, head_dim = q.shape
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     if tokens == 0:

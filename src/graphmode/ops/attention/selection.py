@@ -87,7 +87,7 @@ def select_keys_cpu(
     top_k: int,
     max_query_len: int,
 ) -> torch.Tensor:
-    """Do as :func:`select_keys` on a CPU, by an operator that reads the lengths when it runs."""
+    """Run :func:`select_keys` on a CPU, by an operator that reads the lengths when it runs."""
     width = min(top_k, block_tables.shape[1] * index_cache.shape[1])
     out = torch.empty((q.shape[0], width), dtype=torch.int32)
     select_on_cpu(q, weights, index_cache, block_tables, cu_query_lens, kv_lens, max_query_len, out)
@@ -105,7 +105,7 @@ def select_keys_reference(
     top_k: int,
     max_query_len: int,
 ) -> torch.Tensor:
-    """Do as :func:`select_keys` in PyTorch with fixed shapes, by a stable sort."""
+    """Run :func:`select_keys` in PyTorch with fixed shapes, by a stable sort."""
     tokens, heads, dim = q.shape
     block_size = index_cache.shape[1]
     max_len = block_tables.shape[1] * block_size
@@ -151,7 +151,7 @@ def select_keys_triton(
     top_k: int,
     max_query_len: int,
 ) -> torch.Tensor:
-    """Do as :func:`select_keys` in Triton: a kernel for the scores, and one for the largest of each row."""
+    """Run :func:`select_keys` in Triton: a kernel for the scores, and one for the largest of each row."""
     tokens, heads, dim = q.shape
     _, block_size, _, _ = index_cache.shape
     seqs, max_blocks = block_tables.shape

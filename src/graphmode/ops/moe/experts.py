@@ -107,7 +107,7 @@ def gated_experts_reference(
     gate_up: torch.Tensor,
     down: torch.Tensor,
 ) -> torch.Tensor:
-    """Do as :func:`gated_experts` in PyTorch, every expert on every row."""
+    """Run :func:`gated_experts` in PyTorch, every expert on every row."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert, (gate_up_of, down_of) in enumerate(zip(gate_up, down, strict=True)):
         gate, up = (x.float() @ gate_up_of.float().T).chunk(2, dim=1)
@@ -126,7 +126,7 @@ def gated_experts_triton(
     gate_up: torch.Tensor,
     down: torch.Tensor,
 ) -> torch.Tensor:
-    """Do as :func:`gated_experts` in Triton, in four kernels."""
+    """Run :func:`gated_experts` in Triton, in four kernels."""
     x, top_k_index, top_k_weights, real = (
         each.contiguous() for each in (x, top_k_index, top_k_weights, real.view(torch.uint8))
     )

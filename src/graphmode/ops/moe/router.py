@@ -76,7 +76,7 @@ def choose_experts(
 def choose_experts_reference(
     logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do as :func:`choose_experts` in PyTorch."""
+    """Run :func:`choose_experts` in PyTorch."""
     scores = logits.float().sigmoid() if routing.sigmoid else logits.softmax(-1, dtype=torch.float32)
     compared = scores if bias is None else scores + bias
     if routing.groups > 1:
@@ -94,7 +94,7 @@ def choose_experts_reference(
 def choose_experts_triton(
     logits: torch.Tensor, bias: torch.Tensor | None, routing: Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do as :func:`choose_experts` in Triton, a program a row."""
+    """Run :func:`choose_experts` in Triton, a program a row."""
     (rows, experts), k = logits.shape, routing.k
     weights = torch.empty((rows, k), dtype=routing.dtype, device=logits.device)
     index = torch.empty((rows, k), dtype=torch.int64, device=logits.device)

@@ -46,7 +46,7 @@ def adjust_logits(
     logits: torch.Tensor,
     positions: torch.Tensor,
     history: torch.Tensor,
-    row_slot: torch.Tensor,
+    state_indices: torch.Tensor,
     adjustments: Adjustments,
 ) -> torch.Tensor:
     """Return adjusted logits; a row without adjustments keeps its own.
@@ -55,9 +55,9 @@ def adjust_logits(
         logits: ``[rows, vocab]``, float32, bfloat16 or float16, with any strides.
         positions: int64 ``[rows]``: the position in its sequence of the token that is drawn. Where it is 0 or less, a
             row is padding: its logits are not read, and what is returned for it is undefined.
-        history: int32 ``[slots, vocab]``, contiguous: the tokens of the running sequences
+        history: int32 ``[states, vocab]``, contiguous: the tokens of the running sequences
             (:mod:`graphmode.ops.sampling.token_counts`).
-        row_slot: int64 ``[rows]``: the slot of each row's sequence; -1 for a row without penalties and for padding.
+        state_indices: int64 ``[rows]``: of each row's sequence; -1 for a row without penalties and for padding.
         adjustments: the adjustments.
 
     Returns:
@@ -70,7 +70,7 @@ def adjust_logits(
     rows = logits.shape[0]
     require_tensor("positions", positions, shape=(rows,), dtypes=(torch.int64,), like=logits)
     require_history(history, vocab=logits.shape[1], like=logits)
-    require_tensor("row_slot", row_slot, shape=(rows,), dtypes=(torch.int64,), like=logits)
+    require_tensor("state_indices", state_indices, shape=(rows,), dtypes=(torch.int64,), like=logits)
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         require_tensor(name, getattr(adjustments, name), shape=(rows,), dtypes=(torch.float32,), like=logits)
     require_tensor("bias_ids", adjustments.bias_ids, shape=(rows, None), dtypes=(torch.int64,), like=logits)
@@ -78,24 +78,24 @@ def adjust_logits(
     require_tensor("stop_ids", adjustments.stop_ids, shape=(rows, None), dtypes=(torch.int64,), like=logits)
     require_tensor("stop_from", adjustments.stop_from, shape=(rows,), dtypes=(torch.int64,), like=logits)
     adjust = adjust_logits_triton if runs_triton(logits) else adjust_logits_reference
-    return adjust(logits, positions, history, row_slot, adjustments)
+    return adjust(logits, positions, history, state_indices, adjustments)
 
 
 def adjust_logits_reference(
     logits: torch.Tensor,
     positions: torch.Tensor,
     history: torch.Tensor,
-    row_slot: torch.Tensor,
+    state_indices: torch.Tensor,
     adjustments: Adjustments,
 ) -> torch.Tensor:
-    """Do as :func:`adjust_logits` in PyTorch. An unused place of a list adds 0 to token 0."""
+    """Run :func:`adjust_logits` in PyTorch. An unused place of a list adds 0 to token 0."""
     repetition, presence, frequency = (penalty.unsqueeze(1) for penalty in adjustments[:3])
     used = adjustments.bias_ids >= 0
     barred = (adjustments.stop_ids >= 0) & (positions < adjustments.stop_from).unsqueeze(1)
     values = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     values.scatter_add_(1, adjustments.bias_ids.clamp(min=0), torch.where(used, adjustments.bias, 0.0))
 
-    had = history.index_select(0, row_slot.clamp(min=0)).mul_((row_slot >= 0).unsqueeze(1))
+    had = history.index_select(0, state_indices.clamp(min=0)).mul_((state_indices >= 0).unsqueeze(1))
     factor = torch.where(values > 0, repetition.reciprocal(), repetition)
     values.mul_(torch.where(had > 0, factor, 1.0))
     count = had >> 1
@@ -107,18 +107,18 @@ def adjust_logits_triton(
     logits: torch.Tensor,
     positions: torch.Tensor,
     history: torch.Tensor,
-    row_slot: torch.Tensor,
+    state_indices: torch.Tensor,
     adjustments: Adjustments,
 ) -> torch.Tensor:
-    """Do as :func:`adjust_logits` in Triton: one kernel for all logits, then one for those that lists name.
+    """Run :func:`adjust_logits` in Triton: one kernel for all logits, then one for those that lists name.
 
-    A slot or a token that does not exist, the caller's error, is left out.
+    A state index or a token that does not exist, the caller's error, is left out.
     """
     rows, vocab = logits.shape
     adjusted = torch.empty((rows, vocab), dtype=torch.float32, device=logits.device)
     if rows == 0:
         return adjusted
-    penalties = (history, row_slot, *adjustments[:3])
+    penalties = (history, state_indices, *adjustments[:3])
     _penalise_kernel[(rows, -(-vocab // _BLOCK))](
         logits, *logits.stride(), *penalties, adjusted, history.shape[0], vocab, positions, block=_BLOCK
     )
@@ -141,18 +141,18 @@ def adjust_logits_triton(
     return adjusted
 
 
-@jit(do_not_specialize=["num_slots", "vocab"])
+@jit(do_not_specialize=["states", "vocab"])
 def _penalise_kernel(  # type: ignore[no-untyped-def]
     logits,
     logits_stride_row,
     logits_stride_vocab,
     history,
-    row_slot,
+    state_indices,
     repetition,
     presence,
     frequency,
     adjusted,
-    num_slots,
+    states,
     vocab,
     positions,
     block: constexpr,
@@ -163,22 +163,22 @@ def _penalise_kernel(  # type: ignore[no-untyped-def]
     value = tl.load(
         logits + row * logits_stride_row + index.to(tl.int64) * logits_stride_vocab, mask=inside, other=0.0
     ).to(tl.float32)
-    value = _penalise(value, index, inside, row, history, row_slot, repetition, presence, frequency, num_slots, vocab)
+    value = _penalise(value, index, inside, row, history, state_indices, repetition, presence, frequency, states, vocab)
     tl.store(adjusted + row * vocab + index, value, mask=inside)
 
 
-@jit(do_not_specialize=["num_slots", "vocab", "max_bias", "max_stop"])
+@jit(do_not_specialize=["states", "vocab", "max_bias", "max_stop"])
 def _adjust_listed_kernel(  # type: ignore[no-untyped-def]
     logits,
     logits_stride_row,
     logits_stride_vocab,
     history,
-    row_slot,
+    state_indices,
     repetition,
     presence,
     frequency,
     adjusted,
-    num_slots,
+    states,
     vocab,
     positions,
     bias_ids,
@@ -198,7 +198,7 @@ def _adjust_listed_kernel(  # type: ignore[no-untyped-def]
     index = tl.where(used, index, 0)
     value = tl.load(logits + row * logits_stride_row + index * logits_stride_vocab, mask=used, other=0.0)
     value = value.to(tl.float32) + tl.load(bias + row * max_bias + place, mask=used, other=0.0)
-    value = _penalise(value, index, used, row, history, row_slot, repetition, presence, frequency, num_slots, vocab)
+    value = _penalise(value, index, used, row, history, state_indices, repetition, presence, frequency, states, vocab)
     tl.store(adjusted + row * vocab + index, value, mask=used)
     tl.debug_barrier()  # a biased token may be a stop token too
     place = tl.arange(0, stop_block)
@@ -211,12 +211,12 @@ def _adjust_listed_kernel(  # type: ignore[no-untyped-def]
 
 @jit()
 def _penalise(  # type: ignore[no-untyped-def]
-    value, index, inside, row, history, row_slot, repetition, presence, frequency, num_slots, vocab
+    value, index, inside, row, history, state_indices, repetition, presence, frequency, states, vocab
 ):
-    slot = tl.load(row_slot + row)
-    recorded = tl.where((slot >= 0) & (slot < num_slots), vocab, 0)
+    state = tl.load(state_indices + row)
+    recorded = tl.where((state >= 0) & (state < states), vocab, 0)
     known = inside & (index < recorded)
-    had = tl.load(history + tl.where(known, slot * vocab + index, 0), mask=known, other=0)
+    had = tl.load(history + tl.where(known, state * vocab + index, 0), mask=known, other=0)
     factor = tl.load(repetition + row)
     factor = tl.where(value > 0, 1.0 / factor, factor)
     value = value * tl.where(had > 0, factor, 1.0)

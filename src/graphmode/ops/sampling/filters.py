@@ -120,7 +120,7 @@ _BLOCK = 4096
 
 
 def threshold_triton(logits: torch.Tensor, temperature: torch.Tensor, filters: Filters) -> torch.Tensor:
-    """Do as :func:`threshold_reference` in Triton: what is returned may lie between two logits, but keeps the same.
+    """Run :func:`threshold_reference` in Triton: what is returned may lie between two logits, but keeps the same.
 
     One program a row passes over it for each two bits of the threshold, and stops when one logit is left to find. It
     gives a row without a filter, and a greedy one, whose token every filter keeps, -inf at once.

@@ -53,7 +53,7 @@ def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.
 def log_probabilities_reference(
     logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor, top_n: int
 ) -> LogProbabilities:
-    """Do as :func:`log_probabilities` in PyTorch: an integer key that holds the index too leaves no equals."""
+    """Run :func:`log_probabilities` in PyTorch: an integer key that holds the index too leaves no equals."""
     infinity = float("inf")
     values = logits.float().nan_to_num(nan=-infinity, posinf=infinity, neginf=-infinity).add_(0.0)
     bits = values.view(torch.int32)
@@ -79,7 +79,7 @@ _BLOCK = 4096
 def log_probabilities_triton(
     logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor, top_n: int
 ) -> LogProbabilities:
-    """Do as :func:`log_probabilities` in Triton: a program a row passes over it once, and once for each of the wanted.
+    """Run :func:`log_probabilities` in Triton: a program a row passes over it once, and once for each of the wanted.
 
     A chosen token beyond the vocabulary, the caller's error, counts as one with a logit of -inf.
     """

@@ -46,22 +46,22 @@ def sample(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     filters: Filters | None = None,
-    slots: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw one token for each row.
 
     Args:
         logits: ``[seqs, vocab]``, float32, bfloat16 or float16. A token with a logit of -inf is never drawn; NaN counts
             as -inf, and a row without any other value gives token 0.
-        temperature: float32 ``[slots]``. Below 1e-5, 0 included, a row is greedy: the highest logit, the lowest index
+        temperature: float32 ``[states]``. Below 1e-5, 0 included, a row is greedy: the highest logit, the lowest index
             among equals.
-        seeds: int64 ``[slots]``: all bits count.
+        seeds: int64 ``[states]``: all bits count.
         positions: int64 or int32 ``[seqs]``: the position in its sequence of the token that is drawn. No text begins
             with a drawn token: 0 or less is a padding row, which gets token 0, and whose logits are not read.
         filters: the rows' top-k, top-p and min-p. A row whose filters are all off gets the token that it gets without
             them. None spares their work where no row will ever filter.
-        slots: int64 ``[seqs]``: which entry of ``temperature`` and ``seeds`` is a row's, without ``filters``. None: the
-            entry of the row's own number.
+        state_indices: int64 ``[seqs]``: which entry of ``temperature`` and ``seeds`` is a row's, without
+            ``filters``. None: the entry of the row's own number.
 
     Returns:
         int64 ``[seqs]``: always in the vocabulary, for padding rows too, whatever they hold.
@@ -71,7 +71,7 @@ def sample(
     """
     require_tensor("logits", logits, shape=(None, None), dtypes=FLOATS, like=logits)
     rows = logits.shape[:1]
-    given = rows if slots is None else (None,)
+    given = rows if state_indices is None else (None,)
     require_tensor("temperature", temperature, shape=given, dtypes=(torch.float32,), like=logits)
     require_tensor("seeds", seeds, shape=temperature.shape, dtypes=(torch.int64,), like=logits)
     require_tensor("positions", positions, shape=rows, dtypes=(torch.int64, torch.int32), like=logits)
@@ -79,11 +79,11 @@ def sample(
         raise ValueError(f"logits has shape {list(logits.shape)}, expected a vocabulary of at least one token")
     if filters is not None:
         require_filters(filters, logits)
-        require(slots is None, "slots", "given", "None with filters")
-    if slots is not None:
-        require_tensor("slots", slots, shape=rows, dtypes=(torch.int64,), like=logits)
+        require(state_indices is None, "state_indices", "given", "None with filters")
+    if state_indices is not None:
+        require_tensor("state_indices", state_indices, shape=rows, dtypes=(torch.int64,), like=logits)
     draw = sample_triton if runs_triton(logits) else sample_cpu if runs_on_host(logits) else sample_reference
-    return draw(logits, temperature, seeds, positions, filters, slots)
+    return draw(logits, temperature, seeds, positions, filters, state_indices)
 
 
 def sample_reference(
@@ -92,11 +92,11 @@ def sample_reference(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     filters: Filters | None = None,
-    slots: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`sample` in PyTorch."""
-    if slots is not None:
-        temperature, seeds = temperature.index_select(0, slots), seeds.index_select(0, slots)
+    """Run :func:`sample` in PyTorch."""
+    if state_indices is not None:
+        temperature, seeds = temperature.index_select(0, state_indices), seeds.index_select(0, state_indices)
     random = (temperature >= MIN_TEMPERATURE).unsqueeze(1)
     scores = logits.float() * torch.where(random, temperature.unsqueeze(1), 1.0).reciprocal()
     log_rate = uniform_reference(seeds, positions, logits.shape[1]).log_().neg_().log_()
@@ -110,17 +110,18 @@ def sample_reference(
 
 
 @cpu_operator(
-    "sample_on_cpu(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor slots, Tensor(a!) out)"
+    "sample_on_cpu(Tensor logits, Tensor temperature, Tensor seeds, Tensor positions, Tensor state_indices, "
+    "Tensor(a!) out)"
 )
 def _sample_on_cpu(
     logits: torch.Tensor,
     temperature: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-    slots: torch.Tensor,
+    state_indices: torch.Tensor,
     out: torch.Tensor,
 ) -> Callable[[], object]:
-    parameters = (temperature.numpy(), seeds.numpy(), positions.numpy(), slots.numpy())
+    parameters = (temperature.numpy(), seeds.numpy(), positions.numpy(), state_indices.numpy())
     return partial(loops().sample, logits.numpy(), *parameters, MIN_TEMPERATURE, out.numpy())
 
 
@@ -130,16 +131,16 @@ def sample_cpu(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     filters: Filters | None = None,
-    slots: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`sample` by a loop on the CPU, in float32."""
+    """Run :func:`sample` by a loop on the CPU, in float32."""
     if filters is not None:
         threshold = threshold_reference(logits, temperature, filters).unsqueeze(1)
         logits = torch.where(logits >= threshold, logits, float("-inf"))
-    if slots is None:
-        slots = torch.arange(len(logits))
+    if state_indices is None:
+        state_indices = torch.arange(len(logits))
     out = torch.empty(len(logits), dtype=torch.int64)
-    _sample_on_cpu(logits.contiguous(), temperature, seeds, positions.long(), slots, out)
+    _sample_on_cpu(logits.contiguous(), temperature, seeds, positions.long(), state_indices, out)
     return out
 
 
@@ -166,7 +167,7 @@ def _mix64(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-# Vocabulary entries that a Triton program takes at a time, how many times that is under way at once (one of them being
+# Vocabulary entries that a Triton program takes at a time, how many times that is in flight at once (one of them being
 # computed with), and programs that fill a large GPU.
 _BLOCK = 256
 _STAGES = 4
@@ -179,9 +180,9 @@ def sample_triton(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     filters: Filters | None = None,
-    slots: torch.Tensor | None = None,
+    state_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`sample` in Triton: one pass over the logits, in parts, then a small kernel picks the best part.
+    """Run :func:`sample` in Triton: one pass over the logits, in parts, then a small kernel picks the best part.
 
     With filters, another kernel finds the rows' thresholds first.
     """
@@ -199,7 +200,7 @@ def sample_triton(
         *logits.stride(),
         temperature,
         seeds,
-        slots,
+        state_indices,
         positions,
         None if filters is None else threshold_triton(logits, temperature, filters),
         best_score,
@@ -219,7 +220,7 @@ def sample_triton(
 
 
 def uniform_triton(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Do as :func:`uniform_reference` in Triton. Sampling computes these numbers in place; this is for tests."""
+    """Run :func:`uniform_reference` in Triton. Sampling computes these numbers in place; this is for tests."""
     out = torch.empty((seeds.shape[0], vocab), dtype=torch.float32, device=seeds.device)
     _uniform_kernel[(seeds.shape[0], -(-vocab // _BLOCK))](seeds, positions, out, vocab, block=_BLOCK)
     return out
@@ -232,7 +233,7 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
     logits_stride_vocab,
     temperature,
     seeds,
-    slots,
+    state_indices,
     positions,
     threshold,
     best_score,
@@ -252,13 +253,13 @@ def _sample_part_kernel(  # type: ignore[no-untyped-def]
     start = tl.program_id(1) * part
     position = tl.load(positions + row)
     end = tl.where(position > 0, tl.minimum(start + part, vocab), 0)
-    slot = row
-    if slots is not None:
-        slot = tl.load(slots + row)
-    warmth = tl.load(temperature + slot)
+    state = row
+    if state_indices is not None:
+        state = tl.load(state_indices + row)
+    warmth = tl.load(temperature + state)
     random = warmth >= min_temperature
     factor = 1.0 / tl.where(random, warmth, 1.0)
-    key = _key(tl.load(seeds + slot), position)
+    key = _key(tl.load(seeds + state), position)
     lane = tl.arange(0, block)
     best = tl.full([block], float("-inf"), tl.float32)
     best_at = start + lane
