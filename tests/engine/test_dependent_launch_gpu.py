@@ -17,14 +17,14 @@ from graphmode.graph.inputs import all_padding
 from graphmode.ops import (
     Rotation,
     _triton,
-    linear_add,
-    norm_linear,
     paged_attention,
     rms_norm,
     rotate_and_attend,
     rotate_and_cache,
     sample,
     silu_mul,
+    skinny_linear_add,
+    skinny_norm_linear,
 )
 
 pytestmark = pytest.mark.gpu
@@ -102,7 +102,7 @@ def captured(driver: Any, function: Callable[[], Any]) -> tuple[list[str], list[
 def kernels_of_a_layer(rows: int) -> tuple[Callable[[], None], int]:
     """A function that runs the kernels of a layer and of sampling one after the other, and how many they are at least.
 
-    Up to 16 rows they are those of few rows; beyond, those that stand between matrix products.
+    Up to 16 rows they are skinny GEMMs; beyond, those that stand between matrix products.
     """
     device, dtype = "cuda", torch.bfloat16
     size = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -130,10 +130,10 @@ def kernels_of_a_layer(rows: int) -> tuple[Callable[[], None], int]:
 
     def few() -> None:
         heads = rotate_and_attend(
-            norm_linear(x, scale, qkv_weight, None, 1e-6), *rotated, block_tables, starts, lengths, scale=0.1
+            skinny_norm_linear(x, scale, qkv_weight, None, 1e-6), *rotated, block_tables, starts, lengths, scale=0.1
         )
-        linear_add(x, heads.flatten(1), output)
-        linear_add(x, norm_linear(x, scale, gate_up, None, 1e-6, gated=True), down)
+        skinny_linear_add(x, heads.flatten(1), output)
+        skinny_linear_add(x, skinny_norm_linear(x, scale, gate_up, None, 1e-6, gated=True), down)
         sample(logits, temperature, positions, positions)
 
     def many() -> None:
@@ -168,7 +168,7 @@ def test_plain_launches_make_no_programmatic_edge(driver: Any, rows: int, monkey
 LAYERS = 3
 # Of a step of one sequence: norm and projections, attention, output projection, norm and gate, down projection.
 KERNELS_OF_A_LAYER = 5
-THEIR_NAMES = {"_few_rows_kernel", "_norm_row_kernel", "_row_add_kernel", "_rotate_and_attend_kernel"}
+THEIR_NAMES = {"_skinny_kernel", "_norm_row_kernel", "_row_add_kernel", "_rotate_and_attend_kernel"}
 
 
 @pytest.fixture

@@ -11,13 +11,16 @@ import torch
 from graphmode.ops._triton import compiles_hopper
 from graphmode.ops.attention import decode_hopper
 from graphmode.ops.attention.decode import rotate_and_attend_triton
-from graphmode.ops.attention.decode_hopper import supports
 from graphmode.ops.attention.split_kv import plan_split_kv
+from graphmode.ops.dispatch import choose
+from graphmode.ops.rope import heads_of
 from tests.ops.test_decode_attention import check, make_inputs
 
 
 def check_hopper(inputs: dict, *, window: int | None = None, spare: int | None = None) -> None:
-    assert supports(*(inputs[name] for name in ("qkv", "k_cache")))
+    qkv, rotation, caches = inputs["qkv"], inputs["rotation"], (inputs["k_cache"], inputs["v_cache"])
+    heads = heads_of(qkv.shape[1], rotation, *caches)
+    assert choose("rotate_and_attend", len(qkv), qkv, heads=heads) == "hopper"
     check(inputs, window=window, spare=spare, run=partial(rotate_and_attend_triton, hopper=True))
 
 

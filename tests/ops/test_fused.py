@@ -59,14 +59,14 @@ def test_add_rms_norm(float_implementation: str, random, rows: int, hidden: int)
 
 
 @pytest.mark.parametrize(("splits", "rows", "hidden"), [(1, 1, 16), (3, 4, 1000), (8, 2, 128)])
-def test_add_parts(implementation: str, random, splits: int, rows: int, hidden: int, nan_memory: None) -> None:
+def test_add_split_k(implementation: str, random, splits: int, rows: int, hidden: int, nan_memory: None) -> None:
     x, weight = random(rows, hidden) * 3, random(hidden)
     parts = random(splits, rows, hidden).float()
     expected, alone = x.double() + parts.double().sum(0), x.clone()
-    normed = getattr(split_k_residual, f"add_parts_and_norm_{implementation}")(x, parts, weight, 1e-3)
+    normed = getattr(split_k_residual, f"add_split_k_and_norm_{implementation}")(x, parts, weight, 1e-3)
     close(x, expected)
     close(normed, exact_norm(x, weight, 1e-3))
-    getattr(split_k_residual, f"add_parts_{implementation}")(alone, parts)
+    getattr(split_k_residual, f"add_split_k_{implementation}")(alone, parts)
     assert torch.equal(alone, x)
 
 
@@ -90,14 +90,14 @@ def test_norm_linear(
     if gated:
         gate, up = expected.chunk(2, dim=1)
         expected = gate * gate.sigmoid() * up
-    close(getattr(skinny, f"norm_linear_{implementation}")(x, scale, weight, bias, 1e-6, gated=gated), expected)
+    close(getattr(skinny, f"skinny_norm_linear_{implementation}")(x, scale, weight, bias, 1e-6, gated=gated), expected)
 
 
 @pytest.mark.parametrize(("rows", "width", "out"), SIZES)
 def test_linear_add(implementation: str, random, rows: int, width: int, out: int) -> None:
     x, h, weight = random(rows, out), random(rows, width), random(out, width)
     expected = x.double() + h.double() @ weight.double().T
-    getattr(skinny, f"linear_add_{implementation}")(x, h, weight)
+    getattr(skinny, f"skinny_linear_add_{implementation}")(x, h, weight)
     close(x, expected)
 
 
@@ -107,9 +107,9 @@ def test_rows_do_not_depend_on_each_other(implementation: str, random, rows: int
     x, weight, scale, h, down = random(rows, 256), random(64, 256), random(256), random(rows, 64), random(256, 64)
 
     def run(x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        result = getattr(skinny, f"norm_linear_{implementation}")(x, scale, weight, None, 1e-6)
+        result = getattr(skinny, f"skinny_norm_linear_{implementation}")(x, scale, weight, None, 1e-6)
         x = x.clone()
-        getattr(skinny, f"linear_add_{implementation}")(x, h, down)
+        getattr(skinny, f"skinny_linear_add_{implementation}")(x, h, down)
         return result[0], x[0]
 
     clean = run(x, h)
@@ -189,7 +189,7 @@ def test_sizes_of_a_real_model_on_a_gpu(rows: int) -> None:
         expected = x.double() + expected_h @ down.double().T
         for _ in range(20):
             result = x.clone()
-            h = skinny.norm_linear(result, scale, up, None, 1e-6, gated=True)
-            skinny.linear_add(result, h, down)
+            h = skinny.skinny_norm_linear(result, scale, up, None, 1e-6, gated=True)
+            skinny.skinny_linear_add(result, h, down)
             close(h, expected_h)
             close(result, expected)

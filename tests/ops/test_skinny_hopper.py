@@ -1,4 +1,4 @@
-"""Hopper's linear layers of a few rows: on a GPU against float64, elsewhere what they take and that they compile."""
+"""Hopper's skinny GEMMs: on a GPU against float64, elsewhere what they take and that they compile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphmode.ops.linear import skinny as few_rows
+from graphmode.ops.dispatch import H100, Case, choose, decide
+from graphmode.ops.linear import skinny
 from graphmode.ops.linear import skinny_hopper as hopper
 from tests.ops.test_fused import close, exact_norm
 
@@ -35,7 +36,7 @@ def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
 def test_norm_linear(hidden: int, size: int, gated: bool, with_bias: bool, dtype: torch.dtype) -> None:
     weight = random(2 * size if gated else size, hidden, dtype=dtype, scale=hidden**-0.5)
     norm, bias = random(hidden, dtype=dtype), random(len(weight), dtype=dtype) if with_bias else None
-    assert hopper.supports(weight, gated=gated)
+    assert choose("skinny_norm_swiglu" if gated else "skinny_norm_linear", 1, weight) == "hopper"
     for rows in ROWS:
         # As large as a residual stream may get in float16: times the norm's weight it would overflow.
         x = random(rows, hidden, dtype=dtype, scale=1e4)
@@ -45,7 +46,7 @@ def test_norm_linear(hidden: int, size: int, gated: bool, with_bias: bool, dtype
         if gated:
             gate, up = expected.chunk(2, dim=1)
             expected = gate * gate.sigmoid() * up
-        close(few_rows.norm_linear(x, norm, weight, bias, 1e-6, gated=gated), expected)
+        close(skinny.skinny_norm_linear(x, norm, weight, bias, 1e-6, gated=gated), expected)
 
 
 @pytest.mark.gpu
@@ -54,11 +55,11 @@ def test_norm_linear(hidden: int, size: int, gated: bool, with_bias: bool, dtype
 @pytest.mark.parametrize(("width", "size"), ADD)
 def test_linear_add(width: int, size: int, dtype: torch.dtype) -> None:
     weight = random(size, width, dtype=dtype, scale=width**-0.5)
-    assert hopper.supports(weight)
+    assert choose("skinny_linear_add", 1, weight) == "hopper"
     for rows in ROWS:
         x, h = random(rows, size, dtype=dtype), random(rows, width, dtype=dtype)
         expected = x.double() + h.double() @ weight.double().T
-        few_rows.linear_add(x, h, weight)
+        skinny.skinny_linear_add(x, h, weight)
         close(x, expected)
 
 
@@ -70,7 +71,7 @@ def test_linear(width: int, size: int, dtype: torch.dtype) -> None:
     weight = random(size, width, dtype=dtype, scale=width**-0.5)
     for rows in ROWS:
         h = random(rows, width, dtype=dtype)
-        close(few_rows.linear(h, weight), h.double() @ weight.double().T)
+        close(skinny.skinny_linear(h, weight), h.double() @ weight.double().T)
 
 
 @pytest.mark.gpu
@@ -88,8 +89,8 @@ def test_rows_do_not_depend_on_each_other(rows: int) -> None:
 
     def run(x: torch.Tensor, h: torch.Tensor) -> list[torch.Tensor]:
         added = x.clone()
-        few_rows.linear_add(added, h, down)
-        outputs = [few_rows.norm_linear(x, norm, weight, None, 1e-6, gated=gated) for gated in (False, True)]
+        skinny.skinny_linear_add(added, h, down)
+        outputs = [skinny.skinny_norm_linear(x, norm, weight, None, 1e-6, gated=gated) for gated in (False, True)]
         return [*outputs, added]
 
     expected = run(x, h)
@@ -113,9 +114,11 @@ def test_padding_is_not_read(rows: int) -> None:
 
     def run(x: torch.Tensor, h: torch.Tensor, lens: torch.Tensor | None) -> list[torch.Tensor]:
         added = x.clone()
-        few_rows.linear_add(added, h, down, lens)
-        normed = [few_rows.norm_linear(x, norm, weight, None, 1e-6, gated=gated, lens=lens) for gated in (False, True)]
-        return [added, few_rows.linear(h, down, lens), *normed]
+        skinny.skinny_linear_add(added, h, down, lens)
+        normed = [
+            skinny.skinny_norm_linear(x, norm, weight, None, 1e-6, gated=gated, lens=lens) for gated in (False, True)
+        ]
+        return [added, skinny.skinny_linear(h, down, lens), *normed]
 
     expected = run(x, h, None)
     h[~real] = float("nan")
@@ -131,7 +134,7 @@ def test_padding_is_not_read(rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 8, 16])
 def test_nothing_beyond_the_rows_is_written(rows: int) -> None:
     room = torch.full((16, 1024), 7.0, device="cuda", dtype=torch.bfloat16)
-    few_rows.linear_add(room[:rows], random(rows, 2048, dtype=room.dtype), random(1024, 2048, dtype=room.dtype))
+    skinny.skinny_linear_add(room[:rows], random(rows, 2048, dtype=room.dtype), random(1024, 2048, dtype=room.dtype))
     assert (room[rows:] == 7.0).all()
 
 
@@ -149,11 +152,12 @@ def test_nothing_beyond_the_rows_is_written(rows: int) -> None:
     ],
 )
 def test_what_fits(dtype: torch.dtype, size: int, width: int, fits: bool) -> None:
-    assert hopper.fits(dtype, size, width) is fits
+    taken = decide("skinny_linear", Case(H100, dtype, 1, ((size, width),), ((size, width),))).implementation
+    assert (taken == "hopper") is fits
 
 
 def test_weights_elsewhere_are_not_taken() -> None:
-    assert not hopper.supports(torch.zeros(16, 128, dtype=torch.bfloat16))
+    assert choose("skinny_linear", 1, torch.zeros(16, 128, dtype=torch.bfloat16)) == "reference"
 
 
 @given(st.integers(1, 20000), st.integers(1, 300), st.integers(1, 16), st.sampled_from(["add", "norm", "gated"]))
@@ -171,15 +175,22 @@ def test_tilings_cover_the_weights(eighths: int, width_128: int, rows: int, kind
 @pytest.mark.parametrize("supported", [False, True])
 def test_supported_weights_take_these_kernels(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
     calls = []
-    monkeypatch.setattr(few_rows, "supports", lambda weight, *, gated=False: supported)
-    monkeypatch.setattr(few_rows, "norm_linear_hopper", lambda *args, gated, lens: calls.append(gated))
-    monkeypatch.setattr(few_rows, "linear_add_hopper", lambda *args: calls.append("add"))
-    monkeypatch.setattr(few_rows, "linear_hopper", lambda *args: calls.append("plain"))
+    asked = []
+
+    def choose(operation: str, rows: int, weight: torch.Tensor) -> str:
+        asked.append(operation)
+        return "hopper" if supported else "reference"
+
+    monkeypatch.setattr(skinny, "choose", choose)
+    monkeypatch.setattr(hopper, "skinny_norm_linear_hopper", lambda *args, gated, lens: calls.append(gated))
+    monkeypatch.setattr(hopper, "skinny_linear_add_hopper", lambda *args: calls.append("add"))
+    monkeypatch.setattr(hopper, "skinny_linear_hopper", lambda *args: calls.append("plain"))
     x, weight = torch.ones(2, 16), torch.ones(16, 16)
-    few_rows.norm_linear(x, x[0], weight, None, 1e-6)
-    few_rows.norm_linear(x, x[0], weight, None, 1e-6, gated=True)
-    few_rows.linear_add(x, x.clone(), weight)
-    few_rows.linear(x, weight)
+    skinny.skinny_norm_linear(x, x[0], weight, None, 1e-6)
+    skinny.skinny_norm_linear(x, x[0], weight, None, 1e-6, gated=True)
+    skinny.skinny_linear_add(x, x.clone(), weight)
+    skinny.skinny_linear(x, weight)
+    assert asked == ["skinny_norm_linear", "skinny_norm_swiglu", "skinny_linear_add", "skinny_linear"]
     assert calls == ([False, True, "add", "plain"] if supported else [])
 
 
@@ -202,9 +213,9 @@ for size, width, gated, add, normed, rows, dtype in (
     signature = {name: "*" + dtype for name in pointers} | {"eps": "fp32", "lens": "*i32", "rows": "i32", "size": "i32"}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind[0] == "*"}
-    source = GluonASTSource(hopper._few_rows_kernel, signature, constants, aligned)
+    source = GluonASTSource(hopper._skinny_kernel, signature, constants, aligned)
     code = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.warps}).asm["ptx"]
-    # Weights in loads of 16 bytes, asked for before the wait.
+    # Weights come in loads of 16 bytes, before the wait.
     loads = re.finditer(r"ld\.global\S*\.v4", code)
     assert next(loads).start() < code.index("griddepcontrol.wait") < code.index("mma.sync"), code
 """

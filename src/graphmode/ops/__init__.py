@@ -6,10 +6,13 @@ from graphmode.ops.attention.segments import segment_attention
 from graphmode.ops.attention.selection import select_keys
 from graphmode.ops.embedding import embed
 from graphmode.ops.kv_cache import write_kv
-from graphmode.ops.linear.skinny import linear, linear_add, norm_linear
+from graphmode.ops.linear.prefill import prefill_heads, prefill_swiglu
+from graphmode.ops.linear.skinny import skinny_linear, skinny_linear_add, skinny_norm_linear
+from graphmode.ops.linear.small_batch import small_batch_linear, split_k_linear
 from graphmode.ops.moe.experts import gated_experts
 from graphmode.ops.moe.router import Routing, choose_experts
 from graphmode.ops.norm.rms_norm import add_rms_norm, rms_norm, silu_mul
+from graphmode.ops.norm.split_k_residual import add_split_k, add_split_k_and_norm
 from graphmode.ops.rope import Rotation, rotate_and_cache
 from graphmode.ops.sampling.adjust_logits import Adjustments, adjust_logits
 from graphmode.ops.sampling.bans import Bans, ban_tokens, no_bans, note_recent
@@ -26,19 +29,20 @@ __all__ = [
     "Rotation",
     "Routing",
     "add_rms_norm",
+    "add_split_k",
+    "add_split_k_and_norm",
     "adjust_logits",
     "ban_tokens",
     "choose_experts",
     "count_tokens",
     "embed",
     "gated_experts",
-    "linear",
-    "linear_add",
     "log_probabilities",
     "no_bans",
-    "norm_linear",
     "note_recent",
     "paged_attention",
+    "prefill_heads",
+    "prefill_swiglu",
     "rms_norm",
     "rotate_and_attend",
     "rotate_and_cache",
@@ -46,6 +50,11 @@ __all__ = [
     "segment_attention",
     "select_keys",
     "silu_mul",
+    "skinny_linear",
+    "skinny_linear_add",
+    "skinny_norm_linear",
+    "small_batch_linear",
+    "split_k_linear",
     "start_history",
     "write_kv",
 ]

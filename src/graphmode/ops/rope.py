@@ -21,6 +21,7 @@ from graphmode.ops._triton import (
     runs_triton,
     tl,
 )
+from graphmode.ops.dispatch import Heads
 from graphmode.ops.kv_cache import write_kv_reference
 
 
@@ -70,31 +71,54 @@ def rotate_and_cache(
         ValueError: a shape, dtype, layout or device does not fit.
     """
     require_tensor("qkv", qkv, shape=(None, None), dtypes=FLOATS, like=qkv)
-    require_cache("k_cache", k_cache, shape=(None, None, None, None), like=qkv)
-    require_cache("v_cache", v_cache, shape=k_cache.shape, like=qkv)
-    tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
-    require_tensor("positions", positions, shape=(tokens,), dtypes=(torch.int64,), like=qkv)
-    require_tensor("slot_mapping", slot_mapping, shape=(tokens,), dtypes=(torch.int64,), like=qkv)
-    require_tensor("cos", rotation.cos, shape=(None, None), dtypes=(torch.float32,), like=qkv)
-    require_tensor("sin", rotation.sin, shape=rotation.cos.shape, dtypes=(torch.float32,), like=qkv)
-    half = rotation.cos.shape[1]
-    require(2 * half <= head_dim, "cos", f"for {half} pairs", f"at most half of head_dim={head_dim}")
-    q_size = qkv.shape[1] - 2 * kv_heads * head_dim
-    require(
-        qkv.is_contiguous() and q_size > 0 and q_size % head_dim == 0,
-        "qkv",
-        f"of shape {list(qkv.shape)} and strides {qkv.stride()}",
-        f"whole heads of {head_dim} beside {kv_heads} of keys and of values, contiguous",
-    )
-    require((q_norm is None) == (k_norm is None), "k_norm", k_norm, "a weight exactly where q_norm is one")
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None:
-            require_tensor(name, norm, shape=(head_dim,), dtypes=(qkv.dtype,), like=qkv)
+    require(qkv.is_contiguous(), "qkv", f"of strides {qkv.stride()}", "a contiguous tensor")
+    require_heads(qkv, qkv.shape[1], q_norm, k_norm, rotation, positions, k_cache, v_cache, slot_mapping)
     on_host = runs_on_host(qkv)
     run = (
         rotate_and_cache_triton if runs_triton(qkv) else rotate_and_cache_cpu if on_host else rotate_and_cache_reference
     )
     return run(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
+
+
+def require_heads(
+    x: torch.Tensor,
+    size: int,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    rotation: Rotation,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Check the arguments of :func:`rotate_and_cache` for tokens like ``x`` with ``size`` outputs of projections each.
+
+    Raises:
+        ValueError: a shape, dtype, layout or device does not fit.
+    """
+    require_cache("k_cache", k_cache, shape=(None, None, None, None), like=x)
+    require_cache("v_cache", v_cache, shape=k_cache.shape, like=x)
+    tokens, (kv_heads, head_dim) = x.shape[0], k_cache.shape[2:]
+    require_tensor("positions", positions, shape=(tokens,), dtypes=(torch.int64,), like=x)
+    require_tensor("slot_mapping", slot_mapping, shape=(tokens,), dtypes=(torch.int64,), like=x)
+    require_tensor("cos", rotation.cos, shape=(None, None), dtypes=(torch.float32,), like=x)
+    require_tensor("sin", rotation.sin, shape=rotation.cos.shape, dtypes=(torch.float32,), like=x)
+    half = rotation.cos.shape[1]
+    require(2 * half <= head_dim, "cos", f"for {half} pairs", f"at most half of head_dim={head_dim}")
+    q_size = size - 2 * kv_heads * head_dim
+    expected = f"whole heads of {head_dim} beside {kv_heads} of keys and of values"
+    require(q_size > 0 and q_size % head_dim == 0, "the size of queries, keys and values", size, expected)
+    require((q_norm is None) == (k_norm is None), "k_norm", k_norm, "a weight exactly where q_norm is one")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            require_tensor(name, norm, shape=(head_dim,), dtypes=(x.dtype,), like=x)
+
+
+def heads_of(size: int, rotation: Rotation, k_cache: torch.Tensor, v_cache: torch.Tensor) -> Heads:
+    """Return what of heads decides which kernel runs, for ``size`` outputs of the projections."""
+    kv_heads, head_dim = k_cache.shape[2:]
+    by_halves = not rotation.interleaved and 2 * rotation.cos.shape[1] == head_dim
+    return Heads(size // head_dim - 2 * kv_heads, kv_heads, head_dim, by_halves and k_cache.shape == v_cache.shape)
 
 
 def rotate_and_cache_reference(
@@ -123,7 +147,8 @@ def rotate_and_cache_reference(
 
     queries = finish(heads[:, :q_heads], q_norm)
     keys = finish(heads[:, q_heads : q_heads + kv_heads], k_norm)
-    write_kv_reference(keys, heads[:, q_heads + kv_heads :], k_cache, v_cache, slot_mapping)
+    values = heads[:, q_heads + kv_heads :]
+    write_kv_reference(keys.to(k_cache.dtype), values.to(v_cache.dtype), k_cache, v_cache, slot_mapping)
     return queries
 
 

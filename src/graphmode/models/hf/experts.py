@@ -24,9 +24,9 @@ from transformers.integrations.moe import ExpertsInterface
 
 from graphmode.errors import ModelError
 from graphmode.models.hf.versions import post_expert_norm
-from graphmode.ops import Routing, choose_experts, gated_experts, linear
+from graphmode.ops import Routing, choose_experts, gated_experts, skinny_linear
 from graphmode.ops._triton import runs_triton
-from graphmode.ops.linear.skinny import runs_few_rows
+from graphmode.ops.dispatch import choose
 
 EXPERTS_NAME = "graphmode"
 _CHECK_TOKENS = 64
@@ -113,7 +113,7 @@ class FusedRouter:
         if self.in_float32:
             logits = _float_product(x, self.weight)
         else:
-            product = linear if runs_few_rows(x, self.weight) else torch.nn.functional.linear
+            product = skinny_linear if choose("linear", len(x), self.weight) == "skinny" else torch.nn.functional.linear
             logits = product(x, self.weight)
         return logits, *choose_experts(logits, self.bias, self.routing)
 

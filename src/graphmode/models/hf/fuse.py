@@ -24,19 +24,23 @@ from graphmode.models.hf.experts import fuse_routers, real_rows
 from graphmode.ops import (
     Rotation,
     add_rms_norm,
+    add_split_k,
+    add_split_k_and_norm,
     embed,
-    linear,
-    linear_add,
-    norm_linear,
+    prefill_heads,
+    prefill_swiglu,
     rms_norm,
     rotate_and_attend,
     rotate_and_cache,
     silu_mul,
+    skinny_linear,
+    skinny_linear_add,
+    skinny_norm_linear,
+    small_batch_linear,
+    split_k_linear,
 )
-from graphmode.ops.linear.prefill_hopper import gated_long, heads_long, runs_heads_long, runs_long_rows
-from graphmode.ops.linear.skinny import runs_few_rows
-from graphmode.ops.linear.small_batch_hopper import many_rows, many_rows_parts, runs_parts, runs_products
-from graphmode.ops.norm.split_k_residual import add_parts, add_parts_and_norm
+from graphmode.ops.dispatch import choose
+from graphmode.ops.rope import heads_of
 
 log = logging.getLogger(__name__)
 
@@ -119,13 +123,13 @@ class FusedLayer:
         assert self.gate_up is not None
         assert self.down is not None
         plain = self.output_norm is None and self.down_norm is None
-        if not few and plain and runs_parts(x, self.output, self.down):
-            h = add_parts_and_norm(x, many_rows_parts(heads, self.output), norm.weight, norm.eps)
-            add_parts(x, many_rows_parts(_gated(h, self.gate_up), self.down))
+        if not few and plain and choose("residual", len(x), self.output, self.down) == "split_k":
+            h = add_split_k_and_norm(x, split_k_linear(heads, self.output), norm.weight, norm.eps)
+            add_split_k(x, split_k_linear(_gated(h, self.gate_up), self.down))
             return hidden_states
         _project(x, heads, self.output, self.output_norm, lens, few)
         if few:
-            h = norm_linear(x, norm.weight, self.gate_up, None, norm.eps, gated=True, lens=lens)
+            h = skinny_norm_linear(x, norm.weight, self.gate_up, None, norm.eps, gated=True, lens=lens)
         else:
             h = _gated(rms_norm(x, norm.weight, norm.eps), self.gate_up)
         _project(x, h, self.down, self.down_norm, lens, few)
@@ -133,7 +137,8 @@ class FusedLayer:
 
     def _few(self, x: torch.Tensor) -> bool:
         weights = (self.qkv, self.output, self.gate_up, self.down)
-        return runs_few_rows(x, *(weight for weight in weights if weight is not None))
+        layer = tuple(weight.shape for weight in weights if weight is not None)
+        return choose("linear", len(x), self.qkv, layer=layer) == "skinny"
 
     def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> torch.Tensor:
         norm, cache = self.input_norm, batch.caches[self.index]
@@ -151,12 +156,14 @@ class FusedLayer:
         )
         decode = batch.max_query_len == 1 and not batch.piecewise
         if few:
-            qkv = norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps, lens=batch.row_lens)
+            qkv = skinny_norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps, lens=batch.row_lens)
         else:
             h = rms_norm(x, norm.weight, norm.eps)
-            if not decode and runs_heads_long(h, self.qkv, self.rotation, cache.keys, cache.values):
-                return self._attend(heads_long(h, self.qkv, self.qkv_bias, *rotated), batch)
-            product = many_rows if runs_products(x, self.qkv) else nn.functional.linear
+            kind = heads_of(len(self.qkv), self.rotation, cache.keys, cache.values)
+            if not decode and choose("norm_heads", len(h), self.qkv, heads=kind) == "prefill":
+                return self._attend(prefill_heads(h, self.qkv, self.qkv_bias, *rotated), batch)
+            small = choose("norm_linear", len(x), self.qkv) == "small_batch"
+            product = small_batch_linear if small else nn.functional.linear
             qkv = product(h, self.qkv, self.qkv_bias)
         if not decode:
             return self._attend(rotate_and_cache(qkv, *rotated), batch)
@@ -172,10 +179,11 @@ class FusedLayer:
 
 def _gated(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` of ``h @ weight.T``."""
-    if runs_products(h, weight):
-        return many_rows(h, weight, gated=True)
-    if runs_long_rows(h, weight):
-        return gated_long(h, weight)
+    kernel = choose("norm_swiglu", len(h), weight)
+    if kernel == "small_batch":
+        return small_batch_linear(h, weight, gated=True)
+    if kernel == "prefill":
+        return prefill_swiglu(h, weight)
     return silu_mul(nn.functional.linear(h, weight))
 
 
@@ -184,9 +192,9 @@ def _project(
 ) -> None:
     """Add ``h @ weight.T``, or its norm, to ``x``, in place."""
     if norm is not None:
-        _add(x, linear(h, weight, lens) if few else nn.functional.linear(h, weight), norm)
+        _add(x, skinny_linear(h, weight, None, lens) if few else nn.functional.linear(h, weight), norm)
     elif few:
-        linear_add(x, h, weight, lens)
+        skinny_linear_add(x, h, weight, lens)
     else:
         x.addmm_(h, weight.T)
 
@@ -209,8 +217,8 @@ class FusedHead:
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits ``[1, rows, vocab]`` of hidden states ``[1, rows, hidden]`` before the final norm."""
         x = hidden_states[0].contiguous()
-        if len(x) == 1 and runs_few_rows(x, self.weight):
-            return norm_linear(x, self.norm.weight, self.weight, None, self.norm.eps).unsqueeze(0)
+        if choose("logits", len(x), self.weight) == "skinny":
+            return skinny_norm_linear(x, self.norm.weight, self.weight, None, self.norm.eps).unsqueeze(0)
         return nn.functional.linear(rms_norm(x, self.norm.weight, self.norm.eps), self.weight).unsqueeze(0)
 
 

@@ -20,18 +20,15 @@ from graphmode.ops._triton import (
     jit,
     launch_options,
     next_power_of_2,
-    runs_triton,
     tl,
 )
 from graphmode.ops.attention import decode_hopper
 from graphmode.ops.attention.paged import paged_attention
 from graphmode.ops.attention.split_kv import SplitKVPlan, combine_parts, load_part, plan_split_kv, room_for_parts
-from graphmode.ops.rope import Rotation, rotate_and_cache
+from graphmode.ops.dispatch import choose
+from graphmode.ops.rope import Rotation, heads_of, rotate_and_cache
 
 _TILE_BYTES = 16384
-# Sequences up to which this one kernel is faster than two (H100, Qwen3-0.6B: 0.73 beside 0.78 ms a step of one
-# sequence, but 2.06 beside 1.83 ms of 64).
-MAX_ROWS = 16
 
 
 def rotate_and_attend(
@@ -62,10 +59,8 @@ def rotate_and_attend(
     Raises:
         ValueError: as they raise.
     """
-    by_halves = not rotation.interleaved and 2 * rotation.cos.shape[1] == k_cache.shape[3]
-    whole = by_halves and k_cache.shape == v_cache.shape
-    hopper = decode_hopper.supports(qkv, k_cache)
-    if whole and (hopper or (runs_triton(qkv) and len(qkv) <= MAX_ROWS)):
+    kernel = choose("rotate_and_attend", len(qkv), qkv, heads=heads_of(qkv.shape[1], rotation, k_cache, v_cache))
+    if kernel != "in two":
         return rotate_and_attend_triton(
             qkv,
             q_norm,
@@ -81,7 +76,7 @@ def rotate_and_attend(
             scale=scale,
             window=window,
             parts=parts,
-            hopper=hopper,
+            hopper=kernel == "hopper",
         )
     queries = rotate_and_cache(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
     return paged_attention(

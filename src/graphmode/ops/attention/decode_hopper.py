@@ -13,8 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from graphmode.ops._triton import (
     commit_group,
     constexpr,
@@ -24,13 +22,9 @@ from graphmode.ops._triton import (
     gl,
     gluon_jit,
     mma_v2,
-    runs_hopper,
     wait_group,
 )
 
-_DTYPES = (torch.bfloat16, torch.float16)
-_HEAD_DIMS = (64, 128, 256)
-_MAX_GROUP = 16  # query heads of a key/value head: the rows of a matrix product
 _WARP_KEYS = 16  # of a tile: the inner dimension of a product
 _FEW = 16  # sequences, whose parts have a multiprocessor each
 
@@ -63,13 +57,6 @@ def tiling(seqs: int, head_dim: int) -> Tiling:
     else:
         warps, stages = 2, 3
     return Tiling(warps, max(stages * 128 // head_dim, 1))
-
-
-def supports(qkv: torch.Tensor, k_cache: torch.Tensor) -> bool:
-    """Return whether the kernel runs where these tensors lie, and takes them, with values like keys."""
-    kv_heads, head_dim = k_cache.shape[2:]
-    fits = k_cache.dtype in _DTYPES and head_dim in _HEAD_DIMS
-    return fits and qkv.shape[1] // head_dim - 2 * kv_heads <= _MAX_GROUP * kv_heads and runs_hopper(qkv)
 
 
 def choose(seqs: int, programs: int, kv_heads: int, head_dim: int) -> tuple[Any, tuple[int, int], dict[str, Any]]:

@@ -1,20 +1,20 @@
-"""Linear layers of steps of many tokens on Hopper, with what follows them as their end, in Gluon.
+"""Prefill GEMMs with an epilogue on Hopper, in Gluon: linear layers of many tokens, and what follows them.
 
-By themselves an activation, or norms and rotation of heads, read and write what a matrix product has just had in
-registers, and take half as long as it. Here what belongs together lies in one tile, in registers of the same threads:
-gate and up of the same outputs, or whole heads. A program goes from tile to tile, by TMA and warpgroup products; the
-first loads of the next one are under way while it finishes the one before.
+In kernels of their own SwiGLU, or norms and rotation of heads, read and write what a matrix product has just had in
+registers, and take half as long as the product. Here what belongs together lies in one tile, in registers of the same
+threads: gate and up of the same outputs, or whole heads. A program goes from tile to tile, by TMA and warpgroup
+products; the first loads of the next tile are in flight while it finishes the one before.
 """
 
 # mypy: disable-error-code="assignment, var-annotated, has-type"
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
+from graphmode.ops._device import fast_rms_factor, swiglu
 from graphmode.ops._triton import (
     async_load,
     constexpr,
@@ -28,54 +28,25 @@ from graphmode.ops._triton import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from graphmode.ops.linear.skinny_hopper import supports
+from graphmode.ops.dispatch import PREFILL_OUTPUTS, PREFILL_ROWS, device_of
 from graphmode.ops.rope import Rotation
 
-# The wave efficiency from which these kernels beat cuBLAS and the kernel after it (H100, Qwen3-0.6B, 1.7B and 8B).
-_LEAST_EFFICIENCY = 0.8
-_BLOCK_M = 128
-_BLOCK_N = 128  # outputs side by side; a tile has two such blocks
+_BLOCK_M = PREFILL_ROWS
+_BLOCK_N = PREFILL_OUTPUTS // 2  # a tile has two blocks of outputs: of gate and of up, or two heads
 _BLOCK_K = 64
 _STAGES = 4
 _HEAD_DIM = 128
 
 
-def runs_long_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether these kernels take rows ``[rows, width]`` and weights ``[size, width]``, and beat cuBLAS there."""
-    if weight.shape[0] % (2 * _BLOCK_N) or weight.shape[1] % _BLOCK_K or not supports(weight):
-        return False
-    return wave_efficiency(x.shape[0], weight.shape[0], _multiprocessors(x.device)) >= _LEAST_EFFICIENCY
-
-
-def runs_heads_long(
-    x: torch.Tensor, weight: torch.Tensor, rotation: Rotation, k_cache: torch.Tensor, v_cache: torch.Tensor
-) -> bool:
-    """Return whether :func:`heads_long` takes rows ``[rows, width]``, merged projections, and what follows them."""
-    kv_heads, head_dim = k_cache.shape[2:]
-    whole = not rotation.interleaved and 2 * rotation.cos.shape[1] == head_dim == _HEAD_DIM
-    return whole and k_cache.shape == v_cache.shape and kv_heads % 2 == 0 and runs_long_rows(x, weight)
-
-
-def wave_efficiency(rows: int, size: int, multiprocessors: int) -> float:
-    """Return the share of waves of tiles that ``rows`` and weights ``[size, width]`` fill."""
-    tiles = -(-rows // _BLOCK_M) * (size // (2 * _BLOCK_N))
-    return tiles / (-(-tiles // multiprocessors) * multiprocessors)
-
-
-def gated_long(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return ``silu(gate) * up`` of ``x @ weight.T``.
-
-    Args:
-        x: ``[rows, width]``, bfloat16 or float16, contiguous.
-        weight: ``[2 * size, width]``, gate before up.
-    """
+def prefill_swiglu_hopper(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute :func:`graphmode.ops.linear.prefill.prefill_swiglu`."""
     size = weight.shape[0] // 2
     out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
-    _launch(_gated_kernel, x, weight, size // _BLOCK_N, (out,), size=size)
+    _launch(_swiglu_kernel, x, weight, size // _BLOCK_N, (out,), size=size)
     return out
 
 
-def heads_long(
+def prefill_heads_hopper(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -88,24 +59,7 @@ def heads_long(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """Do :func:`~graphmode.ops.rotate_and_cache` with ``x @ weight.T + bias``, rotated by halves of whole heads.
-
-    Args:
-        x: ``[rows, width]``, bfloat16 or float16, contiguous.
-        weight: ``[(q_heads + 2 * kv_heads) * 128, width]``.
-        bias: ``[(q_heads + 2 * kv_heads) * 128]``; None for none.
-        q_norm: as there, like all that follows.
-        k_norm: as there.
-        eps: as there.
-        rotation: as there.
-        positions: as there.
-        k_cache: as there.
-        v_cache: as there.
-        slot_mapping: as there.
-
-    Returns:
-        The queries, ``[rows, q_heads, 128]``.
-    """
+    """Compute :func:`graphmode.ops.linear.prefill.prefill_heads`."""
     kv_heads = k_cache.shape[2]
     heads = weight.shape[0] // _HEAD_DIM
     queries = torch.empty((x.shape[0], heads - 2 * kv_heads, _HEAD_DIM), dtype=x.dtype, device=x.device)
@@ -119,11 +73,11 @@ def heads_long(
 def _launch(
     kernel: Any, x: torch.Tensor, weight: torch.Tensor, columns: int, arguments: tuple[Any, ...], **constants: int
 ) -> None:
-    """Launch a program for each multiprocessor, for tiles of 128 rows and ``columns`` to go through."""
+    """Launch a program for each multiprocessor; they share tiles of 128 rows and of ``columns`` blocks of outputs."""
     layout = gl.NVMMASharedLayout(128, 16, rank=2)
     describe = hopper.TensorDescriptor.from_tensor
     tiles = -(-x.shape[0] // _BLOCK_M) * columns
-    kernel[(min(tiles, _multiprocessors(x.device)),)](
+    kernel[(min(tiles, device_of(x.device).multiprocessors),)](
         describe(x, [_BLOCK_M, _BLOCK_K], layout),
         describe(weight, [_BLOCK_N, _BLOCK_K], layout),
         *arguments,
@@ -140,13 +94,8 @@ def _launch(
     )
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @gluon_jit(do_not_specialize=["rows", "tiles"])
-def _gated_kernel(  # type: ignore[no-untyped-def]
+def _swiglu_kernel(  # type: ignore[no-untyped-def]
     x_desc,
     weight_desc,
     out,
@@ -171,7 +120,7 @@ def _gated_kernel(  # type: ignore[no-untyped-def]
     for turn in range(mine):
         total, row_block, column = _multiply(rings, turn, mine, tiles, columns, block_n, size, chunks)
         gate, up = gl.split(gl.permute(gl.reshape(total, [block_m, 2, block_n]), [0, 2, 1]))
-        result = gl.convert_layout((gate / (1.0 + gl.exp(-gate)) * up).to(out.dtype.element_ty), stores)
+        result = gl.convert_layout(swiglu(gate, up).to(out.dtype.element_ty), stores)
         row = row_block * block_m + m
         gl.store(out + row.to(gl.int64) * size + column * block_n + n, result, mask=row < rows)
 
@@ -249,7 +198,7 @@ def _finish_heads(  # type: ignore[no-untyped-def]
     dim = gl.arange(0, half, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     row = first_row + gl.arange(0, block_m, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None]
     if q_norm is not None:
-        factor = gl.rsqrt(gl.expand_dims(gl.sum(a * a, 2) + gl.sum(b * b, 2), 2) / (2 * half) + eps)
+        factor = fast_rms_factor(gl.expand_dims(gl.sum(a * a, 2) + gl.sum(b * b, 2), 2), 2 * half, eps)
         norm = gl.where(of_queries, q_norm, k_norm)
         a = a * factor * gl.load(norm + dim).to(gl.float32)
         b = b * factor * gl.load(norm + half + dim).to(gl.float32)
@@ -275,7 +224,7 @@ def _start(  # type: ignore[no-untyped-def]
     stages: constexpr,
     early: constexpr,
 ):
-    """Ask for the first of what the program multiplies; return where it comes, and how many tiles it goes through."""
+    """Start to load what the program multiplies first; return where it comes, and how many tiles the program has."""
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [stages, block_m, block_k], x_desc.layout)
     ring = gl.allocate_shared_memory(x_desc.dtype, [stages, 2 * block_n, block_k], weight_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
@@ -313,10 +262,10 @@ def _multiply(  # type: ignore[no-untyped-def]
     total = gl.zeros([block_m, wide], gl.float32, layout=products)
     for chunk in range(chunks):
         at = turn * chunks + chunk
-        slot = at % stages
-        mbarrier.wait(full.index(slot), (at // stages) & 1)
-        total = warpgroup_mma(x_ring.index(slot), ring.index(slot).permute((1, 0)), total, is_async=True)
-        # The product before this one is done: its place is free.
+        stage = at % stages
+        mbarrier.wait(full.index(stage), (at // stages) & 1)
+        total = warpgroup_mma(x_ring.index(stage), ring.index(stage).permute((1, 0)), total, is_async=True)
+        # The product before this one is done: its stage is free.
         total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
         _load(rings, at + stages - 1, mine, tiles, columns, stride, second, chunks)
     row_block, column = _place(turn, tiles, columns)
@@ -327,7 +276,7 @@ def _multiply(  # type: ignore[no-untyped-def]
 def _place(turn, tiles, columns: constexpr):  # type: ignore[no-untyped-def]
     """Return which rows and outputs the program's tile number ``turn`` has, in blocks.
 
-    Tiles that are multiplied at a time are near each other in both, so that what they share comes from the cache.
+    Tiles that are multiplied at the same time are near each other in both, so what they share comes from the cache.
     """
     tile = gl.program_id(0) + turn * gl.num_programs(0)
     group: constexpr = 8
@@ -341,7 +290,7 @@ def _place(turn, tiles, columns: constexpr):  # type: ignore[no-untyped-def]
 def _load(  # type: ignore[no-untyped-def]
     rings, load, mine, tiles, columns: constexpr, stride: constexpr, second: constexpr, chunks: constexpr
 ):
-    """Ask for what the program multiplies as its number ``load``, if there is so much.
+    """Start to load what the program multiplies as its number ``load``, if it has so many.
 
     A tile's weights are a block at ``stride`` times its column, and a block ``second`` rows further.
     """
@@ -353,11 +302,11 @@ def _load(  # type: ignore[no-untyped-def]
     more = load < mine * chunks
     row_block, column = _place(load // chunks, tiles, columns)
     k = load % chunks * block_k
-    slot = load % stages
-    bar = full.index(slot)
-    weights = ring.index(slot)
+    stage = load % stages
+    bar = full.index(stage)
+    weights = ring.index(stage)
     mbarrier.expect(bar, 2 * block_k * (block_m + 2 * block_n), pred=more)
-    async_load(x_desc, [row_block * block_m, k], bar, x_ring.index(slot), pred=more)
+    async_load(x_desc, [row_block * block_m, k], bar, x_ring.index(stage), pred=more)
     n = column * stride
     async_load(weight_desc, [n, k], bar, weights.slice(0, block_n), pred=more)
     async_load(weight_desc, [n + second, k], bar, weights.slice(block_n, block_n), pred=more)

@@ -1,15 +1,17 @@
-"""Linear layers of a few rows: at batch 1 to 16 a step reads its weights once, and nothing else counts.
+"""Skinny GEMMs: linear layers of 1 to 16 rows, where a step reads its weights once and nothing else counts.
 
-Weights are read in rows, many to a program, each once; what comes after a layer (a gated activation, a residual), and
-for one row before it (a norm), is done by the kernel that reads them. They do not depend on the kernel before, so for
-one row their first part is asked for before waiting for it. Hopper has kernels of its own for most sizes.
+Programs read many rows of weights, each once. What comes after a layer (SwiGLU, the sum with a residual), and for one
+row what comes before it (a norm), is done by the kernel that reads the weights. Weights do not depend on the kernel
+before, so for one row their first part is loaded before waiting for it. Hopper has kernels of its own for most sizes
+(:mod:`graphmode.ops.linear.skinny_hopper`).
 """
 
 from __future__ import annotations
 
 import torch
 
-from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._checks import require, require_tensor
+from graphmode.ops._device import rms_factor, swiglu
 from graphmode.ops._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -17,25 +19,15 @@ from graphmode.ops._triton import (
     jit,
     launch_options,
     next_power_of_2,
-    runs_triton,
     tl,
 )
-from graphmode.ops.linear.skinny_hopper import linear_add_hopper, linear_hopper, norm_linear_hopper, supports
+from graphmode.ops.dispatch import MAX_SKINNY_ROWS, choose
+from graphmode.ops.linear import skinny_hopper
+from graphmode.ops.linear.common import linear_reference, require_linear
 from graphmode.ops.norm.rms_norm import rms_norm_triton
 
-MAX_ROWS = 16
-# The rows up to which the plain kernels are faster than matrix products of cuBLAS (H100, us a layer of Qwen3-0.6B: 15
-# beside 28 with one row, 32 beside 31 with two). Those for Hopper are for all that they take (14 to 19 beside 31).
-_CROSSOVER = 1
 
-
-def runs_few_rows(x: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Return whether a step's rows ``[rows, hidden]`` are so few that these kernels beat matrix products by weights."""
-    crossover = MAX_ROWS if all(supports(weight) for weight in weights) else _CROSSOVER
-    return x.shape[0] <= crossover and runs_triton(x)
-
-
-def norm_linear(
+def skinny_norm_linear(
     x: torch.Tensor,
     norm: torch.Tensor,
     weight: torch.Tensor,
@@ -45,7 +37,7 @@ def norm_linear(
     gated: bool = False,
     lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return ``rms_norm(x) @ weight.T + bias``, or of that, as gate and up, ``silu(gate) * up``.
+    """Return ``rms_norm(x) @ weight.T + bias``, or SwiGLU of it.
 
     Args:
         x: ``[rows, hidden]``, at most 16 rows, float32, bfloat16 or float16, contiguous.
@@ -53,8 +45,9 @@ def norm_linear(
         weight: ``[out, hidden]``, contiguous, in ``x``'s dtype; with ``gated``, gate before up.
         bias: ``[out]`` in ``x``'s dtype; None for none.
         eps: of the norm.
-        gated: whether the result goes through SwiGLU.
-        lens: int32 ``[rows]``: a row of 0 is padding, and may be taken for zeros, unread. None: there is no padding.
+        gated: whether the result is gate and up and goes through SwiGLU.
+        lens: int32 ``[rows]``: a row of 0 is padding, which kernels may leave unread and take for zeros. None: there is
+            no padding.
 
     Returns:
         ``[rows, out]``; with ``gated`` ``[rows, out / 2]``.
@@ -62,46 +55,50 @@ def norm_linear(
     Raises:
         ValueError: a shape, dtype, layout or device does not fit.
     """
-    _require_rows("x", x, weight, lens)
+    _require_rows("x", x, weight, bias, lens)
     require_tensor("norm", norm, shape=x.shape[1:], dtypes=(x.dtype,), like=x)
-    if bias is not None:
-        require_tensor("bias", bias, shape=weight.shape[:1], dtypes=(x.dtype,), like=x)
     require(not gated or weight.shape[0] % 2 == 0, "weight", f"of {weight.shape[0]} rows", "gate and up, of one size")
-    if supports(weight, gated=gated):
-        return norm_linear_hopper(x, norm, weight, bias, eps, gated=gated, lens=lens)
-    run = norm_linear_triton if runs_triton(x) else norm_linear_reference
-    return run(x, norm, weight, bias, eps, gated=gated)
+    run = {
+        "hopper": skinny_hopper.skinny_norm_linear_hopper,
+        "triton": skinny_norm_linear_triton,
+        "reference": skinny_norm_linear_reference,
+    }[choose("skinny_norm_swiglu" if gated else "skinny_norm_linear", len(x), weight)]
+    return run(x, norm, weight, bias, eps, gated=gated, lens=lens)
 
 
-def linear_add(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None) -> None:
+def skinny_linear_add(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None) -> None:
     """Add ``h @ weight.T`` to ``x``, in place.
 
     Args:
         x: ``[rows, out]``, at most 16 rows, float32, bfloat16 or float16, contiguous.
         h: ``[rows, in]`` in ``x``'s dtype, contiguous.
         weight: ``[out, in]`` in ``x``'s dtype, contiguous.
-        lens: as of :func:`norm_linear`, of rows of ``h``.
+        lens: as of :func:`skinny_norm_linear`, of rows of ``h``.
 
     Raises:
         ValueError: a shape, dtype, layout or device does not fit.
     """
-    _require_rows("h", h, weight, lens)
+    _require_rows("h", h, weight, None, lens)
     require_tensor("x", x, shape=(h.shape[0], weight.shape[0]), dtypes=(h.dtype,), like=h)
     require(x.is_contiguous(), "x", f"of strides {x.stride()}", "a contiguous tensor")
-    if supports(weight):
-        linear_add_hopper(x, h, weight, lens)
-    else:
-        run = linear_add_triton if runs_triton(x) else linear_add_reference
-        run(x, h, weight)
+    run = {
+        "hopper": skinny_hopper.skinny_linear_add_hopper,
+        "triton": skinny_linear_add_triton,
+        "reference": skinny_linear_add_reference,
+    }[choose("skinny_linear_add", len(h), weight)]
+    run(x, h, weight, lens)
 
 
-def linear(h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``h @ weight.T``. Where there is no kernel for it, a matrix product.
+def skinny_linear(
+    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, lens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return ``h @ weight.T + bias``.
 
     Args:
         h: ``[rows, in]``, at most 16 rows, float32, bfloat16 or float16, contiguous.
         weight: ``[out, in]`` in ``h``'s dtype, contiguous.
-        lens: as of :func:`norm_linear`.
+        bias: ``[out]`` in ``h``'s dtype; None for none.
+        lens: as of :func:`skinny_norm_linear`.
 
     Returns:
         ``[rows, out]``.
@@ -109,23 +106,23 @@ def linear(h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = No
     Raises:
         ValueError: a shape, dtype, layout or device does not fit.
     """
-    _require_rows("h", h, weight, lens)
-    return linear_hopper(h, weight, lens) if supports(weight) else torch.nn.functional.linear(h, weight)
+    _require_rows("h", h, weight, bias, lens)
+    on_hopper = choose("skinny_linear", len(h), weight) == "hopper"
+    run = skinny_hopper.skinny_linear_hopper if on_hopper else skinny_linear_reference
+    return run(h, weight, bias, lens)
 
 
-def _require_rows(name: str, x: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None) -> None:
-    require_tensor(name, x, shape=(None, None), dtypes=FLOATS, like=x)
-    require(x.shape[0] <= MAX_ROWS, name, f"of {x.shape[0]} rows", f"at most {MAX_ROWS}")
-    require_tensor("weight", weight, shape=(None, x.shape[1]), dtypes=(x.dtype,), like=x)
-    given = [(name, x), ("weight", weight)]
+def _require_rows(
+    name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lens: torch.Tensor | None
+) -> None:
+    require_linear(name, x, weight, bias)
+    require(x.shape[0] <= MAX_SKINNY_ROWS, name, f"of {x.shape[0]} rows", f"at most {MAX_SKINNY_ROWS}")
     if lens is not None:
         require_tensor("lens", lens, shape=x.shape[:1], dtypes=(torch.int32,), like=x)
-        given.append(("lens", lens))
-    for each, tensor in given:
-        require(tensor.is_contiguous(), each, f"of strides {tensor.stride()}", "a contiguous tensor")
+        require(lens.is_contiguous(), "lens", f"of strides {lens.stride()}", "a contiguous tensor")
 
 
-def norm_linear_reference(
+def skinny_norm_linear_reference(
     x: torch.Tensor,
     norm: torch.Tensor,
     weight: torch.Tensor,
@@ -133,25 +130,29 @@ def norm_linear_reference(
     eps: float,
     *,
     gated: bool = False,
+    lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`norm_linear` in PyTorch."""
+    """Compute :func:`skinny_norm_linear` in PyTorch."""
     values = x.float()
     scale = values.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
-    result = (values * scale * norm.float()) @ weight.float().T
-    if bias is not None:
-        result = result + bias.float()
-    if gated:
-        gate, up = result.chunk(2, dim=1)
-        result = torch.nn.functional.silu(gate) * up
-    return result.to(x.dtype)
+    return linear_reference(values * scale * norm.float(), weight, bias, gated=gated).to(x.dtype)
 
 
-def linear_add_reference(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
-    """Do as :func:`linear_add` in PyTorch."""
-    x.copy_(x.float() + h.float() @ weight.float().T)
+def skinny_linear_add_reference(
+    x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None
+) -> None:
+    """Compute :func:`skinny_linear_add` in PyTorch."""
+    x.copy_(x.float() + linear_reference(h, weight, None))
 
 
-# One row: elements of weights that a program asks for at once, and holds in registers.
+def skinny_linear_reference(
+    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, lens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute :func:`skinny_linear` by torch's matrix product, which is as fast on other devices than Hopper."""
+    return torch.nn.functional.linear(h, weight, bias)
+
+
+# One row: elements of weights that a program loads at once, and holds in registers.
 _ROW_TILE = 16384
 _MAX_ROW_WIDTH = 4096
 # Several rows: rows of weights of a program (the least that a matrix product takes), and elements of a row at a time.
@@ -176,7 +177,7 @@ def _row_blocks(out: int, size: int, tiles: int) -> tuple[int, int]:
     return block_n, block_k
 
 
-def norm_linear_triton(
+def skinny_norm_linear_triton(
     x: torch.Tensor,
     norm: torch.Tensor,
     weight: torch.Tensor,
@@ -184,8 +185,9 @@ def norm_linear_triton(
     eps: float,
     *,
     gated: bool = False,
+    lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`norm_linear` in Triton."""
+    """Compute :func:`skinny_norm_linear` in Triton."""
     rows, hidden = x.shape
     size = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
@@ -219,7 +221,7 @@ def norm_linear_triton(
             size,
             width=hidden,
             gated=gated,
-            block_m=MAX_ROWS,
+            block_m=MAX_SKINNY_ROWS,
             block_n=_BLOCK_N,
             block_k=min(_BLOCK_K // 2 if gated else _BLOCK_K, next_power_of_2(hidden)),
             num_warps=4,
@@ -229,8 +231,10 @@ def norm_linear_triton(
     return out
 
 
-def linear_add_triton(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) -> None:
-    """Do as :func:`linear_add` in Triton."""
+def skinny_linear_add_triton(
+    x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None
+) -> None:
+    """Compute :func:`skinny_linear_add` in Triton."""
     (rows, size), width = x.shape, h.shape[1]
     if rows == 1:
         block_n, block_k = _row_blocks(size, width, 1)
@@ -253,7 +257,7 @@ def linear_add_triton(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor) ->
             rows,
             size,
             width=width,
-            block_m=MAX_ROWS,
+            block_m=MAX_SKINNY_ROWS,
             block_n=_BLOCK_N,
             block_k=min(_BLOCK_K, next_power_of_2(width)),
             num_warps=4,
@@ -277,7 +281,7 @@ def _norm_row_kernel(  # type: ignore[no-untyped-def]
     block_k: constexpr,
     early: constexpr,
 ):
-    """One row. The first weights are asked for before the kernel ahead has ended: they do not hang on it."""
+    """One row. The first weights are loaded before the kernel ahead has ended: they do not depend on it."""
     if early:
         gdc_launch_dependents()
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
@@ -308,7 +312,7 @@ def _norm_row_kernel(  # type: ignore[no-untyped-def]
             if gated:
                 up_tile = tl.load(up_place + after, mask=real, other=0.0)
             scale = tl.load(norm + after + k, mask=after + k < hidden, other=0.0)
-    factor = 1.0 / tl.sqrt(squares / hidden + eps)
+    factor = rms_factor(squares, hidden, eps)
     result = _finish(total * factor, total_up * factor, bias, n, size, gated)
     tl.store(out + n, result.to(out.dtype.element_ty), mask=n < size)
 
@@ -412,11 +416,11 @@ def _linear_add_kernel(  # type: ignore[no-untyped-def]
 
 @jit()
 def _finish(total, total_up, bias, n, size, gated: constexpr):  # type: ignore[no-untyped-def]
-    """Add the bias to sums of outputs ``n``, which are their last dimension, and take them through the gate."""
+    """Add the bias to sums of outputs ``n``, the last dimension, and apply SwiGLU where ``gated``."""
     if bias is not None:
         total += tl.load(bias + n, mask=n < size, other=0.0).to(tl.float32)
         if gated:
             total_up += tl.load(bias + size + n, mask=n < size, other=0.0).to(tl.float32)
     if gated:
-        total = total / (1.0 + tl.exp(-total)) * total_up
+        total = swiglu(total, total_up)
     return total

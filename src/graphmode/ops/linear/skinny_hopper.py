@@ -1,8 +1,8 @@
-"""Linear layers of a few rows on Hopper, in Gluon, where layouts are chosen by hand.
+"""Skinny GEMMs on Hopper, in Gluon, where layouts are chosen by hand.
 
 Weights go from memory straight into the registers that matrix products take them from, in loads of 16 bytes. Each warp
-of a program has a part of every row to itself, so nothing is loaded twice; the warps' sums meet at the end. The first
-weights, and the norm's, are asked for before waiting for the kernel ahead: they do not hang on it.
+of a program has a part of every row to itself, so nothing is loaded twice; the warps' sums are added at the end. The
+first weights, and the norm's, are loaded before waiting for the kernel ahead: they do not depend on it.
 
 The norm's factor is multiplied into the result, so that no product waits for it.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from graphmode.ops._device import fast_rms_factor, swiglu
 from graphmode.ops._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -25,10 +26,8 @@ from graphmode.ops._triton import (
     launch_options,
     mma_v2,
     next_power_of_2,
-    runs_hopper,
 )
 
-_DTYPES = (torch.bfloat16, torch.float16)
 # A warp takes at least this many elements of a row at a time: two products' worth, as 16 bytes of each of its lanes.
 _MIN_WARP_K = 32
 _LARGE = 2048 * 4096  # elements of weights from which programs of 16 rows are enough
@@ -41,7 +40,7 @@ class Tiling:
     Attributes:
         block_n: rows of weights of a program; with a gate, of gate and of up each. A power of two, at least 8.
         block_k: elements of them at a time, a power of two.
-        ahead: how many times ``block_k`` is asked for ahead of what is multiplied.
+        ahead: how many times ``block_k`` is loaded ahead of what is multiplied.
         warps: of a program; ``block_k`` has at least 32 elements for each.
     """
 
@@ -54,9 +53,9 @@ class Tiling:
 def tiling(size: int, width: int, rows: int, *, normed: bool, gated: bool) -> Tiling:
     """Return how to share out weights ``[size, width]``, or with ``gated`` ``[2 * size, width]``, for so many rows.
 
-    Weights under way are registers in use, and registers bound how many programs a multiprocessor runs at a time: where
-    rows are long, a few small parts are under way in many programs; where they are short, a row is, before the kernel
-    waits. Of the tilings tried these are the fastest, or nearly, for the sizes of Qwen3-0.6B, 1.7B and 8B.
+    Weights in flight are registers in use, and registers bound how many programs a multiprocessor runs at a time. Where
+    rows are long, many programs have a few small parts in flight; where rows are short, each has a whole row in flight
+    before it waits. Of the tilings tried these are the fastest, or nearly, for the sizes of Qwen3-0.6B, 1.7B and 8B.
     """
     if not normed:
         block_n = 16 if size * width >= _LARGE else 8
@@ -73,44 +72,36 @@ def tiling(size: int, width: int, rows: int, *, normed: bool, gated: bool) -> Ti
     return replace(chosen, block_n=8 if size % 16 else chosen.block_n, block_k=block_k)
 
 
-def fits(dtype: torch.dtype, size: int, width: int) -> bool:
-    """Return whether the kernels take weights of ``size`` rows (with a gate: of each half) of ``width`` elements."""
-    return dtype in _DTYPES and size > 0 and size % 8 == 0 and width > 0 and width % 128 == 0
-
-
-def supports(weight: torch.Tensor, *, gated: bool = False) -> bool:
-    """Return whether the kernels run where ``weight``, ``[out, in]``, lies, and take it."""
-    out, width = weight.shape
-    size = out // 2 if gated else out
-    return fits(weight.dtype, size, width) and runs_hopper(weight)
-
-
-def norm_linear_hopper(
+def skinny_norm_linear_hopper(
     x: torch.Tensor,
     norm: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
     *,
-    gated: bool,
-    lens: torch.Tensor | None,
+    gated: bool = False,
+    lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Do as :func:`graphmode.ops.linear.skinny.norm_linear`, on what :func:`supports` accepts."""
+    """Compute :func:`graphmode.ops.linear.skinny.skinny_norm_linear`."""
     size = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
     _launch(x, norm, weight, bias, out, eps, lens, gated=gated, add=False)
     return out
 
 
-def linear_add_hopper(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None) -> None:
-    """Do as :func:`graphmode.ops.linear.skinny.linear_add`, on what :func:`supports` accepts."""
+def skinny_linear_add_hopper(
+    x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None
+) -> None:
+    """Compute :func:`graphmode.ops.linear.skinny.skinny_linear_add`."""
     _launch(h, None, weight, None, x, 0.0, lens, gated=False, add=True)
 
 
-def linear_hopper(h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None) -> torch.Tensor:
-    """Do as :func:`graphmode.ops.linear.skinny.linear`, on what :func:`supports` accepts."""
+def skinny_linear_hopper(
+    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, lens: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute :func:`graphmode.ops.linear.skinny.skinny_linear`."""
     out = torch.empty((h.shape[0], weight.shape[0]), dtype=h.dtype, device=h.device)
-    _launch(h, None, weight, None, out, 0.0, lens, gated=False, add=False)
+    _launch(h, None, weight, bias, out, 0.0, lens, gated=False, add=False)
     return out
 
 
@@ -130,7 +121,7 @@ def _launch(
     if rows == 0:
         return
     tile = tiling(size, width, rows, normed=norm is not None, gated=gated)
-    _few_rows_kernel[(size // tile.block_n,)](
+    _skinny_kernel[(size // tile.block_n,)](
         x,
         norm,
         weight,
@@ -153,7 +144,7 @@ def _launch(
 
 
 @gluon_jit(do_not_specialize=["rows", "size"])
-def _few_rows_kernel(  # type: ignore[no-untyped-def]
+def _skinny_kernel(  # type: ignore[no-untyped-def]
     x,
     norm,
     weight,
@@ -234,7 +225,7 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
     if gated:
         up = _across_warps(total_up, sums)
     if norm is not None:
-        factor = gl.rsqrt(_across_warps(gl.expand_dims(squares, 2), sums) / width + eps)
+        factor = fast_rms_factor(_across_warps(gl.expand_dims(squares, 2), sums), width, eps)
         result = result * factor
         if gated:
             up = up * factor
@@ -243,7 +234,7 @@ def _few_rows_kernel(  # type: ignore[no-untyped-def]
         if gated:
             up = up + up_bias_value
     if gated:
-        result = result / (1.0 + gl.exp(-result)) * up
+        result = swiglu(result, up)
     if add:
         result = result + before
     gl.store(target, result.to(out.dtype.element_ty), mask=inside)
@@ -303,9 +294,9 @@ def _load(  # type: ignore[no-untyped-def]
 
 @gluon_jit()
 def _zero_after_loads():  # type: ignore[no-untyped-def]
-    """Return a zero that the assembler does not know before all loads above are under way.
+    """Return a zero that the assembler does not know before all loads above are in flight.
 
-    Otherwise it moves them down to where they are wanted, to save registers, and each is waited for alone.
+    Otherwise it moves them down to where they are used, to save registers, and each is waited for alone.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.u32 p, 0, 0; barrier.cta.red.or.pred p, 0, p; selp.b32 $0, 1, 0, p; }",

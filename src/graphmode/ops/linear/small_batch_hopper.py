@@ -1,8 +1,8 @@
-"""Linear layers of some dozen to some hundred rows on Hopper, in Gluon: bound by the reading of weights, or nearly.
+"""Small-batch GEMMs on Hopper, in Gluon, of 17 to some hundred rows: nearly bound by the reading of weights.
 
-Weights and rows come by TMA to a ring in shared memory, from where warpgroup products take them. The first of the
-weights are asked for before waiting for the kernel ahead. Where a layer has few outputs, several programs share their
-inputs and leave sums for the kernel after them to add up (:mod:`graphmode.ops.norm.split_k_residual`).
+Weights and rows come by TMA to a ring in shared memory, from where warpgroup products take them. The first weights are
+loaded before waiting for the kernel ahead. Where a layer has few outputs, several programs share their inputs (split-K)
+and leave sums that the kernel after them adds up (:mod:`graphmode.ops.norm.split_k_residual`).
 """
 
 # mypy: disable-error-code="assignment, var-annotated, has-type"
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from graphmode.ops._device import swiglu
 from graphmode.ops._triton import (
     async_load,
     constexpr,
@@ -26,15 +27,7 @@ from graphmode.ops._triton import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from graphmode.ops.linear.skinny_hopper import supports
 
-# Where these kernels beat cuBLAS in a chain of layers (H100, Qwen3-0.6B, 1.7B and 8B): up to so many rows; more than so
-# many weights from and up to others; parts and their sum with a norm, of many outputs, up to fewer.
-_MAX_ROWS = 256
-_LARGE = 1 << 23
-_ROWS_OF_LARGE = (33, 128)
-_MAX_ROWS_OF_PARTS = 64
-_FEW_OUTPUTS = 2048
 _PROGRAMS = 132  # a large GPU's multiprocessors
 _MEMORY = 163840  # bytes of shared memory for a ring: beside it, the next kernel's programs find room
 _MEMORY_OF_TALL_GATED = 196608  # for which that is worth less than another stage
@@ -50,7 +43,7 @@ class Tiling:
         block_m: rows of a program, 64 or 128.
         block_n: outputs of a program, a power of two; with a gate, of gate and of up each.
         block_k: elements of a row at a time.
-        splits: programs that share the inputs of the same outputs.
+        splits: programs that share the inputs of the same outputs (split-K).
         stages: of the ring.
     """
 
@@ -64,7 +57,7 @@ class Tiling:
 def tiling(size: int, width: int, rows: int, *, gated: bool, splits: bool) -> Tiling:
     """Return how to share out weights ``[size, width]``, or with ``gated`` ``[2 * size, width]``, for so many rows.
 
-    The multiprocessor with the most outputs should have as few as can be, for all take as long as that one. Of the
+    The multiprocessor with the most outputs decides how long all take, so it should have as few as possible. Of the
     tilings tried these are the fastest, or nearly, for the sizes of Qwen3-0.6B, 1.7B and 8B.
     """
     block_m = 64 if rows <= 64 or (splits and rows > 128) else 128
@@ -87,38 +80,18 @@ def tiling(size: int, width: int, rows: int, *, gated: bool, splits: bool) -> Ti
     return Tiling(block_m, block_n, block_k, count, stages)
 
 
-def runs_products(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether :func:`many_rows` takes a weight, and beats cuBLAS for a step's rows ``[rows, hidden]``."""
-    least, most = _ROWS_OF_LARGE if weight.numel() > _LARGE else (1, _MAX_ROWS)
-    fits = weight.shape[0] % 64 == 0 and weight.shape[1] % 128 == 0
-    return least <= x.shape[0] <= most and fits and supports(weight)
-
-
-def runs_parts(x: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Return the same of :func:`many_rows_parts` and what adds parts up, of the layers of a step."""
-    few_outputs = all(len(weight) <= _FEW_OUTPUTS for weight in weights)
-    return (few_outputs or x.shape[0] <= _MAX_ROWS_OF_PARTS) and all(runs_products(x, weight) for weight in weights)
-
-
-def many_rows(
+def small_batch_linear_hopper(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gated: bool = False
 ) -> torch.Tensor:
-    """Return ``x @ weight.T + bias``, or of that, as gate and up, ``silu(gate) * up``.
-
-    Args:
-        x: ``[rows, width]``, bfloat16 or float16, contiguous.
-        weight: ``[size, width]``; with ``gated`` ``[2 * size, width]``, gate before up.
-        bias: of that size; None for none.
-        gated: whether the result goes through SwiGLU.
-    """
+    """Compute :func:`graphmode.ops.linear.small_batch.small_batch_linear`."""
     size = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, tiling(size, x.shape[1], x.shape[0], gated=gated, splits=False), gated=gated)
     return out
 
 
-def many_rows_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return what adds up to ``x @ weight.T``: float32 ``[splits, rows, size]``. Arguments as of :func:`many_rows`."""
+def split_k_linear_hopper(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute :func:`graphmode.ops.linear.small_batch.split_k_linear`."""
     (rows, width), size = x.shape, weight.shape[0]
     tile = tiling(size, width, rows, gated=False, splits=True)
     parts = torch.empty((tile.splits, rows, size), dtype=torch.float32, device=x.device)
@@ -132,7 +105,7 @@ def _launch(
     (rows, width), size = x.shape, out.shape[-1]
     layout = gl.NVMMASharedLayout(128, 16, rank=2)
     describe = hopper.TensorDescriptor.from_tensor
-    _many_rows_kernel[(size // tile.block_n, tile.splits, -(-rows // tile.block_m))](
+    _small_batch_kernel[(size // tile.block_n, tile.splits, -(-rows // tile.block_m))](
         describe(x, [tile.block_m, tile.block_k], layout),
         describe(weight, [tile.block_n, tile.block_k], layout),
         bias,
@@ -151,7 +124,7 @@ def _launch(
 
 
 @gluon_jit(do_not_specialize=["rows"])
-def _many_rows_kernel(  # type: ignore[no-untyped-def]
+def _small_batch_kernel(  # type: ignore[no-untyped-def]
     x_desc,
     weight_desc,
     bias,
@@ -192,10 +165,10 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
         async_load(x_desc, [first_row, start + stage * block_k], full.index(stage), x_ring.index(stage))
     total = gl.zeros([block_m, wide], gl.float32, layout=products)
     for chunk in range(chunks):
-        slot = chunk % stages
-        mbarrier.wait(full.index(slot), (chunk // stages) & 1)
-        total = warpgroup_mma(x_ring.index(slot), ring.index(slot).permute((1, 0)), total, is_async=True)
-        # The product before this one is done: its place is free.
+        current = chunk % stages
+        mbarrier.wait(full.index(current), (chunk // stages) & 1)
+        total = warpgroup_mma(x_ring.index(current), ring.index(current).permute((1, 0)), total, is_async=True)
+        # The product before this one is done: its stage is free.
         total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
         load = chunk - 1 + stages
         more = (chunk > 0) & (load < chunks)
@@ -214,7 +187,7 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
         total = total + gl.load(bias + first + at + gl.where(at < block_n, 0, size - block_n)).to(gl.float32)[None, :]
     if gated:
         gate, up = gl.split(gl.permute(gl.reshape(total, [block_m, 2, block_n]), [0, 2, 1]))
-        total = gate / (1.0 + gl.exp(-gate)) * up
+        total = swiglu(gate, up)
     result = gl.convert_layout(total.to(out.dtype.element_ty), stores)
     place = out + (split * rows + m).to(gl.int64) * size + first + n
     gl.store(place, result, mask=m < rows)
@@ -224,7 +197,7 @@ def _many_rows_kernel(  # type: ignore[no-untyped-def]
 def _load_weights(  # type: ignore[no-untyped-def]
     weight_desc, x_ring, ring, full, stage, first, at, more, size: constexpr, gated: constexpr
 ):
-    """Ask for the weights of a stage, and tell its barrier what comes, the rows with them."""
+    """Start to load the weights of a stage, and tell its barrier how much comes, rows included."""
     wide: constexpr = ring.shape[1]
     bar = full.index(stage)
     weights = ring.index(stage)

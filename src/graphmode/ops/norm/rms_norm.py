@@ -7,8 +7,9 @@ from functools import partial
 
 import torch
 
-from graphmode.ops._checks import FLOATS, require_tensor
-from graphmode.ops._cpu import cpu_operator, loops, runs_on_host
+from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._cpu import cpu_operator, loops
+from graphmode.ops._device import rms_factor, swiglu
 from graphmode.ops._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -16,9 +17,9 @@ from graphmode.ops._triton import (
     jit,
     launch_options,
     next_power_of_2,
-    runs_triton,
     tl,
 )
+from graphmode.ops.dispatch import choose
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -34,14 +35,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     require_tensor("x", x, shape=(None, None), dtypes=FLOATS, like=x)
     require_tensor("weight", weight, shape=x.shape[1:], dtypes=(x.dtype,), like=x)
-    if not x.is_contiguous():
-        raise ValueError(f"x has strides {x.stride()}, expected a contiguous tensor")
-    normalise = rms_norm_triton if runs_triton(x) else rms_norm_cpu if runs_on_host(x) else rms_norm_reference
-    return normalise(x, weight, eps)
+    require(x.is_contiguous(), "x", f"of strides {x.stride()}", "a contiguous tensor")
+    run = {"triton": rms_norm_triton, "cpu": rms_norm_cpu, "reference": rms_norm_reference}[
+        choose("rms_norm", len(x), x)
+    ]
+    return run(x, weight, eps)
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Do as :func:`rms_norm` in PyTorch."""
+    """Compute :func:`rms_norm` in PyTorch."""
     return _normalised(x, weight, eps).to(x.dtype)
 
 
@@ -53,7 +55,7 @@ def _rms_norm_on_cpu(
 
 
 def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Do as :func:`rms_norm` by a loop on the CPU, in float32."""
+    """Compute :func:`rms_norm` by a loop on the CPU, in float32."""
     out = torch.empty_like(x)
     _rms_norm_on_cpu(x, weight, eps, False, out)
     return out
@@ -66,7 +68,7 @@ def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
 
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Do as :func:`rms_norm` in Triton, a program a row."""
+    """Compute :func:`rms_norm` in Triton, a program a row."""
     out = torch.empty_like(x)
     _launch_rms_norm(x, weight, out, eps, add=False)
     return out
@@ -88,24 +90,25 @@ def add_rms_norm(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: fl
     require_tensor("h", h, shape=x.shape, dtypes=(x.dtype,), like=x)
     require_tensor("weight", weight, shape=x.shape[1:], dtypes=(x.dtype,), like=x)
     for name, tensor in (("x", x), ("h", h)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
-    add = add_rms_norm_triton if runs_triton(x) else add_rms_norm_cpu if runs_on_host(x) else add_rms_norm_reference
-    add(x, h, weight, eps)
+        require(tensor.is_contiguous(), name, f"of strides {tensor.stride()}", "a contiguous tensor")
+    run = {"triton": add_rms_norm_triton, "cpu": add_rms_norm_cpu, "reference": add_rms_norm_reference}[
+        choose("add_rms_norm", len(x), x)
+    ]
+    run(x, h, weight, eps)
 
 
 def add_rms_norm_reference(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    """Do as :func:`add_rms_norm` in PyTorch."""
+    """Compute :func:`add_rms_norm` in PyTorch."""
     x.copy_(x.float() + _normalised(h, weight, eps))
 
 
 def add_rms_norm_cpu(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    """Do as :func:`add_rms_norm` by a loop on the CPU, in float32."""
+    """Compute :func:`add_rms_norm` by a loop on the CPU, in float32."""
     _rms_norm_on_cpu(h, weight, eps, True, x)
 
 
 def add_rms_norm_triton(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    """Do as :func:`add_rms_norm` in Triton, a program a row."""
+    """Compute :func:`add_rms_norm` in Triton, a program a row."""
     _launch_rms_norm(h, weight, x, eps, add=True)
 
 
@@ -139,17 +142,16 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         ValueError: a shape, dtype or layout does not fit.
     """
     require_tensor("gate_up", gate_up, shape=(None, None), dtypes=FLOATS, like=gate_up)
-    if gate_up.shape[1] % 2 or not gate_up.is_contiguous():
-        raise ValueError(
-            f"gate_up has shape {list(gate_up.shape)} and strides {gate_up.stride()}, expected two halves, contiguous"
-        )
-    on_host = runs_on_host(gate_up)
-    multiply = silu_mul_triton if runs_triton(gate_up) else silu_mul_cpu if on_host else silu_mul_reference
-    return multiply(gate_up)
+    given = f"of shape {list(gate_up.shape)} and strides {gate_up.stride()}"
+    require(gate_up.shape[1] % 2 == 0 and gate_up.is_contiguous(), "gate_up", given, "two halves, contiguous")
+    run = {"triton": silu_mul_triton, "cpu": silu_mul_cpu, "reference": silu_mul_reference}[
+        choose("silu_mul", len(gate_up), gate_up)
+    ]
+    return run(gate_up)
 
 
 def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
-    """Do as :func:`silu_mul` in PyTorch."""
+    """Compute :func:`silu_mul` in PyTorch."""
     gate, up = gate_up.float().chunk(2, dim=1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
@@ -160,7 +162,7 @@ def _silu_mul_on_cpu(gate_up: torch.Tensor, out: torch.Tensor) -> Callable[[], o
 
 
 def silu_mul_cpu(gate_up: torch.Tensor) -> torch.Tensor:
-    """Do as :func:`silu_mul` by a loop on the CPU, in float32."""
+    """Compute :func:`silu_mul` by a loop on the CPU, in float32."""
     out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
     _silu_mul_on_cpu(gate_up, out)
     return out
@@ -170,7 +172,7 @@ _SILU_BLOCK = 1024
 
 
 def silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
-    """Do as :func:`silu_mul` in Triton."""
+    """Compute :func:`silu_mul` in Triton."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
@@ -193,7 +195,7 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
         gdc_wait()
     values = tl.load(x + row * hidden + at, mask=inside, other=0.0).to(tl.float32)
-    values = values * (1.0 / tl.sqrt(tl.sum(values * values, 0) / hidden + eps)) * scale
+    values = values * rms_factor(tl.sum(values * values, 0), hidden, eps) * scale
     if add:
         values += tl.load(out + row * hidden + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * hidden + at, values.to(out.dtype.element_ty), mask=inside)
@@ -209,5 +211,5 @@ def _silu_mul_kernel(gate_up, out, size, block: constexpr, early: constexpr):  #
         gdc_wait()
     gate = tl.load(gate_up + row * 2 * size + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + at, mask=inside, other=0.0).to(tl.float32)
-    value = gate / (1.0 + tl.exp(-gate)) * up
+    value = swiglu(gate, up)
     tl.store(out + row * size + at, value.to(out.dtype.element_ty), mask=inside)

@@ -1,10 +1,11 @@
-"""The residual stream takes in what several programs of a linear layer left, and is normalised for the next one."""
+"""The residual stream takes in the parts that a split-K linear layer left, and is normalised for the next layer."""
 
 from __future__ import annotations
 
 import torch
 
 from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._device import rms_factor
 from graphmode.ops._triton import (
     constexpr,
     gdc_launch_dependents,
@@ -12,13 +13,13 @@ from graphmode.ops._triton import (
     jit,
     launch_options,
     next_power_of_2,
-    runs_triton,
     tl,
 )
+from graphmode.ops.dispatch import choose
 from graphmode.ops.norm.rms_norm import rms_norm_reference
 
 
-def add_parts(x: torch.Tensor, parts: torch.Tensor) -> None:
+def add_split_k(x: torch.Tensor, parts: torch.Tensor) -> None:
     """Add the sum of ``parts`` to ``x``, in place, rounded once.
 
     Args:
@@ -29,16 +30,16 @@ def add_parts(x: torch.Tensor, parts: torch.Tensor) -> None:
         ValueError: a shape, dtype, layout or device does not fit.
     """
     _require(x, parts)
-    run = add_parts_triton if runs_triton(x) else add_parts_reference
+    run = {"triton": add_split_k_triton, "reference": add_split_k_reference}[choose("add_split_k", len(x), x)]
     run(x, parts)
 
 
-def add_parts_and_norm(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Do :func:`add_parts`, and return :func:`~graphmode.ops.rms_norm` of the result, ``[rows, hidden]``.
+def add_split_k_and_norm(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Add the sum of ``parts`` to ``x``, in place, and return the RMS norm of the result, ``[rows, hidden]``.
 
     Args:
-        x: as of :func:`add_parts`.
-        parts: as there.
+        x: ``[rows, hidden]``, float32, bfloat16 or float16, contiguous.
+        parts: float32 ``[splits, rows, hidden]``, contiguous.
         weight: ``[hidden]`` in ``x``'s dtype, of the norm.
         eps: added to the mean of squares.
 
@@ -47,7 +48,9 @@ def add_parts_and_norm(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tenso
     """
     _require(x, parts)
     require_tensor("weight", weight, shape=x.shape[1:], dtypes=(x.dtype,), like=x)
-    run = add_parts_and_norm_triton if runs_triton(x) else add_parts_and_norm_reference
+    run = {"triton": add_split_k_and_norm_triton, "reference": add_split_k_and_norm_reference}[
+        choose("add_split_k_and_norm", len(x), x)
+    ]
     return run(x, parts, weight, eps)
 
 
@@ -58,26 +61,26 @@ def _require(x: torch.Tensor, parts: torch.Tensor) -> None:
         require(tensor.is_contiguous(), name, f"of strides {tensor.stride()}", "a contiguous tensor")
 
 
-def add_parts_reference(x: torch.Tensor, parts: torch.Tensor) -> None:
-    """Do as :func:`add_parts` in PyTorch."""
+def add_split_k_reference(x: torch.Tensor, parts: torch.Tensor) -> None:
+    """Compute :func:`add_split_k` in PyTorch."""
     x.copy_(x.float() + parts.sum(0))
 
 
-def add_parts_and_norm_reference(
+def add_split_k_and_norm_reference(
     x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Do as :func:`add_parts_and_norm` in PyTorch."""
-    add_parts_reference(x, parts)
+    """Compute :func:`add_split_k_and_norm` in PyTorch."""
+    add_split_k_reference(x, parts)
     return rms_norm_reference(x, weight, eps)
 
 
-def add_parts_triton(x: torch.Tensor, parts: torch.Tensor) -> None:
-    """Do as :func:`add_parts` in Triton, a program a row."""
+def add_split_k_triton(x: torch.Tensor, parts: torch.Tensor) -> None:
+    """Compute :func:`add_split_k` in Triton, a program a row."""
     _launch(x, parts, None, None, 0.0)
 
 
-def add_parts_and_norm_triton(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Do as :func:`add_parts_and_norm` in Triton, a program a row."""
+def add_split_k_and_norm_triton(x: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Compute :func:`add_split_k_and_norm` in Triton, a program a row."""
     out = torch.empty_like(x)
     _launch(x, parts, weight, out, eps)
     return out
@@ -89,7 +92,7 @@ def _launch(
     rows, hidden = x.shape
     if rows:
         block = next_power_of_2(hidden)
-        _add_parts_kernel[(rows,)](
+        _add_split_k_kernel[(rows,)](
             x,
             parts,
             weight,
@@ -105,7 +108,7 @@ def _launch(
 
 
 @jit(do_not_specialize=["rows"])
-def _add_parts_kernel(  # type: ignore[no-untyped-def]
+def _add_split_k_kernel(  # type: ignore[no-untyped-def]
     x, parts, weight, out, eps, rows, hidden, splits: constexpr, block: constexpr, early: constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -125,5 +128,5 @@ def _add_parts_kernel(  # type: ignore[no-untyped-def]
     tl.store(place, rounded, mask=inside)
     if weight is not None:
         values = rounded.to(tl.float32)
-        values = values * (1.0 / tl.sqrt(tl.sum(values * values, 0) / hidden + eps)) * scale
+        values = values * rms_factor(tl.sum(values * values, 0), hidden, eps) * scale
         tl.store(out + row * hidden + at, values.to(out.dtype.element_ty), mask=inside)
