@@ -7,7 +7,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # together; the one that is done first takes over some of the other's.
 PYTEST := -m pytest $(if $(shell command -v nvidia-smi 2>/dev/null),,--numprocesses 2 --dist worksteal)
 
-.PHONY: demo test test-oldest test-latest test-real test-operators lint format docs lock clean
+.PHONY: demo test test-oldest test-latest test-real test-operators test-sweep test-soak test-properties lint format docs lock clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,18 @@ test-real: $(VENV)/.real
 # Every entry of torch's operator database, of which `test` tries one of each kind: some minutes.
 test-operators: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow tests/graph/test_operators.py
+
+# Every model type that transformers has, held against docs/models.md, of which `test` tries five.
+test-sweep: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow tests/observe/test_sweep.py
+
+# Hundreds of requests in an engine that is always full, of which `test` runs sixty.
+test-soak: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow tests/engine
+
+# Every property test with 300 examples, of which `test` tries 20.
+test-properties: $(VENV)/.ready
+	$(BIN)/python $(PYTEST) -m hypothesis --hypothesis-profile thorough
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

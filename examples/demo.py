@@ -12,7 +12,7 @@ BATCHES = (1, 8)
 
 def milliseconds_a_step(llm: LLM, batch: int) -> float:
     """Return the mean wall time of a decode step over a run of ``batch`` requests."""
-    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
     llm.generate([PROMPT] * batch, params)  # warm
     llm.engine.reset_stats()
     llm.generate([PROMPT] * batch, params)

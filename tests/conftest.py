@@ -1,6 +1,7 @@
 """Shared fixtures. Without a GPU, Triton kernels run in Triton's interpreter and tests marked gpu are skipped."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
     torch.set_num_threads(1)
 
-# Time decides no test: a busy machine must not fail one.
-settings.register_profile("graphmode", parent=settings(), deadline=None)
+# Time decides no test: a busy machine must not fail one. `make test-properties` asks for many more examples.
+settings.register_profile("graphmode", parent=settings(), deadline=None, max_examples=20)
+settings.register_profile("thorough", parent=settings(), deadline=None, max_examples=300)
 settings.load_profile("graphmode")
 
 
@@ -26,6 +28,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for kind in ("slow", "real"):
             if item.get_closest_marker(kind) and kind not in asked_for:
                 item.add_marker(pytest.mark.skip(reason=f"{kind}; run with -m {kind}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_graphs() -> Iterator[None]:
+    """Engines that are told no sizes capture few graphs on a CPU: captures are most of what small tests take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "graphmode.engine.config.powers_of_two",
+            lambda maximum: (*(size for size in (1, 8, 64) if size < maximum), maximum),
+        )
+        yield
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -204,7 +204,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=50)
+TestScheduler.settings = settings(stateful_step_count=50)
 
 
 @given(

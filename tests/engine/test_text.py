@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, CTRLTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
@@ -171,7 +171,6 @@ sizes = st.lists(st.integers(1, 8), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize("kind", MAKE)
-@settings(max_examples=50)
 @given(data=st.data(), skip=st.booleans(), sizes=sizes)
 def test_a_text_in_steps_is_the_text_at_once(kind: str, data: st.DataObject, skip: bool, sizes: list[int]) -> None:
     tokenizer, detokenizer = of_kind(kind)
@@ -193,7 +192,6 @@ def decodable(tokenizer: Any, token: int) -> bool:
 
 
 @pytest.mark.parametrize("kind", MAKE)
-@settings(max_examples=50)
 @given(data=st.data(), min_tokens=st.integers(0, 6), include=st.booleans(), sizes=sizes)
 def test_a_stop_text_ends_it_at_the_token_that_completes_it_in_any_bursts(
     kind: str, data: st.DataObject, min_tokens: int, include: bool, sizes: list[int]
@@ -224,7 +222,6 @@ def test_a_stop_text_ends_it_at_the_token_that_completes_it_in_any_bursts(
 
 
 @pytest.mark.parametrize("kind", MAKE)
-@settings(max_examples=50)
 @given(data=st.data(), sizes=sizes, skip=st.booleans())
 def test_stop_texts_with_special_tokens_are_found_where_these_are_shown_or_not(
     kind: str, data: st.DataObject, sizes: list[int], skip: bool

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graphmode.graph import CaptureError, GraphRunner, Input, UnsupportedOpError, outside_graph
@@ -289,7 +289,6 @@ def _drop(_: object) -> None:
     """Let go of a value."""
 
 
-@settings(max_examples=25)
 @given(st.lists(st.sampled_from(sorted(MOVES)), max_size=10), st.integers(0, 1000))
 def test_random_functions_replay_as_they_run(moves: list[str], seed: int) -> None:
     """Operators in place, views, aliases and breaks, in any order: bitwise what runs eagerly, replay after replay."""

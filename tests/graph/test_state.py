@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graphmode.graph import GraphRunner, Input, InputError, outside_graph
@@ -44,7 +44,6 @@ def recurrent(x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 3))
 
 
-@settings(max_examples=20)
 @given(st.lists(SIZES, min_size=1, max_size=12), st.booleans())
 def test_rows_beyond_the_true_size_keep_their_state(steps: list[tuple[int, int]], captured: bool) -> None:
     inputs = [Input("x", torch.float32, ("n", "m")), Input("h", torch.float32, ("n", "m"), padding=3.0, carried=True)]

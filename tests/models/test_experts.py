@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
@@ -79,7 +79,6 @@ def routings(draw: st.DrawFn) -> tuple[int, int, int, list[list[int]], list[bool
     return count, draw(st.sampled_from([8, 12, 17])), draw(st.sampled_from([4, 8, 9])), index, real
 
 
-@settings(max_examples=150)
 @given(routings(), st.sampled_from(["plain", "gpt_oss"]), st.integers(0, 2**31))
 def test_experts_are_those_of_each_token_by_itself(
     routing: tuple[int, int, int, list[list[int]], list[bool]], kind: str, seed: int

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -271,20 +273,29 @@ def test_the_docs_show_the_committed_results() -> None:
     subprocess.run([sys.executable, str(BENCHMARKS / "render.py"), "--check"], check=True)
 
 
-def test_padding_is_measured(tmp_path: Path) -> None:
+@pytest.fixture
+def padding(monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
+    """The script that measures padding."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    app = typer.Typer()
+    app.command()(import_module("padding").main)
+    return app
+
+
+def test_padding_is_measured(tmp_path: Path, padding: typer.Typer) -> None:
     file = tmp_path / "rows.json"
-    script, options = str(BENCHMARKS / "padding.py"), ["--device=cpu", "--steps=2", "--repeats=1", "--sizes=3"]
-    result = subprocess.run([sys.executable, script, *options, f"--json={file}"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    options = ["--device=cpu", "--steps=2", "--repeats=1", "--sizes=3"]
+    result = CliRunner().invoke(padding, [*options, f"--json={file}"])
+    assert result.exit_code == 0, result.output
     rows = read_rows(file)
     assert [(row.mode, row.batch, row.details["graph_rows"]) for row in rows] == [("bucket", 3, 4), ("exact", 3, 3)]
     assert all(figure.median > 0 for row in rows for figure in row.figures)
 
 
-def test_sizes_without_padding_are_refused() -> None:
-    result = subprocess.run([sys.executable, str(BENCHMARKS / "padding.py"), "--sizes=9,16"], capture_output=True)
-    assert result.returncode == 2
-    assert b"sizes [16] are not padded" in result.stderr
+def test_sizes_without_padding_are_refused(padding: typer.Typer) -> None:
+    result = CliRunner().invoke(padding, ["--sizes=9,16"])
+    assert result.exit_code == 2
+    assert "sizes [16] are not padded" in result.output
 
 
 # What is refused, before any work

@@ -28,25 +28,23 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 def test_findings_come_in_order_and_as_they_are_made() -> None:
     shown: list[Finding] = []
-    findings = sweep(["qwen3_moe", "mamba", "gpt2", "bert", "jetmoe", "llava"], found=shown.append)
+    findings = sweep(["qwen3_moe", "mamba", "gpt2", "jetmoe", "llava"], found=shown.append)
     assert [(finding.model_type, finding.status) for finding in findings] == [
         ("qwen3_moe", Status.FULL),
         ("mamba", Status.UNSUPPORTED),
         ("gpt2", Status.FULL),
-        ("bert", Status.UNSUPPORTED),
         ("jetmoe", Status.EAGER_ONLY),
         ("llava", Status.UNSUPPORTED),
     ]
     assert {finding.model_type for finding in shown} == {finding.model_type for finding in findings}
     assert findings[1].reason.startswith("it keeps a state")
-    assert "modeling_jetmoe.py" in findings[4].reason
-    assert findings[5].reason.startswith("it is a model of images and text")
-    assert summary(findings) == "2 full, 1 eager only, 3 unsupported"
-
-
-def test_models_whose_layers_are_fused_say_so() -> None:
-    assert try_model("llama").fused_layers == 4
-    assert try_model("gpt2").fused_layers == 0
+    assert "modeling_jetmoe.py" in findings[3].reason
+    assert findings[4].reason.startswith("it is a model of images and text")
+    assert [finding.fused_layers for finding in findings] == [4, 0, 0, 0, 0]
+    assert summary(findings) == "2 full, 1 eager only, 2 unsupported"
+    if f"transformers {transformers.__version__} " in PAGE.read_text():
+        rows = [row for row in as_markdown(findings).split("## Causal")[1].splitlines() if row.startswith("| ")]
+        assert set(rows) <= set(PAGE.read_text().splitlines())
 
 
 def test_images_are_compared_where_a_model_takes_them(tmp_path: Path) -> None:
@@ -115,6 +113,7 @@ def test_families_are_types_that_are_swept() -> None:
     assert len([row for row in families if row]) == len(_FAMILIES)
 
 
+@pytest.mark.slow
 def test_what_the_page_says_of_the_families_often_asked_for_is_what_a_sweep_finds() -> None:
     def often_asked_for(page: str) -> list[str]:
         return page.split("\n## ")[1].splitlines()

@@ -1,7 +1,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,34 @@ from graphmode.ops import kv_cache
 from graphmode.ops._triton import compiles_hopper, runs_hopper
 from graphmode.ops.attention import paged as attention
 from graphmode.ops.sampling import sample as sampling
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_interpreter() -> Iterator[None]:
+    """Triton's interpreter without what takes half of its time and changes nothing.
+
+    It looks for overflow, whose findings it drops unless it debugs, and prepares ``triton.language`` anew for every
+    call of a device function.
+    """
+    if torch.cuda.is_available() or not find_spec("triton"):
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang
+
+    def prepare_once(fn: Callable[..., object]) -> object:
+        languages = [each for each in (language, language.core) if any(each is one for one in fn.__globals__.values())]
+        if any(language.core.is_builtin(each.program_id) for each in languages):
+            return prepare(fn)
+        return interpreter._LangPatchScope()
+
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", prepare_once)
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graphmode.ops import gated_experts
@@ -47,7 +47,6 @@ def routings(draw: st.DrawFn) -> tuple[int, list[list[int]], list[bool]]:
     return experts, index, draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
 
 
-@settings(max_examples=25, deadline=None)
 @given(routings(), st.sampled_from([(16, 16), (40, 24), (17, 9)]))
 def test_every_routing(routing: tuple[int, list[list[int]], list[bool]], sizes: tuple[int, int]) -> None:
     experts, index, real = routing

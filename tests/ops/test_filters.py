@@ -83,7 +83,7 @@ def test_keeps_what_sorting_keeps(threshold, kernel_device: str, vocab: int, tem
 @pytest.mark.parametrize("case", [(5, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.05), (20, 0.8, 0.0), (30, 0.95, 0.02)])
 @pytest.mark.parametrize("temperature", [0.5, 1.5])
 def test_draws_from_the_filtered_softmax(case: tuple[int, float, float], temperature: float) -> None:
-    count = 4_000
+    count = 1_500
     logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 2
     filters = make_filters([case] * count)
     tokens = sample_reference(logits.expand(count, 40), **make_rows(temperature, count), filters=filters)
@@ -103,7 +103,6 @@ logit = st.sampled_from([-INF, -1e38, -3.0, -1.0, -1e-40, -0.0, 0.0, 1e-40, 0.5,
 case = st.tuples(st.integers(-1, 12), st.sampled_from([0.0, 0.1, 0.5, 0.99, 1.0]), st.sampled_from([0.0, 0.3, 1.0]))
 
 
-@settings(max_examples=150)
 @given(
     st.lists(logit | st.floats(-20, 20, width=32), min_size=1, max_size=10), case, st.sampled_from([0.1, 1.0, 100.0])
 )

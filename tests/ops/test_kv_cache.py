@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graphmode.ops import write_kv as public_write_kv
@@ -90,7 +90,6 @@ def test_padding_rows_may_hold_nan(write_kv, kernel_device: str) -> None:
     check(write_kv, k, v, make_caches(2, 8, 2, 16, torch.float32, kernel_device), [9, 1, 4, -1, -1, -1])
 
 
-@settings(max_examples=40)
 @given(st.permutations(range(24)), st.lists(st.booleans(), min_size=1, max_size=24))
 def test_any_mix_of_padding(slots: list[int], real: list[bool]) -> None:
     mix = [slot if keep else -1 for slot, keep in zip(slots, real, strict=False)]

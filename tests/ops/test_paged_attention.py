@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -314,13 +314,11 @@ def ragged(draw: st.DrawFn, max_seqs: int, max_query_len: int, max_context: int)
     )
 
 
-@settings(max_examples=60)
 @given(ragged(max_seqs=6, max_query_len=24, max_context=90))
 def test_reference_on_any_lengths(batch: PagedBatch) -> None:
     check(paged_attention_reference, batch)
 
 
-@settings(max_examples=15)
 @given(ragged(max_seqs=4, max_query_len=12, max_context=50))
 def test_triton_on_any_lengths(batch: PagedBatch) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -329,7 +327,6 @@ def test_triton_on_any_lengths(batch: PagedBatch) -> None:
     check(paged_attention_triton, batch)
 
 
-@settings(max_examples=100)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any),
     st.integers(0, 10),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graphmode.ops import select_keys
@@ -100,7 +100,6 @@ def test_scores_that_are_zero_of_either_sign_are_equal(select, kernel_device: st
     assert run(select, batch, weights, 7).tolist() == [list(range(7))]
 
 
-@settings(max_examples=25)
 @given(st.data())
 def test_the_choice_does_not_hang_on_the_batch(data) -> None:
     """Decode rows choose the same alone, together, and as part of a mixed batch."""
