@@ -7,7 +7,7 @@ number here, numpy's integers and floats are what they stand for, and a number i
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from reprlib import Repr
 from typing import Any
@@ -140,6 +140,28 @@ def token_ids(name: str, value: object, *, also: str = "") -> list[int]:
     if ids and min(ids) < 0:
         raise InputError(f"{name} holds {min(ids)}; token ids are 0 or more")
     return ids
+
+
+def settle(
+    options: object, check: Callable[..., Any], *names: str, optional: bool = False, also: str = "", **limits: Any
+) -> None:
+    """Check fields of a frozen dataclass that is being made, and keep what the check returns.
+
+    Args:
+        options: the dataclass.
+        check: one of the functions above.
+        *names: of the fields.
+        optional: whether None is allowed too.
+        also: as of :func:`integer`.
+        **limits: for the check.
+    """
+    if optional:
+        also += ", or None"
+    limits |= {"also": also} if also else {}
+    for name in names:
+        value = getattr(options, name)
+        if not optional or value is not None:
+            object.__setattr__(options, name, check(name, value, **limits))
 
 
 def is_integer(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -103,61 +104,39 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.device, (str, torch.device, Backend)) or self.device == "":
             raise unfit("device", self.device, "auto, a device such as cpu or cuda:1, or a backend object")
-        self._set("dtype", checks.choice("dtype", _dtype_name(self.dtype), get_args(Dtype)))
-        checks.choice("load_format", self.load_format, get_args(LoadFormat))
-        checks.choice("fuse", self.fuse, get_args(Fuse))
+        settle = partial(checks.settle, self)
+        settle(_dtype_name, "dtype")
+        settle(checks.choice, "dtype", choices=get_args(Dtype))
+        settle(checks.choice, "load_format", choices=get_args(LoadFormat))
+        settle(checks.choice, "fuse", choices=get_args(Fuse))
         if not isinstance(self.generation_config, (str, Path)) or (
             self.generation_folder is not None and not (self.generation_folder / "generation_config.json").is_file()
         ):
             raise unfit(
                 "generation_config", self.generation_config, "auto, vllm or a folder with a generation_config.json"
             )
-        if self.graph_mode is not None:
-            checks.choice("graph_mode", self.graph_mode, get_args(GraphMode), also=", or None")
-        for name in ("enable_graph", "enforce_eager"):
-            if getattr(self, name) is not None:
-                self._set(name, checks.flag(name, getattr(self, name), also=", or None"))
-        for name in ("strict", "trust_remote_code"):
-            self._set(name, checks.flag(name, getattr(self, name)))
+        settle(checks.choice, "graph_mode", choices=get_args(GraphMode), optional=True)
+        settle(checks.flag, "enable_graph", "enforce_eager", optional=True)
+        settle(checks.flag, "strict", "trust_remote_code")
         # None is what vLLM's users may give for these two.
-        prefixes = True if self.enable_prefix_caching is None else self.enable_prefix_caching
-        self._set("enable_prefix_caching", checks.flag("enable_prefix_caching", prefixes))
-        self._set("seed", checks.integer("seed", 0 if self.seed is None else self.seed))
-        if self.graph_sizes is not None:
-            self._set("graph_sizes", _sizes(self.graph_sizes))
-        if self.max_padding_ratio is not None:
-            ratio = checks.number("max_padding_ratio", self.max_padding_ratio, least=0, most=1, also=", or None")
-            self._set("max_padding_ratio", ratio)
+        settle(lambda _, value: True if value is None else value, "enable_prefix_caching")
+        settle(checks.flag, "enable_prefix_caching")
+        settle(lambda _, value: 0 if value is None else value, "seed")
+        settle(checks.integer, "seed")
+        settle(_sizes, "graph_sizes", optional=True)
+        settle(checks.number, "max_padding_ratio", "memory_share", least=0, most=1, optional=True)
         if self.memory_share is not None:
-            share = checks.number("memory_share", self.memory_share, least=0, most=1, also=", or None")
-            if share == 0:
+            if self.memory_share == 0:
                 raise unfit("memory_share", self.memory_share, "above 0, and 1 at most")
-            self._set("memory_share", share)
             if self.kv_cache_memory is not None:
                 raise InputError("kv_cache_memory and memory_share both set the KV cache; give one of them")
-        for name in (
-            "max_graph_tokens",
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "kv_cache_memory",
-            "decode_steps",
-        ):
-            if getattr(self, name) is not None:
-                self._set(name, checks.integer(name, getattr(self, name), least=1, also=", or None"))
-        for name, least in (
-            ("warmup_iterations", 1),
-            ("max_images_per_prompt", 0),
-            ("max_videos_per_prompt", 0),
-            ("max_image_pixels", 1),
-        ):
-            self._set(name, checks.integer(name, getattr(self, name), least=least))
+        settle(checks.integer, "max_graph_tokens", "max_model_len", "max_num_seqs", least=1, optional=True)
+        settle(checks.integer, "max_num_batched_tokens", "kv_cache_memory", "decode_steps", least=1, optional=True)
+        settle(checks.integer, "warmup_iterations", "max_image_pixels", least=1)
+        settle(checks.integer, "max_images_per_prompt", "max_videos_per_prompt", least=0)
         if self.on_capture_failure is not None and not callable(self.on_capture_failure):
             raise unfit("on_capture_failure", self.on_capture_failure, "a function of a CaptureFailure, or None")
         self._check_graphs()
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
 
     def _check_graphs(self) -> None:
         """Refuse what contradicts about graphs."""
@@ -198,16 +177,16 @@ def own_names(options: Mapping[str, Any]) -> dict[str, Any]:
     return aliases.named("LLM", options, [each.name for each in fields(EngineOptions)], aliases.ENGINE)
 
 
-def _dtype_name(dtype: object) -> object:
+def _dtype_name(_: str, dtype: object) -> object:
     """Return our name of a dtype, where it has one: of torch's, or of what vLLM's users call it."""
     if isinstance(dtype, torch.dtype):
         return str(dtype).removeprefix("torch.")
     return _DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
 
 
-def _sizes(sizes: object) -> tuple[int, ...]:
+def _sizes(name: str, sizes: object, *, also: str) -> tuple[int, ...]:
     if not isinstance(sizes, Collection) or isinstance(sizes, (Mapping, str, bytes)) or not len(sizes):
-        raise unfit("graph_sizes", sizes, "a list of sizes such as [1, 2, 4], or None")
+        raise unfit(name, sizes, f"a list of sizes such as [1, 2, 4]{also}")
     return check_buckets([checks.integer("a size of graph_sizes", size, least=1) for size in sizes])
 
 

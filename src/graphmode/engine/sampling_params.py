@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from graphmode.engine import aliases, checks
@@ -89,67 +90,52 @@ class SamplingParams:
     skip_reading_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
+        settle = partial(checks.settle, self)
         for each in fields(self):
             if getattr(self, each.name) is None and each.name != "max_tokens":
-                self._set(each.name, {} if each.name == "logit_bias" else each.default)
-        self._number("temperature", least=0, also=", 0 is greedy")
-        self._integer("top_k", least=-1, most=checks.LARGEST, also=", 0 or -1 is off")
-        self._set("top_k", max(self.top_k, 0))
-        self._number("top_p", above=0, most=1, also=", 1 is off")
-        self._number("min_p", least=0, most=1, also=", 0 is off")
-        self._number("repetition_penalty", above=0, also=", 1 is off")
-        self._number("presence_penalty", least=-2, most=2, also=", 0 is off")
-        self._number("frequency_penalty", least=-2, most=2, also=", 0 is off")
-        self._set("logit_bias", _biases(self.logit_bias))
-        if self.allowed_token_ids is not None:
-            allowed = checks.token_ids("allowed_token_ids", self.allowed_token_ids, also=", or None")
-            if not allowed:
-                raise InputError("allowed_token_ids is empty, which allows nothing; give a token at least, or None")
-            self._set("allowed_token_ids", tuple(allowed))
-        self._set("bad_words", checks.texts("bad_words", self.bad_words))
-        self._integer("n", least=1)
+                default = {} if each.name == "logit_bias" else each.default
+                object.__setattr__(self, each.name, default)  # the dataclass is frozen for everyone else
+        settle(checks.number, "temperature", least=0, also=", 0 is greedy")
+        settle(checks.integer, "top_k", least=-1, most=checks.LARGEST, also=", 0 or -1 is off")
+        settle(lambda _, top_k: max(top_k, 0), "top_k")
+        settle(checks.number, "top_p", above=0, most=1, also=", 1 is off")
+        settle(checks.number, "min_p", least=0, most=1, also=", 0 is off")
+        settle(checks.number, "repetition_penalty", above=0, also=", 1 is off")
+        settle(checks.number, "presence_penalty", "frequency_penalty", least=-2, most=2, also=", 0 is off")
+        settle(_biases, "logit_bias")
+        settle(checks.token_ids, "allowed_token_ids", optional=True)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InputError("allowed_token_ids is empty, which allows nothing; give a token at least, or None")
+        settle(checks.texts, "bad_words")
+        settle(checks.integer, "n", least=1)
         if self.n > MAX_COMPLETIONS:
             raise InputError(
                 f"n is {self.n}; it may be at most {MAX_COMPLETIONS}. The host keeps at least {_COMPLETION_BYTES} "
                 f"bytes of an answer, {in_words(self.n * _COMPLETION_BYTES)} of that many; send several requests"
             )
-        if self.max_tokens is not None:
-            self._integer("max_tokens", least=1, most=checks.LARGEST, also=", or None")
-        self._integer("min_tokens", least=0, most=checks.LARGEST)
+        settle(checks.integer, "max_tokens", least=1, most=checks.LARGEST, optional=True)
+        settle(checks.integer, "min_tokens", least=0, most=checks.LARGEST)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InputError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens={self.max_tokens}; lower it or raise max_tokens"
             )
-        if self.seed is not None:
-            self._integer("seed", least=-(2**63), most=2**63 - 1, also=", or None")
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
-            self._set(name, checks.flag(name, getattr(self, name)))
-        self._set("stop", checks.texts("stop", self.stop))
-        self._set("stop_token_ids", tuple(checks.token_ids("stop_token_ids", self.stop_token_ids)))
+        settle(checks.integer, "seed", least=-(2**63), most=2**63 - 1, optional=True)
+        settle(checks.flag, "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
+        settle(checks.texts, "stop")
+        settle(checks.token_ids, "stop_token_ids")
+        settle(lambda _, ids, **limits: tuple(ids), "allowed_token_ids", "stop_token_ids", optional=True)
         if self.stop and not self.detokenize:
             raise InputError(
                 f"stop is {checks.shown(self.stop)}, but detokenize=False makes no text to find it in; leave one out, "
                 "or use stop_token_ids"
             )
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                self._integer(name, least=-1, most=MAX_LOGPROBS, also=", -1 is the whole vocabulary, or None")
-
-        if self.truncate_prompt_tokens is not None:
-            self._integer("truncate_prompt_tokens", least=-1, most=checks.LARGEST, also=" other than 0, or None")
-            if self.truncate_prompt_tokens == 0:
-                raise InputError("truncate_prompt_tokens is 0, which leaves no prompt; give -1 or at least 1, or None")
-        skip = "skip_reading_prefix_cache"
-        self._set(skip, checks.flag(skip, self.skip_reading_prefix_cache))
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
-
-    def _integer(self, name: str, **limits: Any) -> None:
-        self._set(name, checks.integer(name, getattr(self, name), **limits))
-
-    def _number(self, name: str, **limits: Any) -> None:
-        self._set(name, checks.number(name, getattr(self, name), **limits))
+        whole = ", -1 is the whole vocabulary"
+        settle(checks.integer, "logprobs", "prompt_logprobs", least=-1, most=MAX_LOGPROBS, optional=True, also=whole)
+        but_zero = " other than 0"
+        settle(checks.integer, "truncate_prompt_tokens", least=-1, most=checks.LARGEST, optional=True, also=but_zero)
+        if self.truncate_prompt_tokens == 0:
+            raise InputError("truncate_prompt_tokens is 0, which leaves no prompt; give -1 or at least 1, or None")
+        settle(checks.flag, "skip_reading_prefix_cache")
 
     @property
     def filters(self) -> bool:
@@ -188,7 +174,7 @@ def checkpoint_parameters(generation: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _biases(biases: object) -> dict[int, float]:
+def _biases(_: str, biases: object) -> dict[int, float]:
     """Return a bias by token id; keys may be texts of digits, as they are where a request came as JSON."""
     if not isinstance(biases, Mapping):
         raise checks.unfit("logit_bias", biases, "a mapping of token ids to numbers from -100 to 100")
