@@ -86,7 +86,7 @@ def test_memory_pressure_changes_no_token(
     params = SamplingParams(temperature=0, max_tokens=12)
     for mode in ("none", "full", "piecewise"):
         llm = LLM(tmp_path, kv_cache_memory=6 * block, graph_mode=mode, strict=True, **OPTIONS)
-        assert block_bytes(llm.engine.loaded.shape, torch.float32, 16) == block
+        assert block_bytes(llm.engine.loaded.shape.caches, torch.float32, 16) == block
         held = {
             part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
             for cache in llm.engine.caches

@@ -1,7 +1,7 @@
 """Checks of what users give: types like ranges, before any work starts.
 
 Each returns the value in its plain type, or raises an InputError with the value and what is allowed. A bool is no
-number here, numpy's integers and floats are what they stand for, and a number is finite in float32.
+number here, numpy's integers and floats count as Python's, and a number is finite in float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def integer(name: str, value: object, *, least: int | None = None, most: int | N
         value: what was given.
         least: the smallest that is allowed.
         most: the largest that is allowed.
-        also: what the message says beside the range, for example ``", or None"``.
+        also: what the message says after the range, for example ``", or None"``.
 
     Raises:
         InputError: it is something else.

@@ -1,4 +1,4 @@
-"""Images and videos beside a prompt's text: told apart, counted, and what the model's processor may be asked for."""
+"""The images and videos of a prompt, sorted and counted, and the options that the model's processor may get."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARTS = ("images_kwargs", "videos_kwargs", "text_kwargs", "common_kwargs")
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """What a prompt may hold beside its text.
+    """The limits of a prompt's images and videos.
 
     Attributes:
         images: how many images.

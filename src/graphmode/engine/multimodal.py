@@ -64,7 +64,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class VisionPrompt:
-    """What a prompt with images has beside its tokens.
+    """The images of a prompt, and the positions of its tokens.
 
     Attributes:
         spans: in the order of the tokens.

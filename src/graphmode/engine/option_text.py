@@ -24,9 +24,9 @@ class Kind(StrEnum):
     INTEGERS = "1,2,4"
     TEXT = "TEXT"
     TEXTS = "TEXTS"
-    """Texts that are given one by one, by the option's name each."""
+    """Texts, for each of which the option is given again."""
     VALUE = "JSON"
-    """JSON, or a text where it is none."""
+    """JSON, or any other text."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class TextOption:
     default: Any = None
 
     def read(self, text: str) -> Any:
-        """Return the value that a text stands for.
+        """Return the value that a text means.
 
-        A text that is not of the option's kind stays one: the check of the option's type refuses it, naming what is
-        allowed.
+        A text that is not of the option's kind is returned as it is: the check of the option refuses it and names what
+        is allowed.
         """
         written = text.strip().lower()
         if self.kind is Kind.FLAG:

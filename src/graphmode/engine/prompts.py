@@ -35,7 +35,7 @@ class PromptParts(TypedDict, total=False):
     """A prompt given as token ids, or with images or videos.
 
     The text names each image by the model's placeholder, as its chat template does. Token ids may have one placeholder
-    for an image or as many as it takes; beside what is prepared already, as many as it takes.
+    for an image or as many as it takes; with what is prepared already, as many as it takes.
 
     Attributes:
         prompt: the text; or

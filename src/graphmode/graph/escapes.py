@@ -21,6 +21,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from graphmode.errors import CaptureError
+from graphmode.graph.paths import code_names
 from graphmode.graph.storages import key_of, users, weakly
 
 # At most this many objects are searched for state that a function could change.
@@ -257,7 +258,7 @@ def _places_in(each: Any, path: str) -> Iterator[Places]:
             return
         for name, cell in zip(each.__code__.co_freevars, each.__closure__ or (), strict=True):
             yield Places.of(cell, name)
-        names = tuple(dict.fromkeys(_names(each.__code__)))
+        names = tuple(dict.fromkeys(code_names(each.__code__)))
         yield Places.of(each.__globals__, "", tuple(name for name in names if name in each.__globals__))
         for name in names:
             module = each.__globals__.get(name)
@@ -297,14 +298,6 @@ def _led_to(each: Any, path: str) -> Iterable[tuple[Any, str]]:
     if isinstance(each, type):
         return [(base, base.__qualname__) for base in each.__bases__]
     return () if isinstance(each, (dict, list, deque)) else ((type(each), path),)
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Return the names of globals and attributes that code uses, that of functions inside it included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
 
 
 def _is_library(each: Any) -> bool:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphmode.errors import UnsupportedOpError
 from graphmode.graph.addresses import OutsideMemory
 from graphmode.graph.host_reads import refused
-from graphmode.graph.locations import REMEDY
+from graphmode.graph.locations import READS_VALUE, REMEDY
 
 
 def tensors_in(tree: object) -> list[torch.Tensor]:
@@ -82,7 +82,6 @@ def _dispatch_where_called(func: Any) -> Iterator[None]:
 _MASKABLE = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 
 
-_READS_VALUE = "it reads a tensor's value into Python, which a replay would not read again"
 _SPARSE = "how much memory a sparse tensor has depends on data; use dense tensors (to_dense())"
 _NESTED = (
     "the shapes of a nested tensor depend on data; use padded tensors and masks "
@@ -114,7 +113,7 @@ def _reads_below(func: Any) -> str | None:
         if name in ("lstm", "gru", "rnn_tanh", "rnn_relu") and func._overloadname == "data":
             return "it reads the lengths of packed sequences on the host; use padded tensors"
         if func in (torch.ops.aten.tensor_split.tensor_indices_or_sections, torch.ops.aten.ctc_loss.Tensor):
-            return _READS_VALUE
+            return READS_VALUE
         for beginning, reason in _LAYOUTS.items():
             if name.lstrip("_").startswith(beginning):
                 return reason
@@ -129,9 +128,9 @@ def _always_unsupported(func: Any) -> str | None:
     takes_tensors = any("Tensor" in str(argument.type) for argument in func._schema.arguments)
     returns_numbers = any("Tensor" not in str(returned.type) for returned in func._schema.returns)
     if takes_tensors and returns_numbers and func.overloadpacket.__name__ not in _NUMBERS_OF_SHAPES:
-        return _READS_VALUE
+        return READS_VALUE
     if torch.Tag.data_dependent_output in func.tags:
-        return _READS_VALUE
+        return READS_VALUE
     if torch.Tag.dynamic_output_shape in func.tags:
         return "its result's shape depends on data"
     return None

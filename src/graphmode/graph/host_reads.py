@@ -22,30 +22,29 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from graphmode.errors import UnsupportedOpError
-from graphmode.graph.locations import REMEDY
+from graphmode.graph.locations import READS_VALUE, REMEDY
 from graphmode.graph.training import refuse_training
 
-_READS = "it reads a tensor's value into Python, which a replay would not read again"
 _SHARES = "it hands a tensor's memory to code whose reads and writes a replay would not repeat"
 _CALLS = "it calls Python for each element, which a replay would not do again"
 _MOVES = "it moves a tensor's memory, which a replay would not do again"
 
 _METHODS: dict[Callable[..., Any], tuple[str, str]] = {
-    torch.Tensor.tolist: ("Tensor.tolist", _READS),
-    torch.Tensor.__repr__: ("Tensor.__repr__", _READS),
-    torch.Tensor.__format__: ("Tensor.__format__", _READS),
-    torch.Tensor.numpy: ("Tensor.numpy", _READS),
-    torch.Tensor.__array__: ("Tensor.__array__", _READS),
+    torch.Tensor.tolist: ("Tensor.tolist", READS_VALUE),
+    torch.Tensor.__repr__: ("Tensor.__repr__", READS_VALUE),
+    torch.Tensor.__format__: ("Tensor.__format__", READS_VALUE),
+    torch.Tensor.numpy: ("Tensor.numpy", READS_VALUE),
+    torch.Tensor.__array__: ("Tensor.__array__", READS_VALUE),
     torch.Tensor.__dlpack__: ("Tensor.__dlpack__", _SHARES),
     torch.Tensor.__deepcopy__: ("copy.deepcopy of a tensor", "it copies memory without an operator; use clone()"),
     torch.Tensor.share_memory_: ("Tensor.share_memory_", _MOVES),
     torch.Tensor.apply_: ("Tensor.apply_", _CALLS),
     torch.Tensor.map_: ("Tensor.map_", _CALLS),
     torch.Tensor.map2_: ("Tensor.map2_", _CALLS),
-    torch.Tensor.__float__: ("float() of a tensor", _READS),
-    torch.Tensor.__int__: ("int() of a tensor", _READS),
-    torch.Tensor.__index__: ("a tensor taken as an index of Python", _READS),
-    torch.Tensor.__complex__: ("complex() of a tensor", _READS),
+    torch.Tensor.__float__: ("float() of a tensor", READS_VALUE),
+    torch.Tensor.__int__: ("int() of a tensor", READS_VALUE),
+    torch.Tensor.__index__: ("a tensor taken as an index of Python", READS_VALUE),
+    torch.Tensor.__complex__: ("complex() of a tensor", READS_VALUE),
 }
 
 # These read each tensor in a list on the host; a single tensor they copy by an operator.
@@ -126,7 +125,7 @@ class _FunctionTraps(TorchFunctionMode):
         if func in _METHODS:
             _refuse(*_METHODS[func])
         elif func in _FROM_LISTS and any(_lists_tensors(value) for value in (*args, *kwargs.values())):
-            _refuse(f"{_FROM_LISTS[func]} of tensors in a list", f"{_READS} (use torch.stack)")
+            _refuse(f"{_FROM_LISTS[func]} of tensors in a list", f"{READS_VALUE} (use torch.stack)")
         return func(*args, **kwargs)
 
 
@@ -167,7 +166,7 @@ def _without_traps(question: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _replace_all() -> None:
-    pickle = _trap(torch.Tensor._reduce_ex_internal, "pickle or copy.copy of a tensor", _READS)
+    pickle = _trap(torch.Tensor._reduce_ex_internal, "pickle or copy.copy of a tensor", READS_VALUE)
     _replaced.enter_context(patch.object(torch.Tensor, "_reduce_ex_internal", pickle))
     for kind in (torch.UntypedStorage, torch.TypedStorage):
         for name in _STORAGE_READS:

@@ -16,6 +16,9 @@ import torch
 REMEDY = "compute it with tensor operators, or move the code into a function marked @outside_graph"
 """What to do about the user's own code that no graph can hold."""
 
+READS_VALUE = "it reads a tensor's value into Python, which a replay would not read again"
+"""Why no graph can hold such code."""
+
 _PASSED_OVER = (
     os.path.dirname(os.path.abspath(__file__)),
     os.path.dirname(os.path.abspath(torch.__file__)),

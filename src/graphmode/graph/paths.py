@@ -237,7 +237,7 @@ class _Search:
             else:
                 break
             if isinstance(place.value, FunctionType):
-                names = _names(place.value.__code__)
+                names = frozenset(code_names(place.value.__code__))
             for get, key, value in self._from(place.value, names):
                 self._left -= 1
                 kind = type(value)
@@ -376,10 +376,12 @@ def _is_installed(package: str) -> bool:
     return any({"site-packages", "dist-packages"} & set(PurePath(place).parts) for place in places if place)
 
 
-def _names(code: CodeType) -> frozenset[str]:
-    """Return the names of variables of its module, and of attributes, that code uses."""
-    nested = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return frozenset(code.co_names).union(*map(_names, nested))
+def code_names(code: CodeType) -> Iterator[str]:
+    """Yield the names of globals and attributes that code uses, and functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from code_names(constant)
 
 
 def _slots(kind: type) -> list[str]:

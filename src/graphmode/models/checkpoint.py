@@ -1,4 +1,4 @@
-"""Where a model's files are, and what may be done with them: no code of theirs is run unasked, no pickle is opened."""
+"""A model's files: where they are, and how they are read. No code among them runs unasked, no pickle is opened."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files, looked through. All that is read from them is read by :meth:`read`.
+    """A model's files, checked. All that is read from them is read by :meth:`read`.
 
     Attributes:
         name: as the user gave it, for messages.
@@ -48,7 +48,7 @@ class Checkpoint:
         return self.gguf_file is not None or any((self.folder / file).is_file() for file in _TOKENIZER_FILES)
 
     def check_weights(self) -> None:
-        """Look through the files of weights, before any is read.
+        """Check the files of weights, before any is read.
 
         Raises:
             ModelError: they are missing, damaged, or not safetensors.
@@ -102,7 +102,7 @@ class Checkpoint:
 def find_checkpoint(
     name: str | Path, *, load_format: LoadFormat = "auto", trust_remote_code: bool = False
 ) -> Checkpoint:
-    """Find a model's files, look through them, and fetch them first where the name is one of the hub's.
+    """Find a model's files and check them; fetch them first if the name is one of the hub's.
 
     Args:
         name: a local folder, a GGUF file, or the hub's name of a model.
@@ -110,7 +110,7 @@ def find_checkpoint(
         trust_remote_code: whether Python code among the files may run.
 
     Raises:
-        ModelError: there is no such model, or its files are not such as can be loaded.
+        ModelError: there is no such model, or its files cannot be loaded.
     """
     if not str(name).strip():
         raise ModelError("the name of the model is empty; give a folder, a GGUF file or a hub name")
@@ -206,7 +206,7 @@ def _check_folder(name: str, folder: Path) -> None:
 
 
 def _check_weights(name: str, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse weights of which any is not a safetensors file in the folder: all others may be pickles."""
+    """Refuse weights that are not all safetensors files in the folder: other files may be pickles."""
     first = settings.get("transformers_weights")
     if first is None:
         first = _WEIGHTS if (folder / _WEIGHTS).is_file() else _INDEX
@@ -242,7 +242,7 @@ def _check_weights(name: str, folder: Path, settings: Mapping[str, Any]) -> None
 
 
 def _others(folder: Path) -> str:
-    """Say what a folder without weights that can be read holds instead, and what to do."""
+    """Return what a folder without readable weights holds instead, and what to do."""
     if found := sorted(file.name for file in folder.glob("*.safetensors")):
         return (
             f"{', '.join(found)}, but neither {_WEIGHTS} nor {_INDEX}, which says what is where; rename a single file "

@@ -193,7 +193,7 @@ def load_weights(
 def _tokenizer(checkpoint: Checkpoint, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     if checkpoint.gguf_file is None:
         return checkpoint.read(AutoTokenizer, "the tokenizer")  # type: ignore[no-any-return]
-    # transformers reads files of other tokenizers that lie beside, so it is shown the file alone.
+    # transformers would also read files of other tokenizers in the folder, so it gets one with this file alone.
     with TemporaryDirectory() as folder:
         (Path(folder) / checkpoint.gguf_file).symlink_to((checkpoint.folder / checkpoint.gguf_file).resolve())
         tokenizer: PreTrainedTokenizerBase = replace(checkpoint, folder=Path(folder)).read(
@@ -220,7 +220,7 @@ def _hold_nan(model: PreTrainedModel) -> list[str]:
 def _belongs_to(model: PreTrainedModel, key: str) -> bool:
     """Whether a weight that the model has no place for belongs to a part that it has: then it would compute wrongly.
 
-    A head for another task, or layers for drafting beyond the last, are of no concern.
+    A head for another task, or layers for drafting beyond the last, do not matter.
     """
     drafts = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     modules = dict(model.named_modules())

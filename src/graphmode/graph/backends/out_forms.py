@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from graphmode.graph.guard import tensors_in
+from graphmode.graph.outside import extent
 
 _FACTORY_OPTIONS = frozenset({"dtype", "layout", "device", "pin_memory"})
 # It changes running statistics that its schema does not mark, and a trial would change them too.
@@ -146,10 +147,10 @@ def _telling(tree: Any, replaced: dict[int, torch.Tensor]) -> Any:
         low, high = (torch.view_as_real(tree.resolve_conj()) if tree.is_complex() else tree).aminmax()
         if low < high:
             return tree
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(tree.shape, tree.stride(), strict=True))
         offset = tree.storage_offset() % 64
         dtype = torch.complex64 if tree.is_complex() else torch.float32
-        numbers = torch.rand(offset + extent, dtype=dtype, generator=torch.Generator().manual_seed(len(replaced)))
+        size = offset + extent(tree) // tree.itemsize
+        numbers = torch.rand(size, dtype=dtype, generator=torch.Generator().manual_seed(len(replaced)))
         replaced[id(tree)] = numbers.to(tree.dtype).as_strided(tree.shape, tree.stride(), offset)
         return replaced[id(tree)]
     if isinstance(tree, (list, tuple)):

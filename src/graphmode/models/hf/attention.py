@@ -96,7 +96,7 @@ def _layer_type(module: Any) -> str | None:
 def sliding_window(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> int | None:
     """Return the layer's sliding window.
 
-    Most models pass it. Some only build masks by it, which this attention does not get: then the configuration says.
+    Most models pass it. Some only build masks with it, which this attention does not get; then the configuration says.
     """
     layer_type = _layer_type(module)
     if layer_type not in (None, "full_attention", "sliding_attention", *SPARSE_LAYER_TYPES):

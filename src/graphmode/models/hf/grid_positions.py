@@ -1,8 +1,8 @@
 """Positions of three coordinates, where a token stands in time, height and width, by the model's ``get_rope_index``.
 
-Text advances in all three alike. The tokens of an image lie on a grid beside the text, so what follows an image goes on
-from less than the number of tokens before it. Generated tokens go on from the prompt's last one, as in transformers'
-``generate``. (M-RoPE: Wang et al., Qwen2-VL, https://arxiv.org/abs/2409.12191, section 2.1.)
+Text advances all three together. The tokens of an image lie on a grid, so text after an image has positions less than
+the number of tokens before it. Generated tokens continue from the prompt's last one, as in transformers' ``generate``.
+(M-RoPE: Wang et al., Qwen2-VL, https://arxiv.org/abs/2409.12191, section 2.1.)
 """
 
 from __future__ import annotations

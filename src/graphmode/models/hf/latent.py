@@ -6,9 +6,8 @@ then ``q . (W_key c) + q_rotated . k_rotated``, which is ``(W_key^T q) . c + ...
 queries, attention runs over the latents themselves, as one key/value head whose keys are latent and rotated part and
 whose values are the latent, and its results are expanded once.
 
-The projections, norms and rotary embeddings before that are the model's own. Its module says where the latent is: it
-has transformers' ``expand_kv``, which is replaced by a function that expands nothing, where it is proven to do as
-above.
+The projections, norms and rotary embeddings before that are the model's own. Where the latent is, transformers'
+``expand_kv`` of the module shows: if it is proven to compute the above, a function that expands nothing replaces it.
 """
 
 from __future__ import annotations
@@ -63,14 +62,14 @@ def expand(module: Any, rotated: torch.Tensor, latent: torch.Tensor) -> tuple[to
 
 
 def _keep(latent: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stand for ``expand_kv``: what follows takes these for keys and values."""
+    """Replace ``expand_kv``: what follows gets these as keys and values."""
     return rotated, latent
 
 
 def _halves(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the matrices of keys and of values, ``[heads, nope_dim, rank]`` and ``[heads, value_dim, rank]``.
 
-    They are views of the one weight, taken anew at each call: whoever moves the weight need not know of them.
+    They are views of the one weight, made at each call, so that the weight may be moved.
     """
     sizes = [module.qk_nope_head_dim, module.v_head_dim]
     weight: torch.Tensor = module.kv_b_proj.weight

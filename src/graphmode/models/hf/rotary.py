@@ -52,12 +52,12 @@ def fix_rotary_embeddings(model: PreTrainedModel, max_model_len: int) -> None:
     """Let every rotary embedding choose its frequencies once, for sequences of ``max_model_len`` tokens.
 
     LongRoPE and dynamic NTK choose them by the longest position of the call. In a step of many sequences one's result
-    would then hang on another's length, and keys in the cache would be rotated by other frequencies than new queries.
+    would then depend on another's length, and keys in the cache would have other frequencies than new queries.
     So LongRoPE takes its long factors if ``max_model_len`` is beyond the length before extension, else its short ones;
     dynamic NTK takes those of ``max_model_len`` if that is beyond the length that the model was made for.
 
     Raises:
-        ModelError: an embedding that still hangs on the other tokens of the call.
+        ModelError: an embedding still depends on the other tokens of the call.
     """
     hidden = torch.empty(0, dtype=model.dtype, device=model.device)  # the embeddings take only dtype and device of it
     positions = torch.tensor([[1, max_model_len - 1]], device=model.device)

@@ -1,10 +1,9 @@
 """DeepSeek sparse attention: an indexer in the layer picks the keys that each token attends to.
 
-The indexers of transformers score all keys of a sequence that they cache themselves. Here they do the same up to their
-queries, keys and weights, with the model's own modules; keys go to the paged cache, and the choice is
-:func:`~graphmode.ops.select_keys`'. Indexers differ in where and how they rotate: which of the known ways is
-theirs is found by comparing keys, and the scores are proven by comparing rankings. What their parameters are called
-does not matter: the order of the first four is proven by the same comparison, and the cache is the one that gets keys.
+The indexers of transformers score all keys of a sequence, which they cache themselves. Here the model's own modules
+make queries, keys and weights; keys go to the paged cache, and :func:`~graphmode.ops.select_keys` chooses. Indexers
+differ in how they rotate: a comparison of keys with the indexer's own finds which of the known ways it uses, and a
+comparison of rankings proves the scores. Both also prove the order of the parameters, whose names differ.
 """
 
 from __future__ import annotations
@@ -57,20 +56,20 @@ def use_indexers(model: torch.nn.Module) -> None:
             if not keeps_latents(module):
                 raise ModelError("its attention is sparse, over keys that are no expansion of latents")
             indexer.forward = partial(_select, indexer, _rotation(indexer), inspect.signature(indexer.forward))
-            module.register_forward_pre_hook(_hand_on_batch, with_kwargs=True)
+            module.register_forward_pre_hook(_pass_batch_as_mask, with_kwargs=True)
 
 
-def _hand_on_batch(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Put the batch where the attention module expects a mask; a mask that the model made stays, to be refused."""
+def _pass_batch_as_mask(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Put the batch where the attention module expects a mask. A mask that the model made stays and is refused."""
     if kwargs.get("attention_mask") is None:
         kwargs = {**kwargs, "attention_mask": BatchAsMask(kwargs["attention_batch"])}
     return args, kwargs
 
 
 def _select(indexer: Any, rotation: _Rotation, signature: inspect.Signature, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Stand for an indexer's forward of that signature: choose keys, int32 ``[1, tokens, top_k]``.
+    """Replace an indexer's forward of that signature: choose keys, int32 ``[1, tokens, top_k]``.
 
-    In place of the mask it is given the step's batch.
+    It gets the step's batch in place of the mask.
     """
     hidden_states, q_resid, position_embeddings, batch = signature.bind(*args, **kwargs).args[:4]
     queries, keys, weights = _project(indexer, rotation, hidden_states, q_resid, position_embeddings)
@@ -109,7 +108,7 @@ def _rotate(x: torch.Tensor, rotation: _Rotation, size: int, cos: torch.Tensor, 
 
 
 class _ProbeCache:
-    """Takes what an indexer would cache, and gives it back as all that there is."""
+    """A cache of one step, to see what an indexer caches."""
 
     keys: torch.Tensor | None = None
 

@@ -1,6 +1,6 @@
 """What differs between the versions of transformers that graphmode supports, where code alone does not show it.
 
-Elsewhere graphmode goes by what a module does, which is tried when a model is loaded, and not by names.
+Elsewhere graphmode looks at what a module does, which is tried when a model is loaded, and not at names.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The vision tower: images and frames as embeddings that stand for tokens of a prompt.
 
-transformers computes where patches lie and who attends to whom from the images' sizes, on the host, and lets a caller
-hand that in. So the tower is split: :meth:`VisionTower.host_inputs` computes it, and :meth:`VisionTower.forward` is a
-function of tensors alone, which graphs can hold. A tower is taken for what it does: on a few random patches it must
-give what transformers' own whole run gives.
+transformers computes from the images' sizes, on the host, where patches lie and which attend to each other, and lets a
+caller pass that in. So the tower is split: :meth:`VisionTower.host_inputs` computes it, and :meth:`VisionTower.forward`
+is a function of tensors alone, which graphs can hold. A tower is accepted if, split, it gives what it gives whole on a
+few random patches.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from graphmode.errors import ModelError
 from graphmode.graph import Input
 from graphmode.ops import segment_attention
 
-# transformers hands cumulative lengths to an attention whose name says that it is of flash attention's kind; for others
-# it cuts the patches apart on the host.
+# transformers passes cumulative lengths to an attention with "flash" in its name; for others it splits patches on the
+# host.
 VISION_ATTENTION_NAME = "graphmode_flash_segments"
 
 _DOES_MORE = "its vision tower computes more from the images' sizes than graphmode knows"
@@ -93,7 +93,7 @@ class VisionTower:
         inputs: what :meth:`forward` takes. The bucketed axis is ``units``.
 
     Raises:
-        ModelError: the tower does something that the split does not know; why, in words that follow the model's name.
+        ModelError: the tower does something that the split does not; why, in words that follow the model's name.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
