@@ -118,7 +118,7 @@ def test_padding_is_not_read(rows: int) -> None:
         normed = [
             skinny.skinny_norm_linear(x, norm, weight, None, 1e-6, gated=gated, lens=lens) for gated in (False, True)
         ]
-        return [added, skinny.skinny_linear(h, down, lens), *normed]
+        return [added, skinny.skinny_linear(h, down, lens=lens), *normed]
 
     expected = run(x, h, None)
     h[~real] = float("nan")
