@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python $(PYTEST)
 
-# What hangs on transformers, with the oldest version that is supported and all else as in .venv.
+# What depends on transformers, with the oldest version that is supported and all else as in .venv.
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python $(PYTEST) -m versions
 

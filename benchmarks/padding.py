@@ -24,7 +24,7 @@ from graphmode.observe.bench.run import Plan, model_folder, resolve, shown_name
 from graphmode.observe.bench.workloads import PROMPT_TOKENS, Workload
 from graphmode.observe.machine import device_name, versions
 
-# The sizes that the engine makes graphs of on a GPU, where the user says nothing.
+# The sizes of graphs on a GPU by default.
 BUCKETS = make_buckets(8192)
 
 

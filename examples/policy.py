@@ -19,7 +19,7 @@ JOINTS, WIDTH = 7, 64
 
 @dataclass
 class Observation:
-    """What robots see. In the declaration of a runner inputs stand here, in a call arrays.
+    """What robots see: inputs in the declaration of a runner, arrays in a call.
 
     Attributes:
         joints: angles and speeds, ``[robots, 2 * JOINTS]``.

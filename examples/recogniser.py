@@ -40,7 +40,7 @@ class Recogniser(nn.Module):
     def forward(
         self, sound: torch.Tensor, place: torch.Tensor, first: torch.Tensor, count: torch.Tensor, state: State
     ) -> torch.Tensor:
-        """Return the symbols of new sound, 0 where one only goes on.
+        """Return the symbols of new sound, 0 for a frame that continues a symbol.
 
         Args:
             sound: ``[rows, FRAMES, BANDS]``.

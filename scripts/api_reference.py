@@ -1,4 +1,4 @@
-"""Write docs/api.md from the docstrings of graphmode. With --check nothing is written: it fails where the page is old.
+"""Write docs/api.md from the docstrings of graphmode. With --check, only fail if it is out of date.
 
 What is public is what ``__all__`` of the packages below names, and the classes and types that these lead to.
 """

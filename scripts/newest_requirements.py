@@ -1,6 +1,6 @@
 """Print what graphmode requires without upper bounds, one requirement a line, for pip to install the newest releases.
 
-Where there is no NVIDIA GPU torch and triton are left as they are: the newest torch may have no build without CUDA.
+Without an NVIDIA GPU, torch and triton stay as they are: the newest torch may have no build without CUDA.
 """
 
 import shutil

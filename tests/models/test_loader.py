@@ -19,20 +19,9 @@ from transformers import (
 from graphmode import LLM, SamplingParams, bundled_model
 from graphmode.errors import ModelError
 from graphmode.models.loader import load_model
+from tests.models.test_checkpoint import CPU, SMALL
 
 pytestmark = pytest.mark.versions
-
-CPU = torch.device("cpu")
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 32,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-}
 
 
 def load(folder: Path | str, **options: str) -> object:

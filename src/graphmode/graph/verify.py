@@ -27,8 +27,8 @@ class Comparison:
         memory: memory from outside that the function left different: a sentence each.
         largest: the largest absolute difference of any element; infinite if one is NaN and the other a number, 0 if
             nothing can be subtracted.
-        inputs: of the comparison with another padding: the inputs whose padding values change the result, each alone
-            or, where none does, all together.
+        inputs: in the comparison with another padding: the inputs whose padding values change the result, each by
+            itself, or all if only all together do.
         note: what else to know, such as why the comparison was not made.
     """
 

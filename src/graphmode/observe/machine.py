@@ -1,4 +1,4 @@
-"""What a measurement ran on: the device's name and the versions of what matters."""
+"""What a measurement ran on: the name of the device, and versions of packages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def versions(packages: Sequence[str] = ("torch", "transformers", "triton")) -> d
 
 
 def device_name(device: torch.device) -> str:
-    """Return a device's name as its maker gives it, or its type where nothing tells the name."""
+    """Return a device's name as its maker gives it, or else its type."""
     if device.type != "cpu":
         named = getattr(torch.get_device_module(device), "get_device_name", None)
         return str(named(device)) if named else device.type

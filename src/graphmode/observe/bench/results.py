@@ -89,7 +89,7 @@ class Row:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return one flat object: a figure's median by its name, beside it its spread, floor and share of it."""
+        """Return one flat object: each figure's median by its name, and its spread, its floor and its share of that."""
         values: dict[str, Any] = {name: getattr(self, name) for name in ("workload", "model", "mode", "batch")}
         for figure in self.figures:
             values[figure.name] = figure.median
@@ -205,7 +205,7 @@ def _number(value: float) -> str:
 
 
 def _runs(rows: Sequence[Row]) -> str:
-    """Return a line that says when and by which versions the rows came about."""
+    """Return a line that says when and with which versions the rows were measured."""
     of: dict[str, list[str]] = {}
     for row in rows:
         versions = ", ".join(f"{package} {version}" for package, version in row.versions.items())

@@ -44,7 +44,7 @@ COMPARABLE = ("eager", "transformers")
 
 _BATCHES = (1, 8, 64, 256)
 _MODEL_LEN = 2048
-# Slow modes need fewer tokens for a step that is as exact.
+# Slow modes measure a step as exactly with fewer tokens.
 _MOST_TOKENS = {"eager": 33, "transformers": 17}
 _TRANSFORMERS_LARGEST = 64
 
@@ -61,7 +61,7 @@ class Plan:
         tokens: generated for each request; offline the longest prompt and answer. Default 129; offline 1024. Eagerly
             at most 33, by transformers at most 17, except by ``latency``.
         repeats: runs that are timed, after one that is not; default 3. By ``latency`` requests, default 20.
-        options: of the engine. ``max_model_len`` is 2048 and prefix caching off where they say nothing else.
+        options: of the engine. By default ``max_model_len`` is 2048 and prefix caching is off.
     """
 
     workload: Workload
@@ -98,7 +98,7 @@ def bench(plan: Plan, found: Callable[[Row], None] = lambda row: None, *, progre
         assert plan.compare is not None
         for mode in ("graph", *plan.compare):
             scale = _run_mode(plan, mode, folder, scale, progress, take)
-            gc.collect()  # an engine is a ring of references; the next mode needs its memory
+            gc.collect()  # an engine is a reference cycle; the next mode needs its memory
             if scale.device.type != "cpu":
                 torch.accelerator.empty_cache()
     return rows
@@ -106,7 +106,7 @@ def bench(plan: Plan, found: Callable[[Row], None] = lambda row: None, *, progre
 
 @contextmanager
 def model_folder(model: str) -> Iterator[str | Path]:
-    """Give what holds the model: for a name of ours, a folder of its configuration."""
+    """Yield the folder of a model, or its hub name; for one with random weights, a folder of its configuration."""
     if model == "bundled":
         yield bundled_model()
     elif model in RANDOM_MODELS:
@@ -216,7 +216,7 @@ class _Scale:
 def _run_mode(
     plan: Plan, mode: str, folder: str | Path, scale: _Scale | None, progress: bool, found: Callable[[Row], None]
 ) -> _Scale:
-    """Measure one mode at all batches. The first mode is ours; it says what the others are measured by."""
+    """Measure one mode at all batches. The first mode is ours; the others share its device, dtype and floor."""
     torch.manual_seed(0)
     start = time.perf_counter()
     llm: LLM | None = None
