@@ -42,17 +42,18 @@ def decode_inputs(llm: LLM, rows: int, size: int, steps: int) -> dict[str, torch
         size: rows with padding, the graph's.
         steps: the decode steps that the sequences have room for.
     """
-    length, pool = PROMPT_TOKENS + 1, llm.engine.scheduler.pool
-    blocks = -(-(length + steps) // pool.block_size)
+    length, pool = PROMPT_TOKENS + 1, llm.engine.scheduler.blocks.pools[0]
+    block_size = llm.engine.cache_groups[0].block_size
+    blocks = -(-(length + steps) // block_size)
     taken = pool.allocate(rows * blocks)
-    tables = torch.zeros(rows, -(-llm.engine.limits.max_model_len // pool.block_size), dtype=torch.int32)
+    tables = torch.zeros(rows, -(-llm.engine.limits.max_model_len // block_size), dtype=torch.int32)
     tables[:, :blocks] = torch.tensor(taken).view(rows, blocks)
     pool.free(taken)
-    last = tables[:, (length - 1) // pool.block_size].long()
+    last = tables[:, (length - 1) // block_size].long()
     real = {
         "token_ids": torch.randint(llm.engine.loaded.shape.vocab_size, (rows,)),
         "positions": torch.full((rows,), length - 1),
-        "slot_mapping": last * pool.block_size + (length - 1) % pool.block_size,
+        "slot_mapping": last * block_size + (length - 1) % block_size,
         "query_lens": torch.ones(rows),
         "kv_lens": torch.full((rows,), length),
         "logits_indices": torch.arange(rows),

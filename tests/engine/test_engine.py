@@ -45,7 +45,7 @@ def nothing_is_left(llm: LLM) -> Iterator[None]:
         llm.engine.step()
     llm.engine.step()
     assert not llm.engine.scheduler.has_work
-    assert llm.engine.scheduler.pool.num_free == 9
+    assert llm.engine.scheduler.blocks.num_free == (9,)
 
 
 def tokens(output: RequestOutput) -> list[int]:
@@ -273,7 +273,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.ended == set(getattr(self, "asked", ()))
         self.llm.engine.step()
         assert not self.llm.engine.scheduler.has_work
-        assert self.llm.engine.scheduler.pool.num_free == 9
+        assert self.llm.engine.scheduler.blocks.num_free == (9,)
 
 
 def test_any_order_of_submit_abort_and_step(llm: LLM, alone: list[list[int]]) -> None:

@@ -56,7 +56,7 @@ def test_64_prompts_together_are_token_for_token_transformers_one_by_one(
         assert stats.graphs == (
             decode * (pieces if mode == "piecewise" else 1) + mixed * (1 if mode == "full" else pieces)
         )
-    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+    assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
 
 
 @pytest.mark.parametrize("options", [{"graph_sizes": [1, 5]}, {"max_graph_tokens": 9}, {"max_padding_ratio": 0.1}])
@@ -122,7 +122,7 @@ def test_a_stream_that_is_left_gives_its_blocks_back(tiny: Path) -> None:
     assert (last.finished, last.outputs[0].finish_reason) == (True, "abort")
     assert not llm.engine.has_requests
     assert not llm.engine.scheduler.has_work
-    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+    assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
 
 
 def test_what_exists_is_out_of_the_collectors_way_while_tokens_are_made_and_no_longer(tiny: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_generate_that_is_interrupted_leaves_nothing_behind(tiny: Path, steps:
     assert all(output.outputs[0].finish_reason == "abort" for output in llm.engine.step())
     assert not llm.engine.has_requests
     assert not llm.engine.scheduler.has_work
-    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+    assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
     again = llm.generate(prompts[::-1], params)
     expected = LLM(tiny, **options).generate(prompts[::-1], params)
     assert [output.outputs[0].token_ids for output in again] == [output.outputs[0].token_ids for output in expected]
@@ -252,7 +252,7 @@ def test_preemption_and_eviction_change_no_token(tiny: Path, device: str, decode
     assert together == alone
     assert llm.stats.preemptions > 0
     assert llm.stats.hit_rate == 1.0
-    assert llm.engine.scheduler.pool.num_free == 12
+    assert llm.engine.scheduler.blocks.num_free == (12,)
 
 
 def test_a_chat_with_its_prefix_cached_equals_the_uncached_one(bundled: Path, device: str) -> None:
@@ -305,7 +305,7 @@ def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path
         streamed = [output.outputs[0].text for output in llm.stream(prompt, params)]
         assert streamed[-1] == text[:at]
         assert all(text[:at].startswith(part) for part in streamed)
-    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+    assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
 
 
 def test_a_burst_ends_at_the_token_that_one_step_at_a_time_ends_at(bundled: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from graphmode import LLM
 from graphmode.cache.allocate import make_cache
-from graphmode.cache.specs import CacheShape
+from graphmode.cache.specs import CacheGroup, CacheShape, group_layers
 from graphmode.engine.config import EngineOptions, resolve_buckets
 from graphmode.engine.memory import (
     CacheMemory,
@@ -23,10 +23,10 @@ from graphmode.engine.memory import (
 )
 from graphmode.engine.types import Limits
 from graphmode.graph import InputError
-from graphmode.models.loader import ModelShape
 
 GIB = 1 << 30
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GROUP = CacheGroup("full", (0,), torch.float32, 16, 1600)
 LIMITS = Limits(max_num_seqs=32, max_num_batched_tokens=256, max_model_len=1024)
 
 
@@ -121,18 +121,18 @@ def test_memory_that_is_not_there_is_refused_with_the_numbers() -> None:
 def test_a_length_that_the_user_gave_and_that_cannot_fit_is_refused_with_the_largest_that_would() -> None:
     memory = CacheMemory(10 * 1600, "the test's")
     with pytest.raises(InputError, match=r"1024 tokens needs 100\.0 KiB .*15\.6 KiB.*max_model_len=160 would fit"):
-        fit_cache(LIMITS, memory, block=1600, block_size=16, lower=False)
-    limits, blocks = fit_cache(replace(LIMITS, max_model_len=160), memory, block=1600, block_size=16, lower=False)
-    assert (limits.max_model_len, blocks) == (160, 10)
+        fit_cache(LIMITS, memory, [GROUP], lower=False)
+    limits, blocks = fit_cache(replace(LIMITS, max_model_len=160), memory, [GROUP], lower=False)
+    assert (limits.max_model_len, blocks) == (160, (10,))
     with pytest.raises(InputError, match="not even one block"):
-        fit_cache(LIMITS, CacheMemory(1599, "the test's"), block=1600, block_size=16, lower=True)
+        fit_cache(LIMITS, CacheMemory(1599, "the test's"), [GROUP], lower=True)
 
 
 @given(st.integers(1, 10**7), st.integers(2, 10**6), st.integers(1, 5000))
 def test_lowered_lengths_fit_and_others_stay(nbytes: int, length: int, block: int) -> None:
     limits = replace(LIMITS, max_model_len=length)
     try:
-        lowered, blocks = fit_cache(limits, CacheMemory(nbytes, ""), block, 16, lower=True)
+        lowered, (blocks,) = fit_cache(limits, CacheMemory(nbytes, ""), [replace(GROUP, block_bytes=block)], lower=True)
     except InputError:
         assert nbytes < block
         return
@@ -160,9 +160,9 @@ def test_a_large_cache_takes_no_memory_of_the_host_before_it_is_used() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-    shape = ModelShape((CacheShape(4, 128, 128),) * 4, 100, 1024, 1024, frozenset())
+    shapes = [CacheShape(4, 128, 128)] * 4
     before = resident()
-    caches = make_cache(shape, torch.float32, 2048, CPU, 16)
+    caches = make_cache(group_layers(shapes, torch.float32, 16), shapes, [2048], CPU)
     assert sum(cache.keys.nbytes + cache.values.nbytes for cache in caches) == GIB // 2
     assert resident() - before < 32 << 20
     assert not any(cache.keys[::512].any() or cache.values[::512].any() for cache in caches)

@@ -57,7 +57,8 @@ def test_logits_are_as_close_to_float32_as_transformers_own_bf16(llm: LLM) -> No
             reference = exact(ids[None].cuda()).logits[0, -1]
             bf16 = theirs(ids[None].cuda()).logits[0, -1].float()
         sequence = Sequence("0", ids.tolist(), SamplingParams(temperature=0), 0)
-        sequence.block_tables = [engine.scheduler.pool.allocate(-(-length // 16))]
+        engine.scheduler.blocks.begin(sequence, read_prefix=False)
+        engine.scheduler.blocks.extend([(sequence, length)])
         # All but the last token as a prompt, then the last as a decode step: both families are in the result.
         for start, count, family in ((0, length - 1, "mixed"), (length - 1, 1, "decode")):
             values = step_inputs(Batch(family, (ScheduledSequence(sequence, start, count, True),), count), 128)
@@ -65,7 +66,7 @@ def test_logits_are_as_close_to_float32_as_transformers_own_bf16(llm: LLM) -> No
             rest = {name: value.cuda() for name, value in values.items() if name in read}
             with torch.inference_mode():
                 logits = engine.runner.logits(family, **rest)
-        engine.scheduler.pool.free(sequence.block_tables[0])
+        engine.scheduler.blocks.release(sequence)
         ours_error.append(float((logits[0].float() - reference).norm() / reference.norm()))
         their_error.append(float((bf16 - reference).norm() / reference.norm()))
     print(f"relative error to float32: ours {ours_error}, transformers' bf16 {their_error}")

@@ -7,11 +7,13 @@ away too early or a token taken from the wrong row is seen. No limit is broken, 
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from graphmode.cache.block_pool import BlockPool
+from graphmode.cache.block_manager import BlockManager
+from graphmode.cache.specs import CacheGroup
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.scheduler import Scheduler
 from graphmode.engine.sequence import Sequence
@@ -22,12 +24,51 @@ EOS = 7
 SIZE = 4
 
 
-class Device:
-    """Runs batches as they are launched: every slot holds the tokens up to the one that it stands for."""
+def group(window: int | None = None, block_size: int = SIZE) -> CacheGroup:
+    return CacheGroup("full" if window is None else "window", (0,), torch.float32, block_size, 1, window)
 
-    def __init__(self) -> None:
-        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
+
+GROUPS = [
+    [group()],
+    [group(1)],
+    [group(6)],
+    [group(), group(5)],
+    [group(9), group(), group(3, block_size=2)],
+    [group(7, block_size=8), group(block_size=2), group(block_size=4)],
+]
+
+
+def manager(limits: Limits, blocks: int, *, caching: bool = True) -> BlockManager:
+    """Blocks of one group without a window."""
+    return BlockManager([group()], [blocks], step_tokens=limits.max_num_batched_tokens, prefix_caching=caching)
+
+
+class Device:
+    """Runs batches as they are launched: every slot of a group holds the tokens up to the one that it stands for."""
+
+    def __init__(self, groups: list[CacheGroup]) -> None:
+        self.groups = groups
+        self.slots: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self.written: dict[Sequence, tuple[int, ...]] = {}
         self.sampled: list[int] = []
+
+    def places(self, sequence: Sequence, at: int) -> list[tuple[int, int, int]]:
+        return [
+            (number, sequence.block_tables[number][at // each.block_size], at % each.block_size)
+            for number, each in enumerate(self.groups)
+        ]
+
+    def write(self, sequence: Sequence, at: int, tokens: tuple[int, ...]) -> None:
+        self.written[sequence] = tokens
+        for place in self.places(sequence, at):
+            self.slots[place] = tokens
+
+    def check_reads(self, sequence: Sequence, at: int, tokens: tuple[int, ...]) -> None:
+        """The token at a position reads of each group what its window holds: that is the sequence's own."""
+        for number, each in enumerate(self.groups):
+            for seen in range(max(0, at + 1 - (each.window or at + 1)), at + 1):
+                held = self.slots.get(self.places(sequence, seen)[number])
+                assert held == tokens[: seen + 1], f"token {at} reads the cache of other tokens at {seen}"
 
     def run(self, batch: Batch, choose: list[int]) -> list[list[int]]:
         """Run a batch's steps, whose rows sample what ``choose`` says in turn."""
@@ -37,14 +78,11 @@ class Device:
             following = [choose[(index + 5 * step) % len(choose)] for index in range(len(batch.rows))]
             for row, token in zip(batch.rows, following, strict=True):
                 if step < row.steps:
-                    before = self.slots[row.sequence.block_tables[0][row.start // SIZE], row.start % SIZE]
-                    tokens = (*before, *extra[row])
+                    tokens = (*self.written[row.sequence], extra[row][-1])
                     at = row.start + step
-                    assert len(tokens) == at + 1 < len(row.sequence.block_tables[0]) * SIZE + 1
-                    for place in range(at):
-                        held = self.slots.get((row.sequence.block_tables[0][place // SIZE], place % SIZE))
-                        assert held == tokens[: place + 1], f"position {place} reads the cache of other tokens"
-                    self.slots[row.sequence.block_tables[0][at // SIZE], at % SIZE] = tokens
+                    assert len(tokens) == at + 1
+                    self.write(row.sequence, at, tokens)
+                    self.check_reads(row.sequence, at, tokens)
                     extra[row].append(token)
                     self.sampled[batch.rows.index(row)] = token
             made.append(following)
@@ -53,21 +91,20 @@ class Device:
     def run_first(self, batch: Batch, choose: list[int]) -> list[int]:
         rows = []
         for row in batch.rows:
-            tokens = list(row.sequence.token_ids[: row.start + row.num_tokens])
+            tokens = tuple(row.sequence.token_ids[: row.start + row.num_tokens])
             if row.source >= 0:
                 # The host knows fewer tokens than the device has made.
-                last = row.start - 1
-                before = self.slots[row.sequence.block_tables[0][last // SIZE], last % SIZE]
-                assert list(before[: len(tokens)]) == tokens[: len(before)]
-                tokens = [*before, self.sampled[row.source]]
+                before = self.written[row.sequence]
+                assert len(before) == row.start
+                assert before[: len(tokens)] == tokens[: len(before)]
+                tokens = (*before, self.sampled[row.source])
             assert len(tokens) == row.start + row.num_tokens
             for at in range(row.start, len(tokens)):
-                self.slots[row.sequence.block_tables[0][at // SIZE], at % SIZE] = tuple(tokens[: at + 1])
+                self.write(row.sequence, at, tokens[: at + 1])
             rows.append((row, tokens))
         for row, tokens in rows:
-            for at in range(len(tokens)):
-                held = self.slots.get((row.sequence.block_tables[0][at // SIZE], at % SIZE))
-                assert held == tuple(tokens[: at + 1]), f"position {at} reads the cache of other tokens"
+            for at in range(row.start, len(tokens)):
+                self.check_reads(row.sequence, at, tokens)
         self.sampled = list(choose)
         return choose
 
@@ -77,16 +114,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         seqs=st.integers(1, 5),
         extra=st.integers(0, 20),
         length=st.integers(2, 40),
-        blocks=st.integers(0, 14),
+        groups=st.sampled_from(GROUPS),
+        blocks=st.lists(st.integers(0, 14), min_size=3, max_size=3),
         caching=st.booleans(),
         decode_steps=st.sampled_from([1, 2, 5]),
     )
-    def start(self, seqs: int, extra: int, length: int, blocks: int, caching: bool, decode_steps: int) -> None:
+    def start(
+        self,
+        seqs: int,
+        extra: int,
+        length: int,
+        groups: list[CacheGroup],
+        blocks: list[int],
+        caching: bool,
+        decode_steps: int,
+    ) -> None:
         self.limits = Limits(seqs, seqs + extra, length, decode_steps)
-        self.total = -(-length // SIZE) + blocks
-        self.pool = BlockPool(self.total, SIZE)
-        self.scheduler = Scheduler(self.limits, self.pool, prefix_caching=caching)
-        self.device = Device()
+        self.groups = groups
+        self.totals = [
+            each.most_blocks(length, seqs + extra, decode_steps) + more
+            for each, more in zip(groups, blocks, strict=False)
+        ]
+        self.blocks = BlockManager(
+            groups, self.totals, step_tokens=seqs + extra, decode_steps=decode_steps, prefix_caching=caching
+        )
+        self.scheduler = Scheduler(self.limits, self.blocks)
+        self.device = Device(groups)
         self.sequences: list[Sequence] = []
         self.aborted: set[str] = set()
         self.queued = 0
@@ -165,17 +218,30 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert row.num_tokens >= 1
             assert all(row.start <= at < row.start + row.num_tokens for at in row.scored)
             end = row.start + row.num_tokens + row.steps - 1
-            assert end == row.sequence.num_computed <= len(row.sequence.block_tables[0]) * SIZE
+            assert end == row.sequence.num_computed
+            for each, table in zip(self.groups, row.sequence.block_tables, strict=True):
+                assert end <= len(table) * each.block_size
             assert 1 <= row.steps <= (self.limits.decode_steps if batch.family == "decode" else 1)
             assert row.samples == (row.sequence.num_computed == row.sequence.num_tokens - int(row.samples))
             assert row.sequence.num_computed < self.limits.max_model_len
 
     @invariant()
     def blocks_are_all_accounted_for(self) -> None:
-        if hasattr(self, "scheduler"):
-            held = {block for sequence in self.sequences for table in sequence.block_tables for block in table}
-            assert len(held) == self.total - self.pool.num_free
-            assert all(s in self.scheduler.running for s in self.sequences if s.block_tables)
+        if not hasattr(self, "scheduler"):
+            return
+        assert all(s in self.scheduler.running for s in self.sequences if s.block_tables)
+        for number, (each, pool) in enumerate(zip(self.groups, self.blocks.pools, strict=True)):
+            held: dict[int, tuple[int, ...]] = {}
+            for sequence in self.scheduler.running:
+                table, size = sequence.block_tables[number], each.block_size
+                late = each.first_read(sequence.num_settled) // size
+                for at, block in enumerate(table[late:], late):
+                    content = tuple(sequence.token_ids[: (at + 1) * size])
+                    assert held.setdefault(block, content) == content, "a block has two owners and two contents"
+                assert len(table) - late <= each.most_blocks(
+                    self.limits.max_model_len, self.limits.max_num_batched_tokens, self.limits.decode_steps
+                )
+            assert len(held) == self.totals[number] - pool.num_free
 
     def teardown(self) -> None:
         """Run dry: every request ends, in bounded steps, with the tokens that its limits allow, and all blocks back."""
@@ -187,7 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step([2] * 25)
         assert not self.scheduler.has_work
         assert len(self.sequences) == self.queued
-        assert self.pool.num_free == self.total
+        assert list(self.blocks.num_free) == self.totals
         for sequence in self.sequences:
             answer = sequence.output_token_ids
             if sequence.request_id not in self.aborted and sequence.params.prompt_logprobs is not None:
@@ -221,7 +287,7 @@ def test_sequences_made_when_there_is_room_run_in_the_steps_of_those_that_wait_f
 ) -> None:
     def batches(one_by_one: bool) -> list[list[tuple[str, int, int, int]]]:
         limits = Limits(seqs, seqs + extra, 40, decode_steps)
-        scheduler = Scheduler(limits, BlockPool(blocks, SIZE), prefix_caching=caching)
+        scheduler = Scheduler(limits, manager(limits, blocks, caching=caching))
         made = (Sequence(str(n), prompt, SamplingParams(max_tokens=answer), 0) for n, prompt in enumerate(prompts))
         if one_by_one:
             scheduler.add(made)
@@ -229,14 +295,14 @@ def test_sequences_made_when_there_is_room_run_in_the_steps_of_those_that_wait_f
             scheduler.waiting.update(dict.fromkeys(made))
         return [
             [(row.sequence.request_id, row.start, row.num_tokens, row.steps) for row in batch.rows]
-            for batch in run_to_end(scheduler, Device())
+            for batch in run_to_end(scheduler, Device([group()]))
         ]
 
     assert batches(one_by_one=True) == batches(one_by_one=False)
 
 
 def test_no_sequence_is_made_before_a_step_has_room_for_it() -> None:
-    scheduler = Scheduler(Limits(8, 16, 100), BlockPool(64, SIZE))
+    scheduler = Scheduler(limits := Limits(8, 16, 100), manager(limits, 64))
     made = []
 
     def sequences() -> Iterator[Sequence]:
@@ -269,7 +335,7 @@ def run_to_end(scheduler: Scheduler, device: Device) -> list[Batch]:
 
 
 def test_a_long_prompt_is_cut_into_chunks_and_does_not_hold_up_others() -> None:
-    scheduler = Scheduler(Limits(4, 16, 100), BlockPool(64, SIZE))
+    scheduler = Scheduler(limits := Limits(4, 16, 100), manager(limits, 64))
     first = Sequence("0", [1, 2, 3], SamplingParams(max_tokens=10), 0)
     scheduler.add(iter([first]))
     batch = scheduler.schedule()
@@ -288,8 +354,8 @@ def test_a_long_prompt_is_cut_into_chunks_and_does_not_hold_up_others() -> None:
 
 
 def test_a_prompt_that_begins_as_an_earlier_one_computes_only_the_rest() -> None:
-    scheduler = Scheduler(Limits(2, 64, 100), BlockPool(64, SIZE))
-    device, prompt = Device(), list(range(1, 23))
+    scheduler = Scheduler(limits := Limits(2, 64, 100), manager(limits, 64))
+    device, prompt = Device([group()]), list(range(1, 23))
     scheduler.add(iter([Sequence("0", prompt, SamplingParams(max_tokens=3), 0)]))
     run_to_end(scheduler, device)
     again, longer = (Sequence(str(n), prompt + [9] * n, SamplingParams(max_tokens=3), 0) for n in (0, 5))
@@ -300,10 +366,10 @@ def test_a_prompt_that_begins_as_an_earlier_one_computes_only_the_rest() -> None
 
 
 def test_memory_that_runs_out_preempts_the_last_admitted_and_all_still_end() -> None:
-    scheduler = Scheduler(Limits(3, 32, 32), BlockPool(9, SIZE))
+    scheduler = Scheduler(limits := Limits(3, 32, 32), manager(limits, 9))
     sequences = [Sequence(str(n), [n + 1] * 8, SamplingParams(max_tokens=20), 0) for n in range(3)]
     scheduler.add(iter(sequences))
-    run_to_end(scheduler, Device())
+    run_to_end(scheduler, Device([group()]))
     assert scheduler.preemptions > 0
     assert all(len(sequence.output_token_ids) == 20 for sequence in sequences)
-    assert scheduler.pool.num_free == 9
+    assert scheduler.blocks.num_free == (9,)

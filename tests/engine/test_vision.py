@@ -56,7 +56,8 @@ def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
     engine = llm.engine
     token_ids, vision = PromptReader(engine.loaded).read(prompt)  # type: ignore[arg-type]
     sequence = Sequence("0", token_ids, GREEDY, 0, vision)
-    sequence.block_tables = [engine.scheduler.pool.allocate(-(-len(token_ids) // 16))]
+    engine.scheduler.blocks.begin(sequence, read_prefix=False)
+    engine.scheduler.blocks.extend([(sequence, len(token_ids))])
     batch = Batch("mixed", (ScheduledSequence(sequence, 0, len(token_ids), True),), len(token_ids))
     values = step_inputs(batch, -(-engine.limits.max_model_len // 16))
     assert engine.runner.vision is not None
@@ -65,7 +66,7 @@ def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
     with torch.inference_mode():
         on_device = {name: value.to(engine.device) for name, value in values.items() if name in read}
         logits = engine.runner.logits("mixed", **on_device)
-    engine.scheduler.pool.free(sequence.block_tables[0])
+    engine.scheduler.blocks.release(sequence)
     return logits[0].cpu()
 
 
@@ -170,7 +171,7 @@ def test_preemption_and_eviction_change_no_token(folder: dict[str, Path], kept_b
     alone = [tokens(roomy.generate([prompt], params))[0] for prompt in prompts]
     assert tokens(llm.generate(prompts, params)) == alone
     assert llm.stats.preemptions > 0
-    assert llm.engine.scheduler.pool.num_free == 9
+    assert llm.engine.scheduler.blocks.num_free == (9,)
 
 
 def test_generated_placeholders_are_text(folder: dict[str, Path]) -> None:
@@ -226,7 +227,7 @@ def test_streams_take_images_and_leave_nothing_behind(folder: dict[str, Path]) -
     assert last.outputs[0].token_ids == whole.outputs[0].token_ids
     assert last.prompt_token_ids == prompt["prompt_token_ids"]
     assert last.prompt is None
-    assert llm.engine.scheduler.pool.num_free == llm.engine.scheduler.pool.num_blocks
+    assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
 
 
 def test_images_larger_than_any_graph_run_eagerly_and_are_counted(folder: dict[str, Path]) -> None:

@@ -66,8 +66,8 @@ def check(config: PretrainedConfig) -> tuple[CacheShape, ...]:
         (Qwen3Config(**SMALL), (CacheShape(2, 8, 8),) * 2),
         (GemmaConfig(**{**SMALL, "head_dim": 24}), (CacheShape(2, 24, 24),) * 2),
         (GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50, n_positions=64), (CacheShape(4, 8, 8),) * 3),
-        (MistralConfig(**SMALL, sliding_window=8), (CacheShape(2, 8, 8),) * 2),
-        (PhimoeConfig(**SMALL, num_local_experts=2, sliding_window=8), (CacheShape(2, 8, 8),) * 2),
+        (MistralConfig(**SMALL, sliding_window=8), (CacheShape(2, 8, 8, window=8),) * 2),
+        (PhimoeConfig(**SMALL, num_local_experts=2, sliding_window=8), (CacheShape(2, 8, 8, window=8),) * 2),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )

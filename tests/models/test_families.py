@@ -141,7 +141,8 @@ def continue_greedily(model: PreTrainedModel, prompt: list[int]) -> tuple[list[i
 def compute_logits(engine: Engine, tokens: list[int], prompt_len: int) -> torch.Tensor:
     """The engine's logits for every token after the prompt: the prompt as one mixed step, the rest by decode steps."""
     sequence = Sequence("0", tokens, SamplingParams(temperature=0), 0)
-    sequence.block_tables = [engine.scheduler.pool.allocate(-(-len(tokens) // 16))]
+    engine.scheduler.blocks.begin(sequence, read_prefix=False)
+    engine.scheduler.blocks.extend([(sequence, len(tokens))])
     steps = [Batch("mixed", (ScheduledSequence(sequence, 0, prompt_len, True),), prompt_len)]
     steps += [Batch("decode", (ScheduledSequence(sequence, at, 1, True),), 1) for at in range(prompt_len, len(tokens))]
     logits = []
@@ -151,7 +152,7 @@ def compute_logits(engine: Engine, tokens: list[int], prompt_len: int) -> torch.
         values = {name: value.to(engine.device) for name, value in values.items() if name in read}
         with torch.inference_mode():
             logits.append(engine.runner.logits(batch.family, **values))
-    engine.scheduler.pool.free(sequence.block_tables[0])
+    engine.scheduler.blocks.release(sequence)
     return torch.cat(logits)
 
 

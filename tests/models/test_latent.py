@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graphmode import LLM, SamplingParams
-from graphmode.cache.allocate import block_bytes
 from graphmode.cache.specs import CacheShape
 from graphmode.errors import ModelError
 from graphmode.models.hf.attention import ATTENTION_NAME
@@ -86,7 +85,8 @@ def test_memory_pressure_changes_no_token(
     params = SamplingParams(temperature=0, max_tokens=12)
     for mode in ("none", "full", "piecewise"):
         llm = LLM(tmp_path, kv_cache_memory=6 * block, graph_mode=mode, strict=True, **OPTIONS)
-        assert block_bytes(llm.engine.loaded.shape.caches, torch.float32, 16) == block
+        [group] = llm.engine.cache_groups
+        assert (group.kind, group.block_bytes) == ("latent", block)
         held = {
             part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
             for cache in llm.engine.caches

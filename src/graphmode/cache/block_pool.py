@@ -1,4 +1,4 @@
-"""The blocks of the paged KV cache: who uses which, and which hold a prefix that can be used again."""
+"""The blocks of one cache group: how many use each, and which hold a prefix that can be used again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def block_keys(
     known: Sequence[bytes] = (),
     contents: Sequence[tuple[int, int, bytes]] = (),
 ) -> Iterator[bytes]:
-    """Give the key of each full block of a sequence: a digest of its tokens and of all before them.
+    """Give the keys of a sequence's full blocks after those that are known: digests of their tokens and all before.
 
     Each is computed when it is asked for: a search ends with the first block that is not found. Tokens that stand for
     an image are the same for all images, so its digest joins the keys of their blocks.
@@ -25,7 +25,6 @@ def block_keys(
         known: keys of its first blocks, computed before.
         contents: ``(start, end, digest)`` in order: tokens ``start`` to ``end - 1`` stand for what has this digest.
     """
-    yield from known
     key = known[-1] if known else b""
     at = 0
     for start in range(len(known) * block_size, len(token_ids) - block_size + 1, block_size):
@@ -48,13 +47,11 @@ class BlockPool:
     its memory is needed: blocks are taken again in the order in which they were let go (least recently used first).
 
     Args:
-        num_blocks: blocks in the cache.
-        block_size: tokens in a block.
+        num_blocks: how many there are.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.block_size = block_size
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._users: dict[int, int] = {}
         self._block_of: dict[bytes, int] = {}
@@ -64,10 +61,6 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that nobody uses, findable ones included."""
         return len(self._free)
-
-    def blocks_for(self, tokens: int) -> int:
-        """Return how many blocks hold ``tokens`` tokens."""
-        return -(-tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
         """Return ``count`` blocks that nobody uses, forgetting what they held.
@@ -92,10 +85,6 @@ class BlockPool:
                 break
             blocks.append(block)
         return blocks
-
-    def keys_of(self, blocks: Sequence[int]) -> list[bytes]:
-        """Return the keys of ``blocks``, all of them findable."""
-        return [self._key_of[block] for block in blocks]
 
     def share(self, blocks: Sequence[int]) -> None:
         """Become a user of ``blocks``, found a moment ago."""

@@ -14,8 +14,9 @@ from threading import Lock
 
 import torch
 
-from graphmode.cache.allocate import block_bytes, make_cache
-from graphmode.cache.block_pool import BlockPool
+from graphmode.cache.allocate import make_cache
+from graphmode.cache.block_manager import BlockManager
+from graphmode.cache.specs import CacheGroup, group_layers
 from graphmode.engine import checks
 from graphmode.engine.config import (
     EngineOptions,
@@ -104,17 +105,21 @@ class Engine:
         self.limits = resolve_limits(
             options, shape.max_positions, self.device, most_positions=shape.most_positions, bursts=bursts
         )
-        num_blocks = self._count_memory(attention.block_size)
+        self.cache_groups = group_layers(shape.caches, dtype, attention.block_size)
+        if len(self.cache_groups) > 1:  # steps carry the blocks of one group
+            size = sum(group.block_bytes for group in self.cache_groups)
+            layers = tuple(range(len(shape.caches)))
+            self.cache_groups = (CacheGroup("full", layers, dtype, attention.block_size, size),)
+        self.num_blocks = self._count_memory(attention.block_size)
         fix_rotary_embeddings(self.loaded.model, self.limits.max_model_len)
         # Fused layers attend by the portable kernel.
         fused = options.fuse != "none" and attention is PORTABLE_ATTENTION
         self.fused_layers = fuse(self.loaded.model, self.limits.max_model_len) if fused else 0
         buckets = None if mode == "none" else resolve_buckets(options, self.limits, few=on_cpu)
-        self.caches = make_cache(shape.caches, dtype, num_blocks, self.device, attention.block_size)
+        self.caches = make_cache(self.cache_groups, shape.caches, self.num_blocks, self.device)
         self.compiled_layers = 0
         if options.fuse == "compile" and not self.fused_layers:
             self.compiled_layers = compile_layers(self.loaded.model, self.caches, self.limits.max_model_len)
-        self._num_blocks, self._block_size = num_blocks, attention.block_size
         self.scheduler = self._make_scheduler()
         self.runner = StepRunner(
             self.loaded,
@@ -129,12 +134,28 @@ class Engine:
             on_capture_failure=options.on_capture_failure,
             warmup_iterations=options.warmup_iterations,
         )
-        log.info("graph mode %s on %s, %s, KV cache of %d blocks", mode, self.device, dtype, num_blocks)
+        log.info("graph mode %s on %s, %s, KV cache of %s blocks", mode, self.device, dtype, self._cache_in_words())
         self.runner.probe()
         self.runner.capture(progress=self.progress)
 
-    def _count_memory(self, block_size: int) -> int:
-        """Return the blocks of the KV cache, lowering ``max_model_len`` to what fits where the user did not give it."""
+    def _make_scheduler(self) -> Scheduler:
+        blocks = BlockManager(
+            self.cache_groups,
+            self.num_blocks,
+            step_tokens=self.limits.max_num_batched_tokens,
+            decode_steps=self.limits.decode_steps,
+            prefix_caching=self.options.enable_prefix_caching,
+        )
+        return Scheduler(self.limits, blocks)
+
+    def _cache_in_words(self) -> str:
+        return " and ".join(
+            f"{count} {group.kind}" if group.window is None else f"{count} {group.kind} ({group.window} tokens)"
+            for group, count in zip(self.cache_groups, self.num_blocks, strict=True)
+        )
+
+    def _count_memory(self, block_size: int) -> tuple[int, ...]:
+        """Return the blocks of each cache group, lowering ``max_model_len`` to what fits where the user gave none."""
         options, shape, model = self.options, self.loaded.shape, self.loaded.model
         embedding = model.get_input_embeddings().weight
         assert isinstance(embedding, torch.Tensor)
@@ -147,16 +168,11 @@ class Engine:
         self.limits, blocks = fit_cache(
             self.limits,
             memory,
-            block_bytes(shape.caches, model.dtype, block_size),
-            block_size,
+            self.cache_groups,
             lower=options.max_model_len is None,
         )
         check_buffers(self.limits, self.device, free, host_free, block_size=block_size, **sizes)
         return blocks
-
-    def _make_scheduler(self) -> Scheduler:
-        pool = BlockPool(self._num_blocks, self._block_size)
-        return Scheduler(self.limits, pool, prefix_caching=self.options.enable_prefix_caching)
 
     def check(self, request: Request) -> None:
         """Check a request without queueing it.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
+from graphmode.cache.allocate import longest_that_fits, needed_bytes, share_out
+from graphmode.cache.specs import CacheGroup
 from graphmode.engine.sampler import REPORT_BYTES, SLOT_BYTES
 from graphmode.engine.step_inputs import INPUTS
 from graphmode.engine.types import Limits
@@ -175,36 +177,43 @@ def cache_memory(
     return CacheMemory(nbytes, reason)
 
 
-def fit_cache(limits: Limits, memory: CacheMemory, block: int, block_size: int, *, lower: bool) -> tuple[Limits, int]:
-    """Return the limits and the number of blocks: enough for every row at full length, or what the memory allows.
+def fit_cache(
+    limits: Limits, memory: CacheMemory, groups: Sequence[CacheGroup], *, lower: bool
+) -> tuple[Limits, tuple[int, ...]]:
+    """Return the limits and the blocks of each group: enough for every row at full length, or what the memory allows.
 
     Args:
         limits: what a step may hold.
         memory: what the cache may take.
-        block: bytes of one block in all layers.
-        block_size: tokens in a block.
+        groups: the cache's.
         lower: whether ``max_model_len`` is lowered to what fits, with a warning, because the user did not give it.
 
     Raises:
         InputError: one sequence of ``max_model_len`` does not fit.
     """
-    each, possible = -(-limits.max_model_len // block_size), memory.nbytes // block
-    if possible < each:
+    length, steps = limits.max_model_len, (limits.max_num_batched_tokens, limits.decode_steps)
+    fitting = longest_that_fits(groups, memory.nbytes, length, *steps)
+    if fitting < length:
         numbers = (
-            f"a sequence of {limits.max_model_len} tokens needs {in_words(each * block)} of KV cache, which may take "
-            f"{in_words(memory.nbytes)} ({memory.reason})"
+            f"a sequence of {length} tokens needs {in_words(needed_bytes(groups, length, *steps))} of KV cache, which "
+            f"may take {in_words(memory.nbytes)} ({memory.reason})"
         )
-        fitting = possible * block_size
-        if not lower or possible == 0:
-            remedy = f"max_model_len={fitting} would fit. Lower it" if possible else "not even one block fits"
+        if not lower or fitting == 0:
+            remedy = f"max_model_len={fitting} would fit. Lower it" if fitting else "not even one block fits"
             raise InputError(
-                f"max_model_len is {limits.max_model_len}: {numbers}; {remedy}, or raise kv_cache_memory "
-                "or memory_share"
+                f"max_model_len is {length}: {numbers}; {remedy}, or raise kv_cache_memory or memory_share"
             )
         log.warning(
             "max_model_len is lowered to %d: %s. To choose, give max_model_len, kv_cache_memory or memory_share",
             fitting,
             numbers,
         )
-        limits, each = replace(limits, max_model_len=fitting), possible
-    return limits, min(each * limits.max_num_seqs, possible)
+        limits = replace(limits, max_model_len=fitting)
+    return limits, share_out(
+        groups,
+        memory.nbytes,
+        length=limits.max_model_len,
+        step_tokens=limits.max_num_batched_tokens,
+        decode_steps=limits.decode_steps,
+        sequences=limits.max_num_seqs,
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator
 
-from graphmode.cache.block_pool import BlockPool, block_keys
+from graphmode.cache.block_manager import BlockManager
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.types import Batch, Family, Limits, ScheduledSequence
 from graphmode.errors import InputError
@@ -26,18 +26,16 @@ class Scheduler:
 
     Args:
         limits: what a step may hold.
-        pool: the cache's blocks.
-        prefix_caching: whether a prompt uses the blocks of earlier sequences that begin alike.
+        blocks: gives sequences the blocks of the cache.
     """
 
-    def __init__(self, limits: Limits, pool: BlockPool, *, prefix_caching: bool = True) -> None:
+    def __init__(self, limits: Limits, blocks: BlockManager) -> None:
         self.limits = limits
-        self.pool = pool
+        self.blocks = blocks
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: dict[Sequence, None] = {}
         self._sources: deque[Iterator[Sequence]] = deque()
         self.preemptions = 0
-        self._prefix_caching = prefix_caching
         self._free_slots = list(range(limits.max_num_seqs, 0, -1))
 
     @property
@@ -59,11 +57,11 @@ class Scheduler:
                 f"the prompt has {prompt_tokens} tokens; with max_model_len={limit} it may have {limit - 1}, one less, "
                 "so that there is room for an answer. Shorten it, or raise max_model_len if the model allows it"
             )
-        needed = self.pool.blocks_for(self._longest(prompt_tokens, max_tokens))
-        if needed > self.pool.num_blocks:
+        if (lacking := self.blocks.lacking(self._longest(prompt_tokens, max_tokens))) is not None:
+            needed, there = lacking
             raise InputError(
                 f"a prompt of {prompt_tokens} tokens with max_tokens={max_tokens} needs {needed} KV blocks; the cache "
-                f"has {self.pool.num_blocks}. Give a smaller max_tokens, or raise kv_cache_memory"
+                f"has {there}. Give a smaller max_tokens, or raise kv_cache_memory"
             )
 
     def add(self, sequences: Iterator[Sequence]) -> None:
@@ -89,7 +87,7 @@ class Scheduler:
             tokens = _up_to(sequence, sequence.num_computed, min(sequence.num_pending, budget), scores)
             if tokens == 0:
                 continue
-            while not self._make_room(sequence, tokens):
+            while not self.blocks.extend([(sequence, sequence.num_computed + tokens)]):
                 if (row := rows.pop(victim := self._preempt(), None)) is not None:
                     budget += row.num_tokens
                     scores += len(row.scored)
@@ -141,7 +139,6 @@ class Scheduler:
                 continue
             if row.samples:
                 changed[sequence] = self._append(sequence, made[: row.steps], eos_token_ids)
-            self._publish(sequence)
             if sequence.finish_reason:
                 self.drop(sequence)
         return changed
@@ -157,13 +154,10 @@ class Scheduler:
         return sequence in self.running or sequence in self.waiting
 
     def _release(self, sequence: Sequence) -> None:
-        for table in sequence.block_tables:
-            self.pool.free(table)
+        self.blocks.release(sequence)
         if sequence.slot:
             self._free_slots.append(sequence.slot)
         sequence.slot = 0
-        sequence.block_tables = []
-        sequence.num_computed = 0
 
     def _max_len(self, sequence: Sequence) -> int:
         return self._longest(len(sequence.prompt_token_ids), sequence.params.max_tokens)
@@ -186,45 +180,18 @@ class Scheduler:
             sequence.finish_reason = "length"
         return len(made)
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Make the full blocks that the sequence has computed findable."""
-        if not self._prefix_caching or not sequence.block_tables:
-            return
-        first, size = len(sequence.block_keys), self.pool.block_size
-        known = min(len(sequence.token_ids), sequence.num_computed)
-        if known // size > first:
-            keys = block_keys(sequence.token_ids[:known], size, sequence.block_keys, sequence.contents)
-            sequence.block_keys = list(keys)
-            for block, key in zip(sequence.block_tables[0][first:], sequence.block_keys[first:], strict=False):
-                self.pool.publish(block, key)
-
     def _repeat(self, rows: Collection[ScheduledSequence]) -> None:
         """Let decode rows go on for several steps, as far as there are blocks; others are left as they are."""
         steps = self.limits.decode_steps
         if steps == 1 or not all(_repeats(row) for row in rows):
             return
         while steps > 1:
-            longer = [min(steps, self._max_len(row.sequence) - 1 - row.start) for row in rows]
-            needed = [
-                self.pool.blocks_for(row.start + count) - len(row.sequence.block_tables[0])
-                for row, count in zip(rows, longer, strict=True)
-            ]
-            if sum(needed) <= self.pool.num_free:
-                for row, count, blocks in zip(rows, longer, needed, strict=True):
+            counts = [min(steps, self._max_len(row.sequence) - 1 - row.start) for row in rows]
+            if self.blocks.extend([(row.sequence, row.start + n) for row, n in zip(rows, counts, strict=True)]):
+                for row, count in zip(rows, counts, strict=True):
                     row.steps = count
-                    if blocks:
-                        row.sequence.block_tables[0] += self.pool.allocate(blocks)
                 return
             steps //= 2
-
-    def _make_room(self, sequence: Sequence, tokens: int) -> bool:
-        """Give ``sequence`` blocks for ``tokens`` more, if there are as many."""
-        needed = self.pool.blocks_for(sequence.num_computed + tokens) - len(sequence.block_tables[0])
-        if needed > self.pool.num_free:
-            return False
-        if needed > 0:
-            sequence.block_tables[0] += self.pool.allocate(needed)
-        return True
 
     def _preempt(self) -> Sequence:
         """Take the blocks of the sequence that was admitted last, which waits to be computed again; return it."""
@@ -248,23 +215,14 @@ class Scheduler:
         """Give a waiting sequence the blocks of its first step and return its tokens; 0 where there is no room."""
         if len(self.running) >= self.limits.max_num_seqs:
             return 0
-        # One token at least is computed, so that there is something to sample from.
         params = sequence.params
-        usable = self._prefix_caching and params.prompt_logprobs is None and not params.skip_reading_prefix_cache
-        found = []
-        if usable:
-            keys = block_keys(sequence.token_ids[:-1], self.pool.block_size, contents=sequence.contents)
-            found = self.pool.find(keys)
-        self.pool.share(found)
-        cached = len(found) * self.pool.block_size
-        tokens = _up_to(sequence, cached, min(sequence.num_tokens - cached, budget), scores)
-        needed = self.pool.blocks_for(cached + tokens) - len(found)
-        if tokens == 0 or needed > self.pool.num_free:
-            self.pool.free(found)
+        reads = params.prompt_logprobs is None and not params.skip_reading_prefix_cache
+        self.blocks.begin(sequence, read_prefix=reads)
+        cached = sequence.num_computed
+        tokens = _up_to(sequence, cached, min(sequence.num_pending, budget), scores)
+        if tokens == 0 or not self.blocks.extend([(sequence, cached + tokens)]):
+            self.blocks.release(sequence)
             return 0
-        sequence.block_tables = [found + self.pool.allocate(needed)]
-        sequence.block_keys = self.pool.keys_of(found)
-        sequence.num_computed = cached
         if sequence.num_cached < 0:
             sequence.num_cached = cached
         sequence.slot = self._free_slots.pop()

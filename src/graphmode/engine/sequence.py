@@ -27,13 +27,15 @@ class Sequence:
         in_flight: tokens that steps under way are making: one for each that samples it.
         last_row: its row in the last step that did.
         num_computed: tokens whose keys and values are in the cache, or will be when the steps under way are done.
+        num_settled: those of them whose full blocks can be found by other sequences, and are given back where no later
+            token reads them.
         num_cached: tokens that another sequence had computed when it first ran; -1 before.
         slot: where the device holds its sampling parameters while it runs; 0 while it does not.
         logprobs: of the generated tokens, where they are wanted.
         prompt_logprobs: of the prompt's tokens from the second on, as far as they are computed, where they are wanted.
         block_tables: of each cache group its blocks, by their place in the sequence; where one behind a window was
             given back stands 0, which is never read. Empty while it does not run.
-        block_keys: keys of its full blocks, as far as they are computed.
+        block_keys: digests of its tokens up to the end of each block, as far as they are computed.
         finish_reason: None while it runs.
         stop_reason: the stop text or the token of ``stop_token_ids`` that ended it; None for any other end.
     """
@@ -48,6 +50,7 @@ class Sequence:
     in_flight: int = 0
     last_row: int = -1
     num_computed: int = 0
+    num_settled: int = 0
     num_cached: int = -1
     slot: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -61,6 +61,7 @@ def attention_hook(
     assert isinstance(layer, int)
     cache = attention_batch.caches[layer]
     window = sliding_window(module, kwargs)
+    cache.check_window(window)
     if is_sparse(module) and indices is None:
         raise _refusal(module, "is sparse, and nothing picks its keys")
     mask = None if isinstance(attention_mask, BatchAsMask) else attention_mask

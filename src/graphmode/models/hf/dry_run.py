@@ -37,10 +37,9 @@ class AttentionCall:
         key: ``[kv_heads, tokens, key_dim]``.
         value: ``[kv_heads, tokens, value_dim]``.
         index: the queries, keys and weights of the indexer that picks the layer's keys, ``[tokens, ...]``; else empty.
-        cache: what the layer caches.
+        cache: what the layer caches, and how many tokens each attends to, as the true hook reads it.
         mask: what the model handed over as its mask, of those that :func:`dry_run_mask` makes or of its own.
         causal: whether a token attends to none after it.
-        window: how many tokens each attends to, as the true hook reads it; None for all.
     """
 
     layer: int | None
@@ -51,7 +50,6 @@ class AttentionCall:
     cache: CacheShape
     mask: torch.Tensor | None
     causal: bool
-    window: int | None
 
 
 @dataclass
@@ -100,12 +98,13 @@ def dry_run_hook(
         raise ModelError("its attention is sparse, and nothing picks its keys")
     index, attention_batch.index = attention_batch.index, ()
     index_dim = index[1].shape[2] if index else 0
+    window = sliding_window(module, options)
     if keeps_latents(module):
         rank, rope = value.shape[3], key.shape[3]
         key, value = expand(module, key, value)
-        cache = CacheShape(1, rank + rope, rank, values_in_keys=True, index_dim=index_dim)
+        cache = CacheShape(1, rank + rope, rank, values_in_keys=True, index_dim=index_dim, window=window)
     else:
-        cache = CacheShape(key.shape[1], key.shape[3], value.shape[3], index_dim=index_dim)
+        cache = CacheShape(key.shape[1], key.shape[3], value.shape[3], index_dim=index_dim, window=window)
     attention_batch.calls.append(
         AttentionCall(
             layer if isinstance(layer, int) else None,
@@ -116,7 +115,6 @@ def dry_run_hook(
             cache,
             mask=None if isinstance(attention_mask, BatchAsMask) else attention_mask,
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
-            window=sliding_window(module, options),
         )
     )
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
@@ -238,9 +236,9 @@ def _check_calls(model: PreTrainedModel) -> tuple[CacheShape, ...]:
     for call, forgets in zip(calls, layers_that_forget(config, layers), strict=True):
         if not call.causal:
             raise ModelError("its attention is not causal")
-        if call.mask is not None and (call.window is None or (call.mask != call.window).any()):
+        if call.mask is not None and (call.cache.window is None or (call.mask != call.cache.window).any()):
             raise ModelError("it limits or weighs attention by a mask of its own")
-        if (call.mask is None and call.window is not None) or (call.window is None and forgets):
+        if (call.mask is None and call.cache.window is not None) or (call.cache.window is None and forgets):
             raise ModelError("its mask and its own cache do not agree on how far a token sees")
         if call.key.shape[1] != call.query.shape[1]:
             raise ModelError("its keys are not those of the tokens alone")

@@ -142,6 +142,7 @@ class FusedLayer:
 
     def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> torch.Tensor:
         norm, cache = self.input_norm, batch.caches[self.index]
+        cache.check_window(self.window)
         q_norm, k_norm = (None, None) if self.head_norms is None else (norm.weight for norm in self.head_norms)
         eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
         rotated = (
