@@ -50,7 +50,7 @@ def test_a_sparse_layer_also_caches_the_key_of_its_indexer() -> None:
 
 def test_layers_may_cache_different_sizes() -> None:
     options = {"head_dim": 8, "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
-    assert shapes(make("gemma4_text", **options)) == (CacheShape(2, 8, 8), CacheShape(2, 16, 16))
+    assert shapes(make("gemma4_text", **options)) == (CacheShape(2, 8, 8, window=512), CacheShape(2, 16, 16))
 
 
 def test_no_weight_is_kept_twice() -> None:
