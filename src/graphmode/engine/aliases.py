@@ -54,18 +54,8 @@ SAMPLING: Names = {
     "max_new_tokens": Alias("max_tokens"),
     "max_completion_tokens": Alias("max_tokens"),
     "num_return_sequences": Alias("n"),
-    **dict.fromkeys(
-        (
-            "structured_outputs",
-            "guided_decoding",
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
-            "response_format",
-        ),
-        _GUIDED,
-    ),
+    **dict.fromkeys(("structured_outputs", "guided_decoding", "guided_json", "guided_regex", "guided_choice"), _GUIDED),
+    **dict.fromkeys(("guided_grammar", "response_format"), _GUIDED),
     "logits_processors": Refusal(
         "a graph cannot run Python code at each token; logit_bias, allowed_token_ids, bad_words and the penalties are "
         "computed inside the graph",
@@ -75,8 +65,7 @@ SAMPLING: Names = {
     "best_of": Refusal(
         "answers are not ranked; ask for n with logprobs and choose by cumulative_logprob", harmless=(None, 1)
     ),
-    "use_beam_search": _BEAMS,
-    "num_beams": _BEAMS,
+    **dict.fromkeys(("use_beam_search", "num_beams"), _BEAMS),
     "length_penalty": Refusal("there is no beam search, whose scores it would change", harmless=(None, 1.0)),
     "early_stopping": Refusal("there is no beam search, which it would end", harmless=(None, False)),
     "flat_logprobs": Refusal(
@@ -122,23 +111,9 @@ COMPILATION: Names = {
     "cudagraph_copy_inputs": Refusal(
         "inputs are always copied to where the graphs read them; leave it out", harmless=(None, True, False)
     ),
-    **dict.fromkeys(
-        (
-            "level",
-            "mode",
-            "backend",
-            "custom_ops",
-            "splitting_ops",
-            "use_inductor",
-            "compile_sizes",
-            "inductor_compile_config",
-            "inductor_passes",
-            "pass_config",
-            "debug_dump_path",
-            "cache_dir",
-        ),
-        _COMPILER,
-    ),
+    **dict.fromkeys(("level", "mode", "backend", "custom_ops", "splitting_ops", "use_inductor"), _COMPILER),
+    **dict.fromkeys(("compile_sizes", "inductor_compile_config", "inductor_passes", "pass_config"), _COMPILER),
+    **dict.fromkeys(("debug_dump_path", "cache_dir"), _COMPILER),
 }
 """What vLLM's compilation_config holds."""
 
@@ -187,6 +162,7 @@ _TEXT_ALONE = Refusal(
 _TOKENIZER = Refusal("the tokenizer is the one in the model's folder; put another one there")
 _REVISION = Refusal("the newest revision is taken; download another one, and give its folder as the model")
 _CONFIG_FILE = Refusal("a model's configuration is its config.json; change it there", harmless=(None, {}))
+_AHEAD = Refusal("steps are always scheduled one ahead of the device", harmless=(None, True))
 _NOTHING_TO_SET = Refusal("it changes nothing here; leave it out", harmless=(None, True, False))
 
 ENGINE: Names = {
@@ -214,8 +190,7 @@ ENGINE: Names = {
         "each prompt is one",
         harmless=(None, True),
     ),
-    "async_scheduling": Refusal("steps are always scheduled one ahead of the device", harmless=(None, True)),
-    "enable_schedule_overlap": Refusal("steps are always scheduled one ahead of the device", harmless=(None, True)),
+    **dict.fromkeys(("async_scheduling", "enable_schedule_overlap"), _AHEAD),
     "max_logprobs": Refusal(
         "20 most likely tokens, or the whole vocabulary, may be asked for by any request; leave it out",
         harmless=(None, -1, 20),
@@ -225,9 +200,7 @@ ENGINE: Names = {
     ),
     "scheduling_policy": Refusal("requests run in the order in which they come", harmless=(None, "fcfs")),
     "preemption_mode": Refusal("what is preempted is computed again", harmless=(None, "recompute")),
-    "disable_custom_all_reduce": _NOTHING_TO_SET,
-    "disable_log_stats": _NOTHING_TO_SET,
-    "disable_log_requests": _NOTHING_TO_SET,
+    **dict.fromkeys(("disable_custom_all_reduce", "disable_log_stats", "disable_log_requests"), _NOTHING_TO_SET),
     "use_v2_block_manager": _NOTHING_TO_SET,
     # What there is not.
     "quantization": Refusal(
@@ -236,24 +209,16 @@ ENGINE: Names = {
     ),
     "kv_cache_dtype": Refusal("the KV cache has the dtype of the model; leave it out", harmless=(None, "auto")),
     "calculate_kv_scales": Refusal("the KV cache has the dtype of the model; leave it out", harmless=(None, False)),
-    "tensor_parallel_size": _ONE_DEVICE,
-    "pipeline_parallel_size": _ONE_DEVICE,
-    "data_parallel_size": _ONE_DEVICE,
+    **dict.fromkeys(("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"), _ONE_DEVICE),
     "decode_context_parallel_size": _ONE_DEVICE,
     "enable_expert_parallel": replace(_ONE_DEVICE, harmless=(None, False)),
     "distributed_executor_backend": Refusal(
         "the engine runs in the process that makes it; leave it out", harmless=(None, "uni")
     ),
-    "speculative_config": _SPECULATION,
-    "speculative_model": _SPECULATION,
-    "num_speculative_tokens": _SPECULATION,
-    "draft_model": _SPECULATION,
+    **dict.fromkeys(("speculative_config", "speculative_model", "num_speculative_tokens", "draft_model"), _SPECULATION),
     "enable_lora": replace(_LORA, harmless=(None, False)),
-    "lora_modules": _LORA,
-    "max_loras": _LORA,
-    "max_lora_rank": _LORA,
-    "cpu_offload_gb": _OFFLOAD,
-    "swap_space": _OFFLOAD,
+    **dict.fromkeys(("lora_modules", "max_loras", "max_lora_rank"), _LORA),
+    **dict.fromkeys(("cpu_offload_gb", "swap_space"), _OFFLOAD),
     "block_size": Refusal("the KV cache's blocks hold as many tokens as the device's kernels read; leave it out"),
     "num_gpu_blocks_override": Refusal("give the KV cache's size in bytes, as kv_cache_memory"),
     "disable_sliding_window": Refusal("windows are the model's own; leave it out", harmless=(None, False)),
@@ -262,10 +227,7 @@ ENGINE: Names = {
         "levels of vLLM's compiler have no counterpart; graph_mode chooses the graphs, and fuse='compile' has layers "
         "compiled by Inductor",
     ),
-    "task": _TEXT_ALONE,
-    "runner": _TEXT_ALONE,
-    "convert": _TEXT_ALONE,
-    "pooler_config": _TEXT_ALONE,
+    **dict.fromkeys(("task", "runner", "convert", "pooler_config"), _TEXT_ALONE),
     "guided_decoding_backend": replace(_GUIDED, harmless=(None, "auto")),
     "structured_outputs_config": _GUIDED,
     "logits_processors": SAMPLING["logits_processors"],
@@ -275,14 +237,10 @@ ENGINE: Names = {
     "skip_tokenizer_init": Refusal(
         "a tokenizer that is there is loaded; prompts may be tokens all the same", harmless=(None, False)
     ),
-    "revision": _REVISION,
-    "code_revision": _REVISION,
-    "tokenizer_revision": _REVISION,
+    **dict.fromkeys(("revision", "code_revision", "tokenizer_revision"), _REVISION),
     "hf_token": Refusal("transformers takes the token that huggingface_hub keeps: log in with it, or set HF_TOKEN"),
     "download_dir": Refusal("models come to the cache of huggingface_hub; set HF_HOME to move it"),
-    "hf_overrides": _CONFIG_FILE,
-    "rope_scaling": _CONFIG_FILE,
-    "rope_theta": _CONFIG_FILE,
+    **dict.fromkeys(("hf_overrides", "rope_scaling", "rope_theta"), _CONFIG_FILE),
     "override_generation_config": Refusal("give SamplingParams, or a folder as generation_config", harmless=(None, {})),
     "chat_template": Refusal("give it to LLM.chat"),
     "mm_processor_kwargs": Refusal("give them with the prompt that they are for", harmless=(None, {})),
@@ -295,8 +253,7 @@ ENGINE: Names = {
 
 CALL: Names = {
     "use_tqdm": Alias("progress"),
-    "lora_request": _LORA,
-    "prompt_adapter_request": _LORA,
+    **dict.fromkeys(("lora_request", "prompt_adapter_request"), _LORA),
     "priority": Refusal("requests run in the order in which they come"),
     "tokenization_kwargs": Refusal("give the prompt as the tokens that you want"),
     "prompt_token_ids": Refusal("tokens are prompts themselves: generate([[1, 2, 3]])"),

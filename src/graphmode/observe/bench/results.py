@@ -193,15 +193,8 @@ def _cell(figure: Figure | None, floors: Sequence[float], graph: Figure | None) 
 
 
 def _number(value: float) -> str:
-    return (
-        f"{value:,.0f}"
-        if value >= 1000
-        else f"{value:.1f}"
-        if value >= 100
-        else f"{value:.3f}"
-        if value >= 0.1
-        else f"{value:.3g}"
-    )
+    digits = ",.0f" if value >= 1000 else ".1f" if value >= 100 else ".3f" if value >= 0.1 else ".3g"
+    return f"{value:{digits}}"
 
 
 def _runs(rows: Sequence[Row]) -> str:
