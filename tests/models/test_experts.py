@@ -1,6 +1,7 @@
 """Experts: right for every routing, deaf to padding, the same in a graph; whole models as transformers runs them."""
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from graphmode.engine.config import EngineOptions
 from graphmode.engine.engine import Engine
 from graphmode.errors import ModelError
 from graphmode.graph import GraphRunner, Input
-from graphmode.models.hf.experts import FusedRouter, fuse_routers, grouped_product, routed_experts, share_real_rows
+from graphmode.layers import moe
+from graphmode.layers.moe import Router, grouped_product
+from graphmode.models.hf.experts import compute_experts, share_real_rows
+from graphmode.models.hf.routers import fuse_routers
 
 pytestmark = pytest.mark.versions
 
@@ -45,6 +49,10 @@ def make_experts(
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return module.to(device, dtype).requires_grad_(False)
+
+
+def routed_experts(module: Any, *arguments: torch.Tensor) -> torch.Tensor:
+    return moe.routed_experts(partial(compute_experts, module), module.num_experts, *arguments)
 
 
 def naive(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -214,7 +222,7 @@ def test_routers_of_fused_models_are_fused(folder: Path) -> None:
     engine = Engine(folder, EngineOptions(device="cpu", dtype="float32", graph_mode="none"))
     routers = [each for each in engine.loaded.model.modules() if type(each).__name__.lower().endswith("topkrouter")]
     assert routers
-    assert all(isinstance(each.forward, FusedRouter) for each in routers)
+    assert all(isinstance(each.forward, Router) for each in routers)
 
 
 class InFloat32(MixtralTopKRouter):
@@ -248,7 +256,7 @@ def test_fused_routers_choose_as_their_own_code_does(
     x = torch.randn(50, 64, dtype=dtype)
     logits, weights, index = router(x)
     fuse_routers(router, dtype)
-    assert isinstance(router.forward, FusedRouter)
+    assert isinstance(router.forward, Router)
     fused_logits, fused_weights, fused_index = router(x)
     torch.testing.assert_close(fused_logits, logits)
     none = torch.zeros(logits.shape, dtype=weights.dtype)

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from graphmode.cache.specs import LayerCache
 from graphmode.layers.attention import AttentionBatch
+from graphmode.layers.mlp import MLP
 from graphmode.models.hf.attention import ATTENTION_NAME
 from graphmode.models.hf.fuse import fuse, keeps_rows
 
@@ -64,15 +65,15 @@ def test_all_of_a_dense_layer_is_fused(model_type: str, options: dict[str, Any])
     assert fuse(model, 64) == 2
     for layer in model.model.layers:
         fused = layer.forward
-        assert fused.experts is None
+        assert isinstance(fused.mlp, MLP)
         sandwiched = model_type == "glm4"
-        assert [norm is not None for norm in (fused.output_norm, fused.down_norm)] == [sandwiched] * 2
+        assert [part.output_norm is not None for part in (fused.attention, fused.mlp)] == [sandwiched] * 2
 
 
 def test_layers_that_do_not_rotate_are_told_from_those_that_do() -> None:
     model = make("smollm3", no_rope_layers=[1, 0])
     assert fuse(model, 64) == 2
-    rotated, unrotated = (layer.forward.rotation for layer in model.model.layers)
+    rotated, unrotated = (layer.forward.attention.rotation for layer in model.model.layers)
     assert (rotated.sin != 0).any()
     assert (unrotated.sin == 0).all()
     assert (unrotated.cos == 1).all()

@@ -9,7 +9,9 @@ import torch
 
 from graphmode.cache.specs import LayerCache
 from graphmode.graph import outside_graph
-from graphmode.ops import paged_attention, select_keys, write_kv
+from graphmode.layers.linear import Linear
+from graphmode.layers.residual import Norm, Residual
+from graphmode.ops import Rotation, paged_attention, rotate_and_attend, select_keys, write_kv
 from graphmode.ops._triton import runs_triton
 from graphmode.ops.attention.split_kv import SplitKVPlan, plan_split_kv
 
@@ -195,3 +197,52 @@ class DeviceAttention:
 
 
 PORTABLE_ATTENTION = DeviceAttention(cached_attention, 16, None)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of a decoder layer, from the norm before it to the projection after it.
+
+    Attributes:
+        norm: of what it reads.
+        qkv: the projections to queries, keys and values in one.
+        head_norms: of query and of key heads; None where there are none.
+        rotation: of queries and keys.
+        scale: of the scores.
+        window: of sliding-window attention.
+        output: the projection back.
+        output_norm: of what it adds; None for none.
+    """
+
+    norm: Norm
+    qkv: Linear
+    head_norms: tuple[Norm, Norm] | None
+    rotation: Rotation
+    scale: float
+    window: int | None
+    output: Linear
+    output_norm: Norm | None = None
+
+    def heads(self, x: Residual, cache: LayerCache, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """Cache the keys and values of the residual stream, and return what its queries find: ``[tokens, size]``."""
+        cache.check_window(self.window)
+        q_norm, k_norm = (None, None) if self.head_norms is None else (norm.weight for norm in self.head_norms)
+        eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
+        slots = batch.slot_mapping[cache.group]
+        rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, slots)
+        if batch.max_query_len == 1 and not batch.piecewise:
+            heads = rotate_and_attend(
+                self.qkv.of_norm(x, self.norm),
+                *rotated,
+                batch.block_tables[cache.group],
+                batch.cu_query_lens,
+                batch.kv_lens,
+                scale=self.scale,
+                window=self.window,
+                parts=batch.parts(cache.keys.shape[2], self.window),
+            )
+        else:
+            queries = self.qkv.heads_of_norm(x, self.norm, *rotated)
+            run = attend_outside_graph if batch.piecewise else attend
+            heads = run(queries, cache, batch, self.scale, self.window, None, None)
+        return heads.flatten(1)

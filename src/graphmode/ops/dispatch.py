@@ -58,6 +58,9 @@ class Heads(NamedTuple):
     whole: bool
 
 
+NO_HEADS = Heads(0, 0, 0, whole=False)
+
+
 class Case(NamedTuple):
     """What a choice depends on.
 
@@ -75,7 +78,7 @@ class Case(NamedTuple):
     rows: int
     weights: tuple[Shape, ...]
     layer: tuple[Shape, ...]
-    heads: Heads = Heads(0, 0, 0, whole=False)
+    heads: Heads = NO_HEADS
 
 
 class Need(NamedTuple):
@@ -274,7 +277,7 @@ def choose(
     rows: int,
     *weights: torch.Tensor,
     layer: tuple[Shape, ...] = (),
-    heads: Heads = Case._field_defaults["heads"],
+    heads: Heads = NO_HEADS,
 ) -> str:
     """Return which implementation of an operation runs for ``rows`` of input; arguments else as of :class:`Case`."""
     first = weights[0]

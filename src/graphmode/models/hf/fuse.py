@@ -1,14 +1,15 @@
-"""Fused layers: recognised decoder layers compute with a few kernels over the weights that they have.
+"""Fused layers: decoder layers of transformers that are recognised compute as :mod:`graphmode.layers` does.
 
 A layer is recognised by its parts, and replaced only if it gives what its own code gives: both run on a few random
-tokens at load. Its modules stay, with their weights as views of merged ones; only what their ``forward`` does changes.
+tokens when a model is loaded. Its modules stay, with their weights as views of merged ones; only what their ``forward``
+does changes.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,209 +19,20 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from graphmode.cache.specs import LayerCache
-from graphmode.layers.attention import AttentionBatch, attend, attend_outside_graph, cached_attention
+from graphmode.layers.attention import Attention, AttentionBatch, cached_attention
+from graphmode.layers.decoder import DecoderLayer, Head, decoder_layer
+from graphmode.layers.linear import Linear
+from graphmode.layers.mlp import MLP
+from graphmode.layers.moe import MoE
+from graphmode.layers.residual import Norm
 from graphmode.models.hf.attention import sliding_window
-from graphmode.models.hf.experts import fuse_routers, real_rows
-from graphmode.ops import (
-    Rotation,
-    add_rms_norm,
-    add_split_k,
-    add_split_k_and_norm,
-    embed,
-    prefill_heads,
-    prefill_swiglu,
-    rms_norm,
-    rotate_and_attend,
-    rotate_and_cache,
-    silu_mul,
-    skinny_linear,
-    skinny_linear_add,
-    skinny_norm_linear,
-    small_batch_linear,
-    split_k_linear,
-)
-from graphmode.ops.dispatch import choose
-from graphmode.ops.rope import heads_of
+from graphmode.models.hf.experts import real_rows
+from graphmode.models.hf.routers import fuse_routers
+from graphmode.ops import Rotation, embed
 
 log = logging.getLogger(__name__)
 
 _CHECK_TOKENS = 5
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMS norm: its weight ``[size]`` and what is added to the mean of squares."""
-
-    weight: torch.Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
-class FusedLayer:
-    """A decoder layer: attention and a gated feed-forward network, each after a norm and added to the residual.
-
-    Attributes:
-        index: its number among the layers.
-        input_norm: before attention.
-        qkv: merged weight of the projections, ``[(q_heads + 2 * kv_heads) * head_dim, hidden]``.
-        qkv_bias: of them, ``[out]``; None for none.
-        head_norms: of query and key heads; None where there are none.
-        head_dim: elements of a head.
-        scale: of the scores.
-        window: of sliding-window attention.
-        output: weight of the output projection, ``[hidden, q_heads * head_dim]``.
-        output_norm: of what attention adds; None for none.
-        mlp_norm: before the feed-forward network.
-        gate_up: merged weight of its gate and up projections, ``[2 * size, hidden]``; None where ``experts`` is in its
-            place.
-        down: weight of its down projection, ``[hidden, size]``; None likewise.
-        down_norm: of what the network adds; None for none.
-        experts: a module for another kind of network; None for this kind.
-        rotation: of queries and keys.
-    """
-
-    index: int
-    input_norm: Norm
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    head_norms: tuple[Norm, Norm] | None
-    head_dim: int
-    scale: float
-    window: int | None
-    output: torch.Tensor
-    output_norm: Norm | None
-    mlp_norm: Norm
-    gate_up: torch.Tensor | None
-    down: torch.Tensor | None
-    down_norm: Norm | None
-    experts: nn.Module | None
-    rotation: Rotation
-
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        *args: object,
-        position_ids: torch.Tensor,
-        attention_batch: AttentionBatch,
-        **kwargs: object,
-    ) -> torch.Tensor:
-        """Compute the layer, in place: ``hidden_states`` is ``[1, tokens, hidden]``, and is returned.
-
-        Of the last layer only the tokens that the batch has ``kept``, if it says so: ``[1, kept, hidden]``.
-        """
-        x = hidden_states[0]
-        few, lens = self._few(x), attention_batch.row_lens
-        heads = self._attention(x, position_ids[0], attention_batch, few)
-        if attention_batch.kept is not None and self.index == len(attention_batch.caches) - 1:
-            x, heads = (each.index_select(0, attention_batch.kept) for each in (x, heads))
-            hidden_states, few = x.unsqueeze(0), self._few(x)
-        norm = self.mlp_norm
-        if self.experts is not None:
-            _project(x, heads, self.output, self.output_norm, lens, few)
-            h = self.experts(rms_norm(x, norm.weight, norm.eps).unsqueeze(0))[0]
-            _add(x, h, self.down_norm)
-            return hidden_states
-        assert self.gate_up is not None
-        assert self.down is not None
-        plain = self.output_norm is None and self.down_norm is None
-        if not few and plain and choose("residual", len(x), self.output, self.down) == "split_k":
-            h = add_split_k_and_norm(x, split_k_linear(heads, self.output), norm.weight, norm.eps)
-            add_split_k(x, split_k_linear(_gated(h, self.gate_up), self.down))
-            return hidden_states
-        _project(x, heads, self.output, self.output_norm, lens, few)
-        if few:
-            h = skinny_norm_linear(x, norm.weight, self.gate_up, None, norm.eps, gated=True, lens=lens)
-        else:
-            h = _gated(rms_norm(x, norm.weight, norm.eps), self.gate_up)
-        _project(x, h, self.down, self.down_norm, lens, few)
-        return hidden_states
-
-    def _few(self, x: torch.Tensor) -> bool:
-        weights = (self.qkv, self.output, self.gate_up, self.down)
-        layer = tuple(weight.shape for weight in weights if weight is not None)
-        return choose("linear", len(x), self.qkv, layer=layer) == "skinny"
-
-    def _attention(self, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, few: bool) -> torch.Tensor:
-        norm, cache = self.input_norm, batch.caches[self.index]
-        cache.check_window(self.window)
-        q_norm, k_norm = (None, None) if self.head_norms is None else (norm.weight for norm in self.head_norms)
-        eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
-        rotated = (
-            q_norm,
-            k_norm,
-            eps,
-            self.rotation,
-            positions,
-            cache.keys,
-            cache.values,
-            batch.slot_mapping[cache.group],
-        )
-        decode = batch.max_query_len == 1 and not batch.piecewise
-        if few:
-            qkv = skinny_norm_linear(x, norm.weight, self.qkv, self.qkv_bias, norm.eps, lens=batch.row_lens)
-        else:
-            h = rms_norm(x, norm.weight, norm.eps)
-            kind = heads_of(len(self.qkv), self.rotation, cache.keys, cache.values)
-            if not decode and choose("norm_heads", len(h), self.qkv, heads=kind) == "prefill":
-                return self._attend(prefill_heads(h, self.qkv, self.qkv_bias, *rotated), batch)
-            small = choose("norm_linear", len(x), self.qkv) == "small_batch"
-            product = small_batch_linear if small else nn.functional.linear
-            qkv = product(h, self.qkv, self.qkv_bias)
-        if not decode:
-            return self._attend(rotate_and_cache(qkv, *rotated), batch)
-        lengths = (batch.block_tables[cache.group], batch.cu_query_lens, batch.kv_lens)
-        parts = batch.parts(cache.keys.shape[2], self.window)
-        heads = rotate_and_attend(qkv, *rotated, *lengths, scale=self.scale, window=self.window, parts=parts)
-        return heads.flatten(1)
-
-    def _attend(self, queries: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        run = attend_outside_graph if batch.piecewise else attend
-        return run(queries, batch.caches[self.index], batch, self.scale, self.window, None, None).flatten(1)
-
-
-def _gated(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return ``silu(gate) * up`` of ``h @ weight.T``."""
-    kernel = choose("norm_swiglu", len(h), weight)
-    if kernel == "small_batch":
-        return small_batch_linear(h, weight, gated=True)
-    if kernel == "prefill":
-        return prefill_swiglu(h, weight)
-    return silu_mul(nn.functional.linear(h, weight))
-
-
-def _project(
-    x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, norm: Norm | None, lens: torch.Tensor | None, few: bool
-) -> None:
-    """Add ``h @ weight.T``, or its norm, to ``x``, in place."""
-    if norm is not None:
-        _add(x, skinny_linear(h, weight, None, lens) if few else nn.functional.linear(h, weight), norm)
-    elif few:
-        skinny_linear_add(x, h, weight, lens)
-    else:
-        x.addmm_(h, weight.T)
-
-
-def _add(x: torch.Tensor, h: torch.Tensor, norm: Norm | None) -> None:
-    """Add ``h``, or its norm, to ``x``, in place."""
-    if norm is None:
-        x += h
-    else:
-        add_rms_norm(x, h, norm.weight, norm.eps)
-
-
-@dataclass(frozen=True)
-class FusedHead:
-    """The final norm and the projection to logits."""
-
-    norm: Norm
-    weight: torch.Tensor
-
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[1, rows, vocab]`` of hidden states ``[1, rows, hidden]`` before the final norm."""
-        x = hidden_states[0].contiguous()
-        if choose("logits", len(x), self.weight) == "skinny":
-            return skinny_norm_linear(x, self.norm.weight, self.weight, None, self.norm.eps).unsqueeze(0)
-        return nn.functional.linear(rms_norm(x, self.norm.weight, self.norm.eps), self.weight).unsqueeze(0)
 
 
 def fuse(model: PreTrainedModel, max_model_len: int) -> int:
@@ -242,26 +54,26 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
             log.info("layers are not fused: of layer %d, %s", index, reason)
             return 0
     head: Any = model.get_output_embeddings()
-    fused_head = FusedHead(_norm(text.norm), head.weight.data)
+    fused_head = Head(_norm(text.norm), Linear(head.weight.data))
     if not _head_agrees(text.norm, head, fused_head):
         log.info("layers are not fused: the head gives other results when it is")
         return 0
     rotations = _rotations(text.rotary_emb, model, max_model_len)
-    fused: list[FusedLayer] = []
+    fused: list[DecoderLayer] = []
     for index, layer in enumerate(text.layers):
-        parts = _merge(layer, index, rotations[0])
+        merged = _merge(layer, index, rotations[0])
         positions = torch.arange(max_model_len - _CHECK_TOKENS, max_model_len, device=model.device).clamp(min=0)
-        rotated = (replace(parts, rotation=rotation) for rotation in rotations)
+        rotated = (replace(merged, attention=replace(merged.attention, rotation=each)) for each in rotations)
         alike = next((each for each in rotated if _agrees(layer, each, text.rotary_emb, positions)), None)
         if alike is None:
             log.info("layers are not fused: layer %d gives other results when it is", index)
             return 0
         fused.append(alike)
-    for layer, parts in zip(text.layers, fused, strict=True):
-        layer.forward = parts
-        if parts.experts is not None:
-            fuse_routers(parts.experts, parts.qkv.dtype)
-    rotation = fused[0].rotation
+    for layer, own in zip(text.layers, fused, strict=True):
+        layer.forward = own
+        if isinstance(own.mlp, MoE):
+            fuse_routers(layer.mlp, own.attention.qkv.weight.dtype)
+    rotation = fused[0].attention.rotation
     text.rotary_emb.forward = lambda *args, **kwargs: rotation
     head.forward = fused_head
     text.norm.forward = _unchanged
@@ -276,11 +88,11 @@ def keeps_rows(model: PreTrainedModel) -> bool:
     """Return whether the last layer leaves out tokens that a batch does not keep: it is fused, and has no experts."""
     layers = getattr(getattr(model, model.base_model_prefix, None), "layers", None)
     last = getattr(layers[-1], "forward", None) if isinstance(layers, nn.ModuleList) else None
-    return isinstance(last, FusedLayer) and last.experts is None
+    return isinstance(last, DecoderLayer) and isinstance(last.mlp, MLP)
 
 
 def _unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Stand for the final norm, which the head does."""
+    """Take the place of the final norm, which the head computes."""
     return hidden_states
 
 
@@ -352,32 +164,36 @@ def _gate_and_up(mlp: Any) -> list[Any] | None:
     return [parts[name] for name in names]
 
 
-def _merge(layer: Any, index: int, rotation: Rotation) -> FusedLayer:
-    """Return the fused layer of a recognised one, whose own weights become views of the merged ones."""
-    attention, mlp = layer.self_attn, layer.mlp
-    merged = hasattr(attention, "qkv_proj")
-    projections = [attention.qkv_proj] if merged else [attention.q_proj, attention.k_proj, attention.v_proj]
-    passed = {"sliding_window": attention.sliding_window} if hasattr(attention, "sliding_window") else {}
-    gate_and_up = _gate_and_up(mlp)
-    output_norm, down_norm = (getattr(layer, name, None) for name in ("post_self_attn_layernorm", "post_mlp_layernorm"))
-    return FusedLayer(
-        index=index,
-        input_norm=_norm(layer.input_layernorm),
-        qkv=_merged(projections, "weight"),
-        qkv_bias=None if projections[0].bias is None else _merged(projections, "bias"),
-        head_norms=(_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
-        head_dim=attention.head_dim,
-        scale=attention.scaling,
-        window=sliding_window(attention, passed),
-        output=attention.o_proj.weight.data,
-        output_norm=None if output_norm is None else _norm(output_norm),
-        mlp_norm=_norm(layer.post_attention_layernorm),
-        gate_up=None if gate_and_up is None else _merged(gate_and_up, "weight"),
-        down=None if gate_and_up is None else mlp.down_proj.weight.data,
-        down_norm=None if down_norm is None else _norm(down_norm),
-        experts=mlp if gate_and_up is None else None,
-        rotation=rotation,
+def _merge(layer: Any, index: int, rotation: Rotation) -> DecoderLayer:
+    """Return a recognised layer as one of ours; its own weights become views of the merged ones."""
+    own, mlp = layer.self_attn, layer.mlp
+    projections = [own.qkv_proj] if hasattr(own, "qkv_proj") else [own.q_proj, own.k_proj, own.v_proj]
+    passed = {"sliding_window": own.sliding_window} if hasattr(own, "sliding_window") else {}
+    output_norm, down_norm = (
+        _norm(getattr(layer, name)) if hasattr(layer, name) else None
+        for name in ("post_self_attn_layernorm", "post_mlp_layernorm")
     )
+    attention = Attention(
+        norm=_norm(layer.input_layernorm),
+        qkv=_linear(projections),
+        head_norms=(_norm(own.q_norm), _norm(own.k_norm)) if hasattr(own, "q_norm") else None,
+        rotation=rotation,
+        scale=own.scaling,
+        window=sliding_window(own, passed),
+        output=Linear(own.o_proj.weight.data),
+        output_norm=output_norm,
+    )
+    norm, gate_and_up = _norm(layer.post_attention_layernorm), _gate_and_up(mlp)
+    if gate_and_up is None:
+        return decoder_layer(index, attention, MoE(norm, mlp, down_norm))
+    gated = MLP(norm, _linear(gate_and_up), Linear(mlp.down_proj.weight.data), down_norm)
+    return decoder_layer(index, attention, gated)
+
+
+def _linear(modules: list[Any]) -> Linear:
+    """Return linear modules as one."""
+    bias = None if modules[0].bias is None else _merged(modules, "bias")
+    return Linear(_merged(modules, "weight"), bias)
 
 
 def _merged(modules: list[Any], name: str) -> torch.Tensor:
@@ -409,7 +225,7 @@ def _rotations(rotary: Any, model: PreTrainedModel, positions: int) -> tuple[Rot
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
-def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor) -> bool:
+def _agrees(layer: Any, fused: DecoderLayer, rotary: Any, positions: torch.Tensor) -> bool:
     """Return whether a fused layer adds to random hidden states what the layer's own code adds, and caches the same.
 
     A window or a soft cap may change nothing of so few tokens: so what the layer asks of attention is compared too.
@@ -420,21 +236,23 @@ def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor)
         asked.append(arguments[5:])
         return cached_attention(*arguments)
 
-    device, dtype = parts.qkv.device, parts.qkv.dtype
-    generator = torch.Generator().manual_seed(parts.index)
+    attention, weight = fused.attention, fused.attention.qkv.weight
+    device, dtype = weight.device, weight.dtype
+    generator = torch.Generator().manual_seed(fused.index)
     tokens = len(positions)
-    x = torch.randn(1, tokens, parts.qkv.shape[1], generator=generator)
-    kv_heads = (parts.qkv.shape[0] - parts.output.shape[1]) // (2 * parts.head_dim)
+    x = torch.randn(1, tokens, weight.shape[1], generator=generator)
+    head_dim = layer.self_attn.head_dim
+    kv_heads = (weight.shape[0] - attention.output.weight.shape[1]) // (2 * head_dim)
 
     def run(forward: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
-        cache = LayerCache(*torch.zeros(2, 1, 16, kv_heads, parts.head_dim, dtype=dtype, device=device))
+        cache = LayerCache(*torch.zeros(2, 1, 16, kv_heads, head_dim, dtype=dtype, device=device))
         batch = AttentionBatch(
             slot_mapping=(torch.arange(tokens, device=device),),
             block_tables=(torch.zeros(1, 1, dtype=torch.int32, device=device),),
             cu_query_lens=torch.tensor([0, tokens], dtype=torch.int32, device=device),
             kv_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
             max_query_len=tokens,
-            caches=[cache] * (parts.index + 1),
+            caches=[cache] * (fused.index + 1),
             attend=attend_as_asked,
         )
         with torch.inference_mode(), real_rows(layer, batch):
@@ -449,17 +267,17 @@ def _agrees(layer: Any, parts: FusedLayer, rotary: Any, positions: torch.Tensor)
         return [after, after - hidden, cache.keys, cache.values]
 
     # Small, what the layer adds is not lost in the rounding of what it adds to; large, what becomes of that shows. The
-    # norm makes up for both.
+    # norm evens out both.
     small, large = (x.mul(size).to(device, dtype) for size in (0.01, 100.0))
-    pairs = [*zip(run(layer, small)[1:], run(parts, small)[1:], strict=True)]
-    pairs.append((run(layer, large)[0], run(parts, large)[0]))
+    pairs = [*zip(run(layer, small)[1:], run(fused, small)[1:], strict=True)]
+    pairs.append((run(layer, large)[0], run(fused, large)[0]))
     for scale, window, *rest in asked:
-        if (scale, window) != (parts.scale, parts.window) or any(option is not None for option in rest):
+        if (scale, window) != (attention.scale, attention.window) or any(option is not None for option in rest):
             return False
     return len(asked) == 2 and all(close(own, other) for own, other in pairs)
 
 
-def _head_agrees(norm: Any, head: Any, fused: FusedHead) -> bool:
+def _head_agrees(norm: Any, head: Any, fused: Head) -> bool:
     """Return whether a fused head gives the logits that the norm and the head give, of random hidden states."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _CHECK_TOKENS, head.in_features, generator=generator).to(head.weight.device, head.weight.dtype)

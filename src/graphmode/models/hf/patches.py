@@ -94,14 +94,14 @@ PATCHES = (
     ),
     Patch(
         "experts",
-        ("_is_swiglu", "routed_experts"),
+        ("_is_swiglu", "compute_experts"),
         what="_apply_gate of a module of experts is called, and tried on a few numbers.",
         why="Whether experts are SwiGLU networks, which have kernels of their own, is not said anywhere.",
         until="modules of experts name their activation and its clamp.",
         tests=("models/test_experts.py",),
     ),
     Patch(
-        "experts",
+        "routers",
         ("fuse_routers",),
         what="forward of a router is two kernels, where they choose the same experts of random tokens.",
         why="A router is a dozen small kernels, which take longer than its experts in a step of few tokens.",
