@@ -166,14 +166,14 @@ def held_by_call_alone(tensors: list[torch.Tensor], may_hold: Iterable[object]) 
 
 
 @dataclass(frozen=True)
-class Places:
-    """A container that a function can change, and what it held.
+class Snapshot:
+    """What a container held that a function can change: attributes, elements, variables.
 
     Attributes:
         container: a dictionary (of attributes or globals, too), list, deque, cell or class.
         path: how the code names the container; for a cell, its variable.
-        names: which of its keys are places; None for all.
-        before: what they held.
+        names: which of its keys count; None for all.
+        before: what it held, by key.
     """
 
     container: Any
@@ -182,17 +182,17 @@ class Places:
     before: dict[Any, Any]
 
     @staticmethod
-    def of(container: Any, path: str, names: tuple[str, ...] | None = None) -> Places:
-        """Return the places of ``container`` with what they hold now."""
-        return Places(container, path, names, _contents(container, names))
+    def of(container: Any, path: str, names: tuple[str, ...] | None = None) -> Snapshot:
+        """Return a snapshot of what ``container`` holds now."""
+        return Snapshot(container, path, names, _contents(container, names))
 
     def changed(self) -> dict[Any, Any]:
-        """Return what those places hold now that are new or hold something else."""
+        """Return what has changed since, or is new, by key."""
         now = _contents(self.container, self.names)
         return {key: value for key, value in now.items() if self.before.get(key, now) is not value}
 
     def put_back(self) -> None:
-        """Restore what the places held."""
+        """Restore what the container held."""
         container = self.container
         if isinstance(container, types.CellType):
             container.cell_contents = self.before[0]
@@ -210,7 +210,7 @@ class Places:
                     drop(key) if drop else delattr(container, key)
 
     def name(self, key: Any) -> str:
-        """Return how the code names a place: paths end with ``.`` for attributes, with ``[`` for elements."""
+        """Return how the code names what a key holds: paths end with ``.`` for attributes, with ``[`` for elements."""
         if self.path.endswith("["):
             return f"{self.path}{key!r}]"
         return self.path if isinstance(self.container, types.CellType) else f"{self.path}{key}"
@@ -225,16 +225,16 @@ def _contents(container: Any, names: tuple[str, ...] | None) -> dict[Any, Any]:
     if isinstance(container, (list, deque)):
         return dict(enumerate(container))
     if isinstance(container, dict):
-        held = dict(dict.items(container))  # as it is: a subclass may make what it is asked for
+        held = dict(dict.items(container))  # a subclass may create what it is asked for
         return held if names is None else {name: held[name] for name in names if name in held}
     if names is None:
         return dict(vars(container))
     return {name: getattr(container, name) for name in names if hasattr(container, name)}
 
 
-def places_of(fn: Callable[..., Any]) -> list[Places]:
-    """Return the places that ``fn`` can change: in its closure, globals and object, and in all that these lead to."""
-    found: list[Places] = []
+def snapshots_of(fn: Callable[..., Any]) -> list[Snapshot]:
+    """Return snapshots of what ``fn`` can change: its closure, globals and object, and all that these lead to."""
+    found: list[Snapshot] = []
     seen: set[int] = set()
     ahead: deque[tuple[Any, str]] = deque([(fn, "")])
     while ahead and len(seen) < _MOST_OBJECTS:
@@ -244,47 +244,47 @@ def places_of(fn: Callable[..., Any]) -> list[Places]:
         if not gc.is_tracked(each) and not (isinstance(each, dict) and len(each) < 100):  # it leads to nothing
             continue
         seen.add(id(each))
-        for places in _places_in(each, path):
-            found.append(places)
-            ahead.extend((value, places.name(key)) for key, value in places.before.items())
+        for snapshot in _snapshots_in(each, path):
+            found.append(snapshot)
+            ahead.extend((value, snapshot.name(key)) for key, value in snapshot.before.items())
         ahead.extend(_led_to(each, path))
     return found
 
 
-def _places_in(each: Any, path: str) -> Iterator[Places]:
-    """Return the places of one object."""
+def _snapshots_in(each: Any, path: str) -> Iterator[Snapshot]:
+    """Yield snapshots of the containers of one object."""
     if isinstance(each, types.FunctionType):
         if _is_library(each):
             return
         for name, cell in zip(each.__code__.co_freevars, each.__closure__ or (), strict=True):
-            yield Places.of(cell, name)
+            yield Snapshot.of(cell, name)
         names = tuple(dict.fromkeys(code_names(each.__code__)))
-        yield Places.of(each.__globals__, "", tuple(name for name in names if name in each.__globals__))
+        yield Snapshot.of(each.__globals__, "", tuple(name for name in names if name in each.__globals__))
         for name in names:
             module = each.__globals__.get(name)
             if isinstance(module, types.ModuleType) and not _is_library(module):
-                yield Places.of(vars(module), f"{name}.", tuple(name for name in names if name in vars(module)))
+                yield Snapshot.of(vars(module), f"{name}.", tuple(name for name in names if name in vars(module)))
     elif isinstance(each, (dict, list, deque)):
-        yield Places.of(each, f"{path}[")
+        yield Snapshot.of(each, f"{path}[")
     elif isinstance(each, type):
         if not _is_library(each):
-            yield Places.of(each, f"{each.__qualname__}.")
+            yield Snapshot.of(each, f"{each.__qualname__}.")
     elif isinstance(each, torch.nn.Module) or not _is_library(type(each)):
         path = path or type(each).__qualname__
         if type(each).__module__.startswith(_OWN_PACKAGE):  # of a runner, only the function
             return
         if isinstance(getattr(each, "__dict__", None), dict):
-            yield Places.of(vars(each), f"{path}.")
+            yield Snapshot.of(vars(each), f"{path}.")
         if isinstance(each, torch.nn.Module):
-            yield Places.of(each._buffers, f"{path}.")
-            yield Places.of(each._modules, f"{path}.")
+            yield Snapshot.of(each._buffers, f"{path}.")
+            yield Snapshot.of(each._modules, f"{path}.")
         slots = [getattr(kind, "__slots__", ()) for kind in type(each).__mro__]
         if names := tuple(name for slot in slots for name in ((slot,) if isinstance(slot, str) else slot)):
-            yield Places.of(each, f"{path}.", names)
+            yield Snapshot.of(each, f"{path}.", names)
 
 
 def _led_to(each: Any, path: str) -> Iterable[tuple[Any, str]]:
-    """Return what an object refers to by references that are no places: the function cannot change them."""
+    """Return what an object refers to by references that the function cannot change."""
     if isinstance(each, (types.MethodType, staticmethod, classmethod)):
         return ((getattr(each, "__self__", None), path), (each.__func__, path))
     if isinstance(each, partial):
@@ -314,33 +314,33 @@ def holds(value: Any, keys: Container[int], depth: int = 3) -> bool:
     return any(holds(each, keys, depth - 1) for each in gc.get_referents(value))
 
 
-def put_back(state: Iterable[Places], results: Container[int]) -> list[str]:
+def put_back(state: Iterable[Snapshot], results: Container[int]) -> list[str]:
     """Restore containers that now hold results of a call.
 
     Args:
-        state: the places that the function can change, as they were before the call.
+        state: snapshots of what the function can change, from before the call.
         results: the keys of the memory of these results. Constants that the call made may stay.
 
     Returns:
-        The names of the places with such results.
+        How the code names what held such results.
     """
     names = []
-    for places in state:
-        changed = places.changed()
-        if found := [places.name(key) for key, value in changed.items() if holds(value, results)]:
-            places.put_back()
+    for snapshot in state:
+        changed = snapshot.changed()
+        if found := [snapshot.name(key) for key, value in changed.items() if holds(value, results)]:
+            snapshot.put_back()
             names += found
     return names
 
 
 def escaped(
-    keys: Sequence[int], made: Mapping[int, Made], fn: Callable[..., Any], state: Sequence[Places]
+    keys: Sequence[int], made: Mapping[int, Made], fn: Callable[..., Any], state: Sequence[Snapshot]
 ) -> CaptureError:
     """Return the error for results that outlive the call, and restore what they replaced if that is known."""
     now = {
         key: name
-        for places in reversed(places_of(fn))
-        for name, value in ((places.name(name), value) for name, value in places.before.items())
+        for snapshot in reversed(snapshots_of(fn))
+        for name, value in ((snapshot.name(name), value) for name, value in snapshot.before.items())
         for key in keys
         if holds(value, {key}, 2 if isinstance(value, tuple) else 0)
     }

@@ -23,11 +23,11 @@ from graphmode.graph.breaks import Breaks
 from graphmode.graph.escapes import (
     Made,
     MemoryNotes,
-    Places,
+    Snapshot,
     escaped,
     held_by_call_alone,
-    places_of,
     put_back,
+    snapshots_of,
     tensors_over,
 )
 from graphmode.graph.guard import Guard, tensors_in, written_by
@@ -148,7 +148,7 @@ class _WarmUp:
         return tree_unflatten(given, spec)
 
 
-Place = tuple[int, int]
+ResultIndex = tuple[int, int]
 """A result of a call outside the graph: which call, and which of its results."""
 
 
@@ -161,7 +161,7 @@ class _Recorder:
         recording: Recording,
         pool: Pool,
         inputs: Sequence[torch.Tensor],
-        kept: set[Place],
+        kept: set[ResultIndex],
         generators: Sequence[torch.Generator],
     ) -> None:
         self.backend = backend
@@ -175,7 +175,7 @@ class _Recorder:
         self.reasons: dict[str, str] = {}
         self.failed: Any = None
         """The operator whose kernel raised an error."""
-        self.written_aliases: set[Place] = set()
+        self.written_aliases: set[ResultIndex] = set()
         """Results that were copied although they share memory, and that the code wrote to."""
         self._kept = kept
         self._calls = 0
@@ -183,7 +183,7 @@ class _Recorder:
         self._own: list[torch.Tensor] = []
         self._slabs: dict[int, int] = {}
         """Users of the storages of fixed memory before this recording, by key."""
-        self._aliases: dict[int, set[Place]] = {}
+        self._aliases: dict[int, set[ResultIndex]] = {}
         self._alive: list[StorageWeakRef] = []
         self._host_values: set[int] = set()
 
@@ -363,7 +363,7 @@ class _Recorder:
 
     # What outlives the call.
 
-    def finish(self, fn: Callable[..., Any], state: Sequence[Places], warm_up: MemoryNotes) -> None:
+    def finish(self, fn: Callable[..., Any], state: Sequence[Snapshot], warm_up: MemoryNotes) -> None:
         """Refuse results that outlive the call, after the function has returned."""
         held = self._held_elsewhere()
         if held:
@@ -469,7 +469,7 @@ def record(
     """
     inputs = [leaf for leaf in flatten(kwargs)[0] if isinstance(leaf, torch.Tensor)]
     # State that a function keeps shows in its first capture. Searching at each would take about as long as recording.
-    state = [] if pool.captured else places_of(fn)
+    state = [] if pool.captured else snapshots_of(fn)
     with backend.capture_stream(), torch.inference_mode(), _no_garbage_collection():
         recording = backend.recording(pool.handle, host_arguments)
         warm_up = _WarmUp(backend, pool.breaks if recording.breaks_inside_operators else None, inputs)
@@ -483,7 +483,7 @@ def record(
                 gc.collect()
             if kept := warm_up.memory.computed_and_kept():
                 raise escaped(kept, warm_up.memory.made, fn, state)
-            shared: set[Place] = set()
+            shared: set[ResultIndex] = set()
             while True:
                 recorder = _Recorder(backend, recording, pool, inputs, shared, warm_up.guard.generators)
                 try:
@@ -539,7 +539,7 @@ def _capture(fn: Callable[..., Any], kwargs: dict[str, Any], recorder: _Recorder
     return structure
 
 
-def _learned(recorder: _Recorder, error: CaptureError, shared: set[Place]) -> bool:
+def _learned(recorder: _Recorder, error: CaptureError, shared: set[ResultIndex]) -> bool:
     """Return whether a failed capture showed what the next attempt must do differently."""
     if not recorder.written_aliases <= shared:
         shared |= recorder.written_aliases

@@ -145,7 +145,7 @@ class Instruction:
 
 
 @dataclass
-class Made:
+class TapeMemory:
     """Memory that an operator made while recording.
 
     Attributes:
@@ -259,7 +259,7 @@ class _TapeMode(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape: Tape | None = None
-        self.made: dict[int, Made] = {}
+        self.made: dict[int, TapeMemory] = {}
         self.nbytes = 0
         self.peak = 0
         self._let_go: set[int] = set()
@@ -293,7 +293,7 @@ class _TapeMode(TorchDispatchMode):
             key = key_of(tensor)
             if key not in known:
                 if key not in self.made:
-                    self.made[key] = Made(self._position, tensor.untyped_storage().nbytes())
+                    self.made[key] = TapeMemory(self._position, tensor.untyped_storage().nbytes())
                     self.nbytes += self.made[key].nbytes
                 fresh.append(index)
                 made.add(key)
