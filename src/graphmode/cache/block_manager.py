@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import gcd, lcm
+from math import lcm
 from typing import Protocol
 
 from graphmode.cache.block_pool import BlockPool, block_keys
@@ -46,6 +46,9 @@ class BlockManager:
         step_tokens: the most tokens of a step.
         decode_steps: the most tokens that a sequence makes in steps launched together.
         prefix_caching: whether blocks can be found by other sequences.
+
+    Raises:
+        ValueError: a block size is no multiple of the smallest.
     """
 
     def __init__(
@@ -64,8 +67,11 @@ class BlockManager:
         self._prefix_caching = prefix_caching
         self._each = tuple(zip(self.groups, self.pools, strict=True))
         sizes = [group.block_size for group in groups]
-        self._key_tokens = gcd(*sizes)  # each key is of so many tokens more than the one before
+        self._key_tokens = min(sizes)  # each key is of so many tokens more than the one before
         self._hit_tokens = lcm(*sizes)  # a prefix ends where a block of every group does
+        self._finest = sizes.index(self._key_tokens)
+        if any(size % self._key_tokens for size in sizes):
+            raise ValueError(f"block sizes are {sizes}; each must be a multiple of the smallest")
 
     @property
     def num_free(self) -> tuple[int, ...]:
@@ -97,19 +103,19 @@ class BlockManager:
 
     def extend(self, ends: Sequence[tuple[CachedSequence, int]]) -> bool:
         """Give sequences the blocks for their tokens before an end each, or give none where there are too few."""
-        for sequence, _ in ends:
+        longer = []
+        for sequence, end in ends:
             self._settle(sequence)
-        missing = [
-            [group.blocks_for(end) - len(sequence.block_tables[at]) for sequence, end in ends]
-            for at, group in enumerate(self.groups)
-        ]
-        for pool, counts in zip(self.pools, missing, strict=True):
-            if sum(count for count in counts if count > 0) > pool.num_free:
+            if end > len(sequence.block_tables[self._finest]) * self._key_tokens:
+                longer.append((sequence.block_tables, end))
+        if not longer:
+            return True
+        for at, (group, pool) in enumerate(self._each):
+            if sum(group.blocks_for(end) - len(tables[at]) for tables, end in longer) > pool.num_free:
                 return False
-        for at, (pool, counts) in enumerate(zip(self.pools, missing, strict=True)):
-            for (sequence, _), count in zip(ends, counts, strict=True):
-                if count > 0:
-                    sequence.block_tables[at] += pool.allocate(count)
+        for tables, end in longer:
+            for table, (group, pool) in zip(tables, self._each, strict=True):
+                table += pool.allocate(group.blocks_for(end) - len(table))
         return True
 
     def release(self, sequence: CachedSequence) -> None:
@@ -128,14 +134,15 @@ class BlockManager:
         sequence.num_settled = known
         for (group, pool), table in zip(self._each, sequence.block_tables, strict=True):
             size = group.block_size
-            if self._prefix_caching:
+            if self._prefix_caching and known // size > before // size:
                 full = range(before // size, known // size)
                 for at, key in zip(full, self._keys(sequence, group, full), strict=True):
                     pool.publish(table[at], key)
-            behind = slice(group.first_read(before) // size, group.first_read(known) // size)
-            if behind.start < behind.stop:
-                pool.free(table[behind])
-                table[behind] = [0] * (behind.stop - behind.start)
+            if group.window is not None:
+                behind = slice(group.first_read(before) // size, group.first_read(known) // size)
+                if behind.start < behind.stop:
+                    pool.free(table[behind])
+                    table[behind] = [0] * (behind.stop - behind.start)
 
     def _known_prefix(self, sequence: CachedSequence) -> int:
         """Return the tokens of the longest prefix of which all blocks are known that the token after it reads."""
