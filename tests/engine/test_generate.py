@@ -13,7 +13,7 @@ from graphmode.engine.requests import ActiveRequest, Request
 from graphmode.errors import InputError
 from tests.engine.conftest import PASSAGE
 
-GREEDY = SamplingParams(temperature=0, max_tokens=24)
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def expected(bundled: Path) -> list[tuple[list[int], list[int]]]:
     results = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         results.append((prompt, made[0, len(prompt) :].tolist()))
     return results
 
@@ -294,7 +294,7 @@ def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path
     assert tokenizer is not None
     for stop in (text[10:13], text[17], text[5:25]):
         at = text.index(stop)
-        params = SamplingParams(temperature=0, max_tokens=40, stop=["never said", stop])
+        params = SamplingParams(temperature=0, max_tokens=25, stop=["never said", stop])
         (output,) = llm.generate(prompt, params)
         assert output.outputs[0].text == text[:at]
         assert output.outputs[0].finish_reason == "stop"
@@ -311,11 +311,11 @@ def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path
 def test_a_burst_ends_at_the_token_that_one_step_at_a_time_ends_at(bundled: Path) -> None:
     """Texts of many tokens are decoded and searched together; tokens, text and reason are those of single ones."""
     single, burst = (LLM(bundled, device="cpu", max_num_seqs=8, decode_steps=steps) for steps in (1, 7))
-    text = single.generate("KING.\n", SamplingParams(temperature=0, max_tokens=40))[0].outputs[0].text
+    text = single.generate("KING.\n", SamplingParams(temperature=0, max_tokens=25))[0].outputs[0].text
     params = [
-        SamplingParams(temperature=0, max_tokens=40, stop=[text[at : at + size], "never said"], min_tokens=least)
+        SamplingParams(temperature=0, max_tokens=25, stop=[text[at : at + size], "never said"], min_tokens=least)
         for at, size in ((3, 1), (11, 4), (30, 17), (len(text) - 2, 2))
-        for least in (0, 13, 40)
+        for least in (0, 13, 25)
     ]
     expected, outputs = (llm.generate(["KING.\n"] * len(params), params) for llm in (single, burst))
     assert [output.outputs for output in outputs] == [output.outputs for output in expected]
@@ -376,7 +376,7 @@ def test_top_k_top_p_and_min_p_leave_what_they_say(tiny: Path) -> None:
     reach = int((probabilities[order].cumsum(0) < 0.6).sum()) + 1
     share = int((probabilities >= 0.3 * probabilities.max()).sum())
     for filters, size in (({"top_k": 5}, 5), ({"top_p": 0.6}, reach), ({"min_p": 0.3}, share)):
-        params = SamplingParams(temperature=2, seed=1, max_tokens=1, n=1000, **filters)
+        params = SamplingParams(temperature=2, seed=1, max_tokens=1, n=500, **filters)
         (output,) = llm.generate({"prompt_token_ids": prompt}, params)
         drawn = {completion.token_ids[0] for completion in output.outputs}
         assert drawn <= set(order[:size].tolist())
