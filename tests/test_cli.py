@@ -334,6 +334,19 @@ def test_info_and_version() -> None:
         assert all(words in text for words in support.values())
 
 
+def test_info_says_which_kernels_a_model_takes() -> None:
+    found = json.loads(run("info", "--kernels", "--on", "h100", "--json"))
+    assert (found["model"], found["on"], found["dtype"]) == ("qwen3-0.6b", "h100", "bfloat16")
+    assert found["kernels"]["gate and up"][0]["kernel"] == "skinny, hopper"
+    text = run("info", "--kernels", "--on", "h100", "--model", "qwen3-8b")
+    assert "17-32" in text
+    assert "needs at most 8 Mi elements or takes 33 to 128 rows" in text
+    assert "float32 on cpu" in run("info", "--kernels", "--on", "cpu")
+    run("info", "--kernels", "--on", "a toaster", code=2)
+    run("info", "--kernels", "--dtype", "int3", code=2)
+    assert run("info", "--kernels", "--model", "./nowhere", code=1).startswith("error: ")
+
+
 def test_the_runtime_loads_neither_the_engine_nor_transformers() -> None:
     code = (
         "import sys, graphmode.graph; "
