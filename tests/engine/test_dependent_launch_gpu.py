@@ -15,7 +15,9 @@ from graphmode.engine.sampler import SamplingLevel
 from graphmode.engine.step_inputs import INPUTS
 from graphmode.graph.inputs import all_padding
 from graphmode.ops import (
+    PagedBatch,
     Rotation,
+    Scoring,
     _triton,
     paged_attention,
     rms_norm,
@@ -124,14 +126,14 @@ def kernels_of_a_layer(rows: int) -> tuple[Callable[[], None], int]:
     slots = torch.arange(rows, device=device) * BLOCK_SIZE
     block_tables = torch.arange(rows, dtype=torch.int32, device=device).unsqueeze(1)
     starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-    lengths = torch.ones(rows, dtype=torch.int32, device=device)
+    batch = PagedBatch(block_tables, starts, torch.ones(rows, dtype=torch.int32, device=device), 1)
+    scoring = Scoring(0.1)
     rotated = (None, None, 0.0, rotation, positions, *caches, slots)
     temperature = torch.ones(rows, device=device)
 
     def few() -> None:
-        heads = rotate_and_attend(
-            skinny_norm_linear(x, scale, qkv_weight, None, 1e-6), *rotated, block_tables, starts, lengths, scale=0.1
-        )
+        new = skinny_norm_linear(x, scale, qkv_weight, None, 1e-6)
+        heads = rotate_and_attend(new, *rotated, batch, scoring)
         skinny_linear_add(x, heads.flatten(1), output)
         skinny_linear_add(x, skinny_norm_linear(x, scale, gate_up, None, 1e-6, gated=True), down)
         sample(logits, temperature, positions, positions)
@@ -139,7 +141,7 @@ def kernels_of_a_layer(rows: int) -> tuple[Callable[[], None], int]:
     def many() -> None:
         rms_norm(x, scale, 1e-6)
         queries = rotate_and_cache(qkv, *rotated)
-        paged_attention(queries, *caches, block_tables, starts, lengths, scale=0.1, max_query_len=1)
+        paged_attention(queries, *caches, batch, scoring)
         silu_mul(pairs)
         sample(logits, temperature, positions, positions)
 

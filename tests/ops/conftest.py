@@ -11,7 +11,9 @@ import torch
 
 from graphmode.ops import kv_cache
 from graphmode.ops._triton import compiles_hopper, runs_hopper
-from graphmode.ops.attention import paged as attention
+from graphmode.ops.attention.cpu import paged_attention_cpu
+from graphmode.ops.attention.paged_reference import paged_attention_reference
+from graphmode.ops.attention.paged_triton import paged_attention_triton
 from graphmode.ops.sampling import sample as sampling
 
 
@@ -74,7 +76,8 @@ def write_kv(implementation: str):
 
 @pytest.fixture
 def paged_attention(implementation_or_cpu: str):
-    return getattr(attention, f"paged_attention_{implementation_or_cpu}")
+    by_name = {"reference": paged_attention_reference, "cpu": paged_attention_cpu, "triton": paged_attention_triton}
+    return by_name[implementation_or_cpu]
 
 
 @pytest.fixture

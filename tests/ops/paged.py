@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from graphmode.ops import PagedBatch, Scoring
+
 GARBAGE = 0x7FEDCBA9  # far beyond any cache
 
 
 @dataclass
-class PagedBatch:
+class PoisonedBatch:
     q: torch.Tensor
     k_cache: torch.Tensor
     v_cache: torch.Tensor
@@ -34,8 +36,19 @@ class PagedBatch:
     def is_decode(self) -> bool:
         return all(n == 1 for n in self.query_lens)
 
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        return self.q, self.k_cache, self.v_cache, self.block_tables, self.cu_query_lens, self.kv_lens
+    @property
+    def paged(self) -> PagedBatch:
+        tokens, seqs = len(self.q), len(self.kv_lens)
+        most = 1 if self.is_decode and tokens == seqs else max(tokens, 2)
+        return PagedBatch(self.block_tables, self.cu_query_lens, self.kv_lens, most)
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.scale, *(self.options.get(name) for name in ("window", "soft_cap", "sinks")))
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PagedBatch, Scoring, torch.Tensor | None]:
+        """What attention takes."""
+        return self.q, self.k_cache, self.v_cache, self.paged, self.scoring, self.options.get("selection")
 
     def first_key(self, seq: int) -> int:
         """The first position that a new token of the sequence sees."""
@@ -56,7 +69,7 @@ class PagedBatch:
         block_size = self.k_cache.shape[1]
         return self.block_tables[seq, position // block_size].long() * block_size + position % block_size
 
-    def with_unused(self, value: float, entry: int) -> PagedBatch:
+    def with_unused(self, value: float, entry: int) -> PoisonedBatch:
         """The same batch with other contents wherever no real token reads: padding queries, slots, table entries."""
         changed = replace(
             self,
@@ -99,7 +112,7 @@ def make_batch(
     soft_cap: float | None = None,
     with_sinks: bool = False,
     top_k: int | None = None,
-) -> PagedBatch:
+) -> PoisonedBatch:
     """A batch padded to ``tokens`` and ``seqs``; NaN and garbage wherever nothing is to be read.
 
     With ``top_k`` each token sees as many keys, chosen at random.
@@ -133,7 +146,7 @@ def make_batch(
             picked = torch.randperm(position + 1, generator=random)[:top_k].sort().values
             selection[token, : len(picked)] = picked.int()
         selection = selection.to(device)
-    batch = PagedBatch(
+    batch = PoisonedBatch(
         q=q,
         k_cache=k_cache,
         v_cache=v_cache,
@@ -151,7 +164,7 @@ def make_batch(
     return batch.with_unused(float("nan"), GARBAGE)
 
 
-def attend_one_by_one(batch: PagedBatch, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+def attend_one_by_one(batch: PoisonedBatch, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Attention of each sequence by itself, in ``dtype``: ``[real tokens, q_heads, head_dim]``."""
     group = batch.q.shape[1] // batch.k_cache.shape[2]
     outputs = []

@@ -9,11 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphmode.ops import rotate_and_attend
-from graphmode.ops.attention.decode import rotate_and_attend_triton
-from graphmode.ops.attention.paged import paged_attention_reference
+from graphmode.ops import PagedBatch, Scoring, rotate_and_attend
+from graphmode.ops.attention.decode import rotate_and_attend_reference, rotate_and_attend_triton
 from graphmode.ops.attention.split_kv import plan_split_kv
-from graphmode.ops.rope import Rotation, rotate_and_cache_reference
+from graphmode.ops.rope import Rotation
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -66,8 +65,12 @@ def make_inputs(
         "k_cache": caches[0],
         "v_cache": caches[1],
         "slot_mapping": torch.tensor(slots, device=device),
-        "block_tables": tables.to(device),
-        "kv_lens": torch.tensor(kv_lens + [0] * padding, dtype=torch.int32, device=device),
+        "batch": PagedBatch(
+            tables.to(device),
+            torch.arange(rows + 1, dtype=torch.int32, device=device),
+            torch.tensor(kv_lens + [0] * padding, dtype=torch.int32, device=device),
+            1,
+        ),
     }
 
 
@@ -78,34 +81,23 @@ def check(
     spare: int | None = None,
     run: Callable[..., torch.Tensor] = rotate_and_attend_triton,
 ) -> None:
-    scale = 0.3
-    expected_caches = [inputs["k_cache"].clone(), inputs["v_cache"].clone()]
-    arguments = [inputs[name] for name in ("qkv", "q_norm", "k_norm", "eps", "rotation", "positions")]
-    queries = rotate_and_cache_reference(*arguments, *expected_caches, inputs["slot_mapping"])
-    cu_query_lens = torch.arange(len(queries) + 1, dtype=torch.int32, device=queries.device)
-    expected = paged_attention_reference(
-        queries,
-        *expected_caches,
-        inputs["block_tables"],
-        cu_query_lens,
-        inputs["kv_lens"],
-        scale=scale,
-        max_query_len=1,
-        window=window,
-    )
-    parts = plan_split_kv(inputs["kv_lens"], inputs["k_cache"].shape[2], window=window, spare=spare)
-    output = run(**inputs, scale=scale, window=window, parts=parts)
+    caches = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
+    scoring = Scoring(0.3, window)
+    expected = rotate_and_attend_reference(**{**inputs, **caches}, scoring=scoring)
+    kv_lens = inputs["batch"].kv_lens
+    plan = plan_split_kv(kv_lens, inputs["k_cache"].shape[2], window=window, spare=spare)
+    output = run(**inputs, scoring=scoring, plan=plan)
     tolerance = TOLERANCE[output.dtype]
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
-    assert not output[inputs["kv_lens"] == 0].any()
-    for cache, other in zip((inputs["k_cache"], inputs["v_cache"]), expected_caches, strict=True):
-        torch.testing.assert_close(cache, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert not output[kv_lens == 0].any()
+    for name, cache in caches.items():
+        torch.testing.assert_close(inputs[name], cache, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize("spare", [1, 2, 8, None])
 @pytest.mark.parametrize("window", [None, 1, 5, 70])
-def test_parts_and_windows(kernel_device: str, spare: int | None, window: int | None) -> None:
+def test_splits_and_windows(kernel_device: str, spare: int | None, window: int | None) -> None:
     check(make_inputs([1, 2, 17, 300, 64, 65], device=kernel_device), spare=spare, window=window)
 
 
@@ -145,11 +137,30 @@ def test_rotations_that_the_kernel_does_not_take_go_through_two(device: str, int
     inputs = make_inputs([12, 3], head_dim=16, device=device)
     cos, sin, _ = inputs["rotation"]
     inputs["rotation"] = Rotation(cos[:, :half].contiguous(), sin[:, :half].contiguous(), interleaved)
-    caches = [inputs["k_cache"].clone(), inputs["v_cache"].clone()]
-    arguments = [inputs[name] for name in ("qkv", "q_norm", "k_norm", "eps", "rotation", "positions")]
-    queries = rotate_and_cache_reference(*arguments, *caches, inputs["slot_mapping"])
-    cu_query_lens = torch.arange(5, dtype=torch.int32, device=device)
-    rest = (inputs["block_tables"], cu_query_lens, inputs["kv_lens"])
-    expected = paged_attention_reference(queries, *caches, *rest, scale=0.25, max_query_len=1)
-    output = rotate_and_attend(**inputs, cu_query_lens=cu_query_lens, scale=0.25)
+    caches = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
+    expected = rotate_and_attend_reference(**{**inputs, **caches}, scoring=Scoring(0.25))
+    output = rotate_and_attend(**inputs, scoring=Scoring(0.25))
     torch.testing.assert_close(output[:2], expected[:2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scoring", [Scoring(0.25, soft_cap=1.0), Scoring(0.25, sinks=torch.ones(4))])
+def test_scores_that_the_kernel_does_not_take_go_through_two(scoring: Scoring) -> None:
+    inputs = make_inputs([12, 3], q_heads=4)
+    caches = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
+    expected = rotate_and_attend_reference(**{**inputs, **caches}, scoring=scoring)
+    torch.testing.assert_close(rotate_and_attend(**inputs, scoring=scoring)[:2], expected[:2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("qkv", torch.zeros(4, 40), r"the size of queries, keys and values is 40, expected whole heads of 32"),
+        ("positions", torch.zeros(2, dtype=torch.int64), r"positions has shape \[2\], expected \[4\]"),
+        ("batch", 3, "max_query_len is 3, expected 1"),
+    ],
+)
+def test_refuses_what_does_not_fit(name: str, value: object, message: str) -> None:
+    inputs = make_inputs([12, 3])
+    inputs[name] = inputs["batch"]._replace(max_query_len=value) if name == "batch" else value
+    with pytest.raises(ValueError, match=message):
+        rotate_and_attend(**inputs, scoring=Scoring(1.0))

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from graphmode.ops import Scoring
 from graphmode.ops._triton import compiles_hopper
 from graphmode.ops.attention import decode_hopper
 from graphmode.ops.attention.decode import rotate_and_attend_triton
@@ -31,7 +32,7 @@ LENGTHS = [1, 2, 17, 300, 64, 65, 129]
 @pytest.mark.usefixtures("on_hopper", "nan_memory")
 @pytest.mark.parametrize("spare", [1, 8, None])
 @pytest.mark.parametrize("window", [None, 1, 5, 70])
-def test_parts_and_windows(spare: int | None, window: int | None) -> None:
+def test_splits_and_windows(spare: int | None, window: int | None) -> None:
     inputs = make_inputs(LENGTHS, head_dim=128, dtype=torch.bfloat16, device="cuda")
     check_hopper(inputs, spare=spare, window=window)
 
@@ -58,17 +59,18 @@ def test_many_sequences(sequences: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("on_hopper", "nan_memory")
-def test_parts_are_put_together_again_and_again() -> None:
-    """Layer after layer, by the same counters: long contexts in several parts among many short ones."""
+def test_splits_are_merged_again_and_again() -> None:
+    """Layer after layer, by the same counters: long contexts in several splits among many short ones."""
     lengths = [4000, 3, 700] + [20] * 30 + [1999, 2000]
     inputs = make_inputs(lengths, head_dim=128, block_size=16, dtype=torch.bfloat16, device="cuda")
-    parts = plan_split_kv(inputs["kv_lens"], inputs["k_cache"].shape[2])
-    assert parts.several[:, 2].max() > 8
-    run = partial(rotate_and_attend_triton, **inputs, scale=0.3, hopper=True)
-    expected = run(parts=plan_split_kv(inputs["kv_lens"], inputs["k_cache"].shape[2], spare=1))
-    first = run(parts=parts)
-    assert not parts.arrived.any()
-    assert all(torch.equal(first, run(parts=parts)) for _ in range(20))
+    kv_lens, kv_heads = inputs["batch"].kv_lens, inputs["k_cache"].shape[2]
+    plan = plan_split_kv(kv_lens, kv_heads)
+    assert plan.split_seqs[:, 2].max() > 8
+    run = partial(rotate_and_attend_triton, **inputs, scoring=Scoring(0.3), hopper=True)
+    expected = run(plan=plan_split_kv(kv_lens, kv_heads, spare=1))
+    first = run(plan=plan)
+    assert not plan.finished.any()
+    assert all(torch.equal(first, run(plan=plan)) for _ in range(20))
     assert torch.allclose(first.float(), expected.float(), atol=0.02, rtol=0.02)
 
 
@@ -84,7 +86,7 @@ def test_its_kernel_is_launched_with_what_it_takes(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(decode_hopper, "_rotate_and_attend_kernel", Recorder())
     inputs = make_inputs([10] * sequences, head_dim=128, block_size=16, padding=0)
-    rotate_and_attend_triton(**inputs, scale=0.3, hopper=True)
+    rotate_and_attend_triton(**inputs, scoring=Scoring(0.3), hopper=True)
     assert sorted(given) == sorted([*kernel.arg_names, "num_warps"])
 
 
@@ -100,9 +102,9 @@ for seqs, group, head_dim, kind in (1, 2, 128, "bf16"), (64, 16, 64, "fp16"), (1
     warps, stages = constants.pop("num_warps"), constants["stages"]
     constants |= {"kv_heads": 8, "group": group, "block_size": 16, "early": True}
     signature = dict.fromkeys(("qkv", "q_norm", "k_norm", "k_cache", "v_cache", "out"), "*" + kind)
-    signature |= dict.fromkeys(("cos", "sin", "parts", "tops", "sums"), "*fp32")
+    signature |= dict.fromkeys(("cos", "sin", "accs", "tops", "sums"), "*fp32")
     signature |= dict.fromkeys(("positions", "slot_mapping"), "*i64") | {"eps": "fp32", "scale_log2": "fp32"}
-    signature |= {"block_tables": "*i32", "programs": "*i32", "arrived": "*i32", "table_stride": "i32"}
+    signature |= {"block_tables": "*i32", "splits": "*i32", "finished": "*i32", "table_stride": "i32"}
     aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names)
                if signature.get(name, "").startswith("*")}
     signature |= dict.fromkeys(constants, "constexpr")

@@ -7,17 +7,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from graphmode.ops import PagedBatch, Scoring
 from graphmode.ops import paged_attention as public_paged_attention
-from graphmode.ops.attention.paged import (
+from graphmode.ops.attention.cpu import paged_attention_cpu
+from graphmode.ops.attention.paged_reference import (
     _choose_blocks,
     _find_blocks,
     _num_keys,
-    paged_attention_cpu,
     paged_attention_reference,
-    paged_attention_triton,
 )
+from graphmode.ops.attention.paged_triton import paged_attention_triton
 from graphmode.ops.attention.split_kv import SplitKVPlan, plan_split_kv
-from tests.ops.paged import PagedBatch, attend_one_by_one, make_batch
+from tests.ops.paged import PoisonedBatch, attend_one_by_one, make_batch
 
 # A sink above all scores overflows in Triton's interpreter, and is meant to.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
@@ -26,13 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-def run(attend, batch: PagedBatch, **options) -> torch.Tensor:
-    tokens = batch.q.shape[0]
-    max_query_len = 1 if batch.is_decode and tokens == batch.kv_lens.shape[0] else max(tokens, 2)
-    return attend(*batch.inputs(), scale=batch.scale, max_query_len=max_query_len, **batch.options, **options)
+def run(attend, batch: PoisonedBatch, **options) -> torch.Tensor:
+    return attend(*batch.inputs(), **options)
 
 
-def check(attend, batch: PagedBatch, **options) -> None:
+def check(attend, batch: PoisonedBatch, **options) -> None:
     """Real rows are right although everything unused is poisoned; padding rows are zero."""
     output = run(attend, batch, **options)
     assert output.shape == (*batch.q.shape[:2], batch.v_cache.shape[3])
@@ -126,16 +125,16 @@ def test_selected_keys(paged_attention, kernel_device: str, lens, extras) -> Non
     check(paged_attention, batch)
 
 
-def shared_out(batch: PagedBatch, spare: int) -> SplitKVPlan:
+def split(batch: PoisonedBatch, spare: int) -> SplitKVPlan:
     window, selection = batch.options["window"], batch.options["selection"]
     top_k = None if selection is None else selection.shape[1]
     return plan_split_kv(batch.kv_lens, batch.k_cache.shape[2], window=window, top_k=top_k, spare=spare)
 
 
 @pytest.mark.parametrize("spare", [1, 2, 8])
-def test_selection_in_parts(kernel_device: str, spare: int) -> None:
+def test_selection_in_splits(kernel_device: str, spare: int) -> None:
     batch = make_batch([1, 1, 1], [1, 300, 150], top_k=200, head_dim=48, value_dim=32, device=kernel_device)
-    check(paged_attention_triton, batch, parts=shared_out(batch, spare))
+    check(paged_attention_triton, batch, plan=split(batch, spare))
     batch = make_batch([1, 7], [150, 260], tokens=10, seqs=3, top_k=200, device=kernel_device)
     check(paged_attention_triton, batch)
 
@@ -203,11 +202,11 @@ def test_windows_soft_caps_and_sinks(paged_attention, kernel_device: str, lens, 
 @pytest.mark.parametrize("extras", [{}, {"window": 200}, EXTRAS["all"]], ids=["plain", "window", "all"])
 @pytest.mark.parametrize("spare", [1, 3, 8, 32])
 @pytest.mark.usefixtures("nan_memory")
-def test_decode_in_parts(kernel_device: str, spare: int, extras) -> None:
-    """Also where sequences have fewer tiles of keys than there may be parts, and for padding sequences."""
+def test_decode_in_splits(kernel_device: str, spare: int, extras) -> None:
+    """Also where sequences have fewer tiles of keys than there may be splits, and for padding sequences."""
     shape = {"tokens": 6, "seqs": 6, "q_heads": 6, "device": kernel_device}
     batch = make_batch([1, 1, 1, 1], [700, 1, 129, 512], **shape, **extras)
-    check(paged_attention_triton, batch, parts=shared_out(batch, spare))
+    check(paged_attention_triton, batch, plan=split(batch, spare))
 
 
 @pytest.mark.parametrize("window", [1, 100, 130, 400])
@@ -233,7 +232,7 @@ def test_scores_far_beyond_the_soft_cap(paged_attention, kernel_device: str) -> 
 
 
 @pytest.mark.usefixtures("nan_memory")
-def test_parts_by_default(kernel_device: str) -> None:
+def test_splits_by_default(kernel_device: str) -> None:
     check(paged_attention_triton, make_batch([1, 1], [1030, 3], max_len=1100, head_dim=64, device=kernel_device))
 
 
@@ -247,7 +246,7 @@ def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch, extras) -> None:
     for query_lens, kv_lens in (([1] * 5, [3, 90, 41, 17, 64]), ([6, 1, 9], [60, 2, 33])):
         batch = make_batch(query_lens, kv_lens, q_heads=12, kv_heads=3, **extras)
         for limit in (1, 2 * 4 * 96 * 32, 5 * 4 * 96 * 32, 1 << 30):
-            monkeypatch.setattr("graphmode.ops.attention.paged._CHUNK_BYTES", limit)
+            monkeypatch.setattr("graphmode.ops.attention.paged_reference._CHUNK_BYTES", limit)
             check(paged_attention_reference, batch)
 
 
@@ -294,7 +293,7 @@ def test_follows_the_lengths_in_the_buffers(paged_attention, kernel_device: str)
 
 
 @st.composite
-def ragged(draw: st.DrawFn, max_seqs: int, max_query_len: int, max_context: int) -> PagedBatch:
+def ragged(draw: st.DrawFn, max_seqs: int, max_query_len: int, max_context: int) -> PoisonedBatch:
     query_lens = draw(st.lists(st.integers(1, max_query_len), min_size=1, max_size=max_seqs))
     kv_lens = [n + draw(st.integers(0, max_context)) for n in query_lens]
     kv_heads = draw(st.sampled_from([1, 2]))
@@ -315,12 +314,12 @@ def ragged(draw: st.DrawFn, max_seqs: int, max_query_len: int, max_context: int)
 
 
 @given(ragged(max_seqs=6, max_query_len=24, max_context=90))
-def test_reference_on_any_lengths(batch: PagedBatch) -> None:
+def test_reference_on_any_lengths(batch: PoisonedBatch) -> None:
     check(paged_attention_reference, batch)
 
 
 @given(ragged(max_seqs=4, max_query_len=12, max_context=50))
-def test_triton_on_any_lengths(batch: PagedBatch) -> None:
+def test_triton_on_any_lengths(batch: PoisonedBatch) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for held in (vars(batch), batch.options):
         held.update({name: value.to(device) for name, value in held.items() if isinstance(value, torch.Tensor)})
@@ -364,10 +363,11 @@ def test_keys_of_a_query_block_are_those_its_window_can_see() -> None:
 
 @pytest.mark.parametrize("max_query_len", [1, 4])
 def test_reference_reads_nothing_on_the_host(max_query_len: int) -> None:
-    tensors = [tensor.to("meta") for tensor in make_batch([1, 1], [30, 5]).inputs()]
-    extras = {"window": 3, "soft_cap": 1.0, "sinks": torch.zeros(4, device="meta")}
-    output = paged_attention_reference(*tensors, scale=1.0, max_query_len=max_query_len, **extras)
-    assert output.shape == tensors[0].shape
+    q, k_cache, v_cache, batch, *_ = make_batch([1, 1], [30, 5]).inputs()
+    tensors = [tensor.to("meta") for tensor in (q, k_cache, v_cache)]
+    batch = PagedBatch(*(tensor.to("meta") for tensor in batch[:3]), max_query_len)
+    scoring = Scoring(1.0, window=3, soft_cap=1.0, sinks=torch.zeros(4, device="meta"))
+    assert paged_attention_reference(*tensors, batch, scoring).shape == q.shape
 
 
 def test_public_function_takes_the_operator_on_cpu() -> None:
@@ -392,7 +392,8 @@ def test_on_a_cpu_room_for_longer_sequences_costs_nothing(query_lens: list[int],
     for max_len in (128, 8192):
         batch = make_batch(query_lens, [90, 33, 80], max_len=max_len)
         out = torch.empty(*batch.q.shape)
-        arguments = (*batch.inputs(), batch.scale, max(query_lens), None, None, None, None, out)
+        paged = batch.paged._replace(max_query_len=max(query_lens))
+        arguments = (batch.q, batch.k_cache, batch.v_cache, *paged, *batch.scoring, None, out)
         call = torch.ops.graphmode.attend_on_cpu.default.bind(*arguments)
         largest.append(0)
         with Sizes():
@@ -447,12 +448,16 @@ def test_refuses_what_does_not_fit(name: str, value: object, message: str) -> No
         "cu_query_lens": torch.zeros(5, dtype=torch.int32),
         "kv_lens": torch.zeros(4, dtype=torch.int32),
         "max_query_len": 1,
+        "scale": 1.0,
+        name: value,
     }
+    batch = PagedBatch(**{field: arguments[field] for field in PagedBatch._fields})
+    scoring = Scoring(**{field: arguments[field] for field in Scoring._fields if field in arguments})
     with pytest.raises(ValueError, match=message):
-        public_paged_attention(**{**arguments, name: value}, scale=1.0)
+        public_paged_attention(arguments["q"], arguments["k_cache"], arguments["v_cache"], batch, scoring)
 
 
-def realistic(query_lens: list[int], tokens: int, seqs: int, seed: int, extras: dict) -> PagedBatch:
+def realistic(query_lens: list[int], tokens: int, seqs: int, seed: int, extras: dict) -> PoisonedBatch:
     random = torch.Generator().manual_seed(seed)
     kv_lens = [n + int(torch.randint(0, 4096 - n + 1, (1,), generator=random)) for n in query_lens]
     options = {"q_heads": 16, "kv_heads": 8, "head_dim": 128, "max_len": 4096, "dtype": torch.bfloat16}

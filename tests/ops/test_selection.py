@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphmode.ops import select_keys
+from graphmode.ops import PagedBatch, select_keys
 from graphmode.ops.attention import selection
-from tests.ops.paged import PagedBatch, make_batch
+from tests.ops.paged import PoisonedBatch, make_batch
 
 BATCHES = {  # new tokens and lengths of real sequences, padded tokens, padded sequences
     "decode": ([1, 1, 1], [1, 70, 33], 3, 3),
@@ -28,7 +28,7 @@ def select(implementation_or_cpu: str):
 
 def make(
     lens: tuple[list[int], list[int], int, int], *, heads: int = 5, dim: int = 24, coarse: bool = False, **options
-) -> tuple[PagedBatch, torch.Tensor]:
+) -> tuple[PoisonedBatch, torch.Tensor]:
     """A batch with an index cache for keys, and the weights of its heads; ``coarse`` numbers give many equal scores."""
     query_lens, kv_lens, tokens, seqs = lens
     batch = make_batch(
@@ -40,14 +40,11 @@ def make(
     return batch, weights
 
 
-def run(select, batch: PagedBatch, weights: torch.Tensor, top_k: int) -> torch.Tensor:
-    tokens = batch.q.shape[0]
-    max_query_len = 1 if batch.is_decode and tokens == batch.kv_lens.shape[0] else max(tokens, 2)
-    paged = (batch.block_tables, batch.cu_query_lens, batch.kv_lens)
-    return select(batch.q, weights, batch.k_cache, *paged, top_k=top_k, max_query_len=max_query_len)
+def run(select, batch: PoisonedBatch, weights: torch.Tensor, top_k: int) -> torch.Tensor:
+    return select(batch.q, weights, batch.k_cache, batch.paged, top_k=top_k)
 
 
-def choose_one_by_one(batch: PagedBatch, weights: torch.Tensor, top_k: int) -> list[list[int]]:
+def choose_one_by_one(batch: PoisonedBatch, weights: torch.Tensor, top_k: int) -> list[list[int]]:
     """What each real token chooses, by sorting its scores in float64."""
     chosen = []
     token = 0
@@ -61,7 +58,7 @@ def choose_one_by_one(batch: PagedBatch, weights: torch.Tensor, top_k: int) -> l
     return chosen
 
 
-def check(select, batch: PagedBatch, weights: torch.Tensor, top_k: int) -> None:
+def check(select, batch: PoisonedBatch, weights: torch.Tensor, top_k: int) -> None:
     found = run(select, batch, weights, top_k)
     assert found.dtype == torch.int32
     width = min(top_k, batch.block_tables.shape[1] * batch.k_cache.shape[1])
@@ -101,27 +98,20 @@ def test_scores_that_are_zero_of_either_sign_are_equal(select, kernel_device: st
 
 
 @given(st.data())
-def test_the_choice_does_not_hang_on_the_batch(data) -> None:
+def test_the_choice_does_not_depend_on_the_batch(data) -> None:
     """Decode rows choose the same alone, together, and as part of a mixed batch."""
     kv_lens = data.draw(st.lists(st.integers(1, 80), min_size=1, max_size=4))
     top_k = data.draw(st.integers(1, 30))
     batch, weights = make(([1] * len(kv_lens), kv_lens, len(kv_lens), len(kv_lens)), coarse=True)
     together = run(selection.select_keys_reference, batch, weights, top_k)
-    paged = (batch.k_cache, batch.block_tables, batch.cu_query_lens, batch.kv_lens)
-    mixed = selection.select_keys_reference(batch.q, weights, *paged, top_k=top_k, max_query_len=2)
+    paged = batch.paged._replace(max_query_len=2)
+    mixed = selection.select_keys_reference(batch.q, weights, batch.k_cache, paged, top_k=top_k)
     assert torch.equal(mixed, together)
     for seq in range(len(kv_lens)):
         one = slice(seq, seq + 1)
-        alone = selection.select_keys_reference(
-            batch.q[one],
-            weights[one],
-            batch.k_cache,
-            batch.block_tables[one],
-            torch.tensor([0, 1], dtype=torch.int32),
-            batch.kv_lens[one],
-            top_k=top_k,
-            max_query_len=1,
-        )
+        starts = torch.tensor([0, 1], dtype=torch.int32)
+        paged = PagedBatch(batch.block_tables[one], starts, batch.kv_lens[one], 1)
+        alone = selection.select_keys_reference(batch.q[one], weights[one], batch.k_cache, paged, top_k=top_k)
         assert torch.equal(alone, together[one])
 
 
@@ -131,11 +121,8 @@ def test_reference_reads_nothing_on_the_host(max_query_len: int) -> None:
         torch.empty(4, 3, 16, device="meta"),
         torch.empty(4, 3, device="meta"),
         torch.empty(5, 8, 1, 16, device="meta"),
-        torch.empty(4, 3, dtype=torch.int32, device="meta"),
-        torch.empty(5, dtype=torch.int32, device="meta"),
-        torch.empty(4, dtype=torch.int32, device="meta"),
+        PagedBatch(*(torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((4, 3), 5, 4)), max_query_len),
         top_k=6,
-        max_query_len=max_query_len,
     )
     assert chosen.shape == (4, 6)
 
@@ -155,11 +142,8 @@ def test_refuses_what_does_not_fit(name: str, value: object, message: str) -> No
         "q": torch.zeros(2, 3, 16),
         "weights": torch.zeros(2, 3),
         "index_cache": torch.zeros(5, 8, 1, 16),
-        "block_tables": torch.zeros(2, 3, dtype=torch.int32),
-        "cu_query_lens": torch.zeros(3, dtype=torch.int32),
-        "kv_lens": torch.zeros(2, dtype=torch.int32),
+        "batch": PagedBatch(*(torch.zeros(shape, dtype=torch.int32) for shape in ((2, 3), 3, 2)), 1),
         "top_k": 4,
-        "max_query_len": 1,
     }
     with pytest.raises(ValueError, match=message):
         select_keys(**{**arguments, name: value})

@@ -5,7 +5,7 @@ SCRIPT = """
 import sys
 sys.modules["triton"] = None  # importing it raises ImportError
 import torch
-from graphmode.ops import paged_attention, sample, write_kv
+from graphmode.ops import PagedBatch, Scoring, paged_attention, sample, write_kv
 from graphmode.ops.kv_cache import write_kv_triton
 
 k = v = torch.ones(2, 1, 16)
@@ -14,7 +14,8 @@ slots = torch.tensor([1, -1])
 write_kv(k, v, *caches, slots)
 assert caches.sum() == 32
 lens = torch.tensor([0, 1], dtype=torch.int32)
-out = paged_attention(k[:1], *caches, lens[:1, None], lens, lens[1:] * 2, scale=1.0, max_query_len=1)
+batch = PagedBatch(lens[:1, None], lens, lens[1:] * 2, 1)
+out = paged_attention(k[:1], *caches, batch, Scoring(1.0))
 assert out.shape == (1, 1, 16)
 assert sample(k[:, 0], torch.zeros(2), slots, slots).tolist() == [0, 0]
 try:

@@ -11,7 +11,15 @@ from graphmode.cache.specs import LayerCache
 from graphmode.graph import outside_graph
 from graphmode.layers.linear import Linear
 from graphmode.layers.residual import Norm, Residual
-from graphmode.ops import Rotation, paged_attention, rotate_and_attend, select_keys, write_kv
+from graphmode.ops import (
+    PagedBatch,
+    Rotation,
+    Scoring,
+    paged_attention,
+    rotate_and_attend,
+    select_keys,
+    write_kv,
+)
 from graphmode.ops._triton import runs_triton
 from graphmode.ops.attention.split_kv import SplitKVPlan, plan_split_kv
 
@@ -44,24 +52,28 @@ class AttentionBatch:
     attend: Callable[..., torch.Tensor] | None = None
     host_arguments: Mapping[str, list[int]] = field(default_factory=dict)
     kept: torch.Tensor | None = None
-    _parts: dict[tuple[int, int | None, int | None], SplitKVPlan] = field(default_factory=dict, init=False)
+    _plans: dict[tuple[int, int | None, int | None], SplitKVPlan] = field(default_factory=dict, init=False)
 
     @property
     def row_lens(self) -> torch.Tensor | None:
         """``kv_lens`` where each row of the step is a sequence of its own, to tell padding; None elsewhere."""
         return self.kv_lens if self.max_query_len == 1 and self.kept is None else None
 
-    def parts(self, kv_heads: int, window: int | None, top_k: int | None = None) -> SplitKVPlan | None:
-        """Return how decode is shared out among programs, computed once a step; None where each call computes it.
+    def paged(self, group: int) -> PagedBatch:
+        """Return the sequences, as operations take them, with a cache group's block tables."""
+        return PagedBatch(self.block_tables[group], self.cu_query_lens, self.kv_lens, self.max_query_len)
+
+    def split_kv_plan(self, kv_heads: int, window: int | None, top_k: int | None = None) -> SplitKVPlan | None:
+        """Return how decode is split among programs, computed once a step; None where each call computes it.
 
         Outside the graph a call is all that runs again, and what another one computed would be of an earlier step.
         """
         if self.max_query_len > 1 or self.piecewise or not runs_triton(self.kv_lens):
             return None
         key = kv_heads, window, top_k
-        if key not in self._parts:
-            self._parts[key] = plan_split_kv(self.kv_lens, kv_heads, window=window, top_k=top_k)
-        return self._parts[key]
+        if key not in self._plans:
+            self._plans[key] = plan_split_kv(self.kv_lens, kv_heads, window=window, top_k=top_k)
+        return self._plans[key]
 
     @property
     def attention(self) -> Callable[..., torch.Tensor]:
@@ -99,22 +111,9 @@ def attend(
     selection: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to the cache, which holds the new keys and values. Arguments and result as of :func:`cached_attention`."""
-    output: torch.Tensor = paged_attention(
-        query,
-        cache.keys,
-        cache.values,
-        batch.block_tables[cache.group],
-        batch.cu_query_lens,
-        batch.kv_lens,
-        scale=scale,
-        max_query_len=batch.max_query_len,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        selection=selection,
-        parts=batch.parts(cache.keys.shape[2], window, None if selection is None else selection.shape[1]),
-    )
-    return output
+    plan = batch.split_kv_plan(cache.keys.shape[2], window, None if selection is None else selection.shape[1])
+    scoring = Scoring(scale, window, soft_cap, sinks)
+    return paged_attention(query, cache.keys, cache.values, batch.paged(cache.group), scoring, selection, plan)
 
 
 def cached_attention(
@@ -137,7 +136,7 @@ def cached_attention(
         value: ``[tokens, kv_heads, value_dim]``.
         cache: the layer's.
         batch: the step's.
-        scale: this and what follows as in :func:`~graphmode.ops.paged_attention`.
+        scale: this and what follows as in :class:`~graphmode.ops.Scoring`.
         window: of sliding-window attention.
         soft_cap: of the scores.
         sinks: one logit of each query head.
@@ -162,16 +161,7 @@ def cached_selection(
     index_keys = cache.index_keys
     assert index_keys is not None
     write_kv(key, None, index_keys, None, batch.slot_mapping[cache.group])
-    return select_keys(
-        query,
-        weights,
-        index_keys,
-        batch.block_tables[cache.group],
-        batch.cu_query_lens,
-        batch.kv_lens,
-        top_k=top_k,
-        max_query_len=batch.max_query_len,
-    )
+    return select_keys(query, weights, index_keys, batch.paged(cache.group), top_k=top_k)
 
 
 attend_outside_graph = outside_graph(attend)
@@ -231,16 +221,10 @@ class Attention:
         slots = batch.slot_mapping[cache.group]
         rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, slots)
         if batch.max_query_len == 1 and not batch.piecewise:
-            heads = rotate_and_attend(
-                self.qkv.of_norm(x, self.norm),
-                *rotated,
-                batch.block_tables[cache.group],
-                batch.cu_query_lens,
-                batch.kv_lens,
-                scale=self.scale,
-                window=self.window,
-                parts=batch.parts(cache.keys.shape[2], self.window),
-            )
+            plan = batch.split_kv_plan(cache.keys.shape[2], self.window)
+            scoring = Scoring(self.scale, self.window)
+            new = self.qkv.of_norm(x, self.norm)
+            heads = rotate_and_attend(new, *rotated, batch.paged(cache.group), scoring, plan)
         else:
             queries = self.qkv.heads_of_norm(x, self.norm, *rotated)
             run = attend_outside_graph if batch.piecewise else attend

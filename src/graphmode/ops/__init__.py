@@ -1,5 +1,6 @@
-"""The kernels of a step in Triton and as loops for the CPU, beside PyTorch references; the tensors' device chooses."""
+"""The operations of a step. Each checks its arguments and runs in Triton, as a loop for the CPU, or in PyTorch."""
 
+from graphmode.ops.attention.batch import PagedBatch, Scoring
 from graphmode.ops.attention.decode import rotate_and_attend
 from graphmode.ops.attention.paged import paged_attention
 from graphmode.ops.attention.segments import segment_attention
@@ -26,8 +27,10 @@ __all__ = [
     "Bans",
     "Filters",
     "LogProbabilities",
+    "PagedBatch",
     "Rotation",
     "Routing",
+    "Scoring",
     "add_rms_norm",
     "add_split_k",
     "add_split_k_and_norm",

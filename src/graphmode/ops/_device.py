@@ -85,3 +85,24 @@ def add_sink(total, top, sinks, head, inside):  # type: ignore[no-untyped-def]
         sink = tl.load(sinks + head, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
         total = total + tl.exp2(sink - top)
     return total
+
+
+@jit()
+def find_token(token, tokens, cu_query_lens, kv_lens, seqs, block_seqs: constexpr):  # type: ignore[no-untyped-def]
+    """Return the sequence of a token of a mixed batch and how many keys the token sees: none where it is padding."""
+    index = tl.arange(0, block_seqs)
+    starts = tl.load(cu_query_lens + index, mask=index <= seqs, other=tokens)
+    seq = tl.sum(((starts <= token) & (index <= seqs)).to(tl.int32), 0) - 1
+    query_end = tl.load(cu_query_lens + seq + 1, mask=seq < seqs, other=0)
+    kv_len = tl.load(kv_lens + seq, mask=seq < seqs, other=0)
+    return seq, tl.where(seq < seqs, kv_len - (query_end - token - 1), 0)
+
+
+@jit()
+def load_split(splits, number):  # type: ignore[no-untyped-def]
+    """Return what the plan says of program ``number``; from L2, where the kernel ahead may just have put it."""
+    place = splits + number * 6
+    seq = tl.load(place, cache_modifier=".cg")
+    first = tl.load(place + 1, cache_modifier=".cg")
+    end = tl.load(place + 2, cache_modifier=".cg")
+    return seq, first, end, tl.load(place + 3, cache_modifier=".cg"), tl.load(place + 4, cache_modifier=".cg")

@@ -11,10 +11,9 @@ import torch
 
 from graphmode.ops._checks import FLOATS, require, require_cache, require_tensor
 from graphmode.ops._cpu import cpu_operator, loops, runs_on_host
+from graphmode.ops._device import overlap, rms_factor
 from graphmode.ops._triton import (
     constexpr,
-    gdc_launch_dependents,
-    gdc_wait,
     jit,
     launch_options,
     next_power_of_2,
@@ -132,7 +131,7 @@ def rotate_and_cache_reference(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """Do as :func:`rotate_and_cache` in PyTorch."""
+    """Run :func:`rotate_and_cache` in PyTorch."""
     tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
     q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
     heads = qkv.view(tokens, q_heads + 2 * kv_heads, head_dim)
@@ -199,7 +198,7 @@ def rotate_and_cache_cpu(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """Do as :func:`rotate_and_cache` by a loop on the CPU, in float32."""
+    """Run :func:`rotate_and_cache` by a loop on the CPU, in float32."""
     tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
     out = torch.empty(tokens, qkv.shape[1] // head_dim - 2 * kv_heads, head_dim)
     _rotate_and_cache_on_cpu(qkv, q_norm, k_norm, eps, *rotation, positions, k_cache, v_cache, slot_mapping, out)
@@ -230,7 +229,7 @@ def rotate_and_cache_triton(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """Do as :func:`rotate_and_cache` in Triton: programs of one token and some of its heads."""
+    """Run :func:`rotate_and_cache` in Triton: programs of one token and some of its heads."""
     tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
     q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
@@ -291,15 +290,13 @@ def _rotate_and_cache_kernel(  # type: ignore[no-untyped-def]
     early: constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
-    q_parts = (q_heads + block_h - 1) // block_h
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
+    head_block = tl.program_id(1)
+    q_blocks = (q_heads + block_h - 1) // block_h
+    overlap(early)
     position = tl.load(positions + token)
     row = qkv + token * ((q_heads + 2 * kv_heads) * head_dim)
-    if part < q_parts:
-        head = part * block_h + tl.arange(0, block_h)
+    if head_block < q_blocks:
+        head = head_block * block_h + tl.arange(0, block_h)
         target = out + token * (q_heads * head_dim)
         _finish_heads(
             row, target, head, head < q_heads, q_norm, eps, cos, sin, position,
@@ -308,7 +305,7 @@ def _rotate_and_cache_kernel(  # type: ignore[no-untyped-def]
     else:
         slot = tl.load(slot_mapping + token)
         if slot >= 0:
-            head = (part - q_parts) * block_h + tl.arange(0, block_h)
+            head = (head_block - q_blocks) * block_h + tl.arange(0, block_h)
             inside = head < kv_heads
             place = slot * (kv_heads * head_dim)
             _finish_heads(
@@ -355,7 +352,7 @@ def _finish_heads(  # type: ignore[no-untyped-def]
         squares = tl.sum(a * a, 1) + tl.sum(b * b, 1)
         if head_dim > 2 * half:
             squares += tl.sum(c * c, 1)
-        scale = (1.0 / tl.sqrt(squares / head_dim + eps))[:, None]
+        scale = rms_factor(squares, head_dim, eps)[:, None]
         a = a * scale * tl.load(norm + first, mask=pair < half, other=0.0).to(tl.float32)[None, :]
         b = b * scale * tl.load(norm + second, mask=pair < half, other=0.0).to(tl.float32)[None, :]
         if head_dim > 2 * half:

@@ -1,6 +1,6 @@
-"""Paged attention and the choice of keys on a CPU, where the host is the device.
+"""Paged attention on a CPU, where the host is the device.
 
-The operators read lengths when they run, so that time and memory follow the tokens that are there and not the longest
+The operator reads lengths when it runs, so that time and memory follow the tokens that are there and not the longest
 sequence that there may be. A sequence's result depends on its own lengths alone, so it is the same in every batch.
 """
 
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from graphmode.ops._cpu import cpu_operator, loops, runs_on_host
+from graphmode.ops.attention.batch import PagedBatch, Scoring
+from graphmode.ops.attention.paged_reference import paged_attention_reference
 
 # Sequences with more new tokens than this are computed by matrix products, others by a loop over the cache.
 _LOOP_TOKENS = 4
@@ -24,20 +26,34 @@ _QUERY_BLOCK = 64
 _THREAD_WORK = 1 << 21
 
 
+def paged_attention_cpu(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: PagedBatch,
+    scoring: Scoring,
+    selection: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run :func:`~graphmode.ops.paged_attention` on a CPU, by an operator that reads the lengths when it runs."""
+    out = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype)
+    _attend_on_cpu(q, k_cache, v_cache, *batch, *scoring, selection, out)
+    return out
+
+
 @cpu_operator(
     "attend_on_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor cu_query_lens, "
-    "Tensor kv_lens, float scale, int max_query_len, int? window, float? soft_cap, Tensor? sinks, Tensor? selection, "
+    "Tensor kv_lens, int max_query_len, float scale, int? window, float? soft_cap, Tensor? sinks, Tensor? selection, "
     "Tensor(a!) out)"
 )
-def attend_on_cpu(
+def _attend_on_cpu(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
     cu_query_lens: torch.Tensor,
     kv_lens: torch.Tensor,
-    scale: float,
     max_query_len: int,
+    scale: float,
     window: int | None,
     soft_cap: float | None,
     sinks: torch.Tensor | None,
@@ -45,13 +61,12 @@ def attend_on_cpu(
     out: torch.Tensor,
 ) -> Callable[[], None]:
     """Write to ``out`` what :func:`~graphmode.ops.paged_attention` returns; its arguments."""
-    from graphmode.ops.attention.paged import paged_attention_reference
-
+    scoring = Scoring(scale, window, soft_cap, sinks)
     lens = kv_lens.numpy()
     starts = np.arange(len(lens) + 1, dtype=np.int32) if max_query_len == 1 else cu_query_lens.numpy()
     loop, longest = None, 0
     if runs_on_host(q) and selection is None:
-        loop, longest = _bind_loop(q, k_cache, v_cache, block_tables, starts, lens, scale, window, soft_cap, sinks, out)
+        loop, longest = _bind_loop(q, k_cache, v_cache, block_tables, starts, lens, scoring, out)
 
     def attend() -> None:
         if max_query_len > 1:
@@ -66,7 +81,7 @@ def attend_on_cpu(
                 block_tables[seq : seq + 1],
                 range(int(starts[seq]), int(starts[seq + 1])),
                 int(lens[seq]),
-                partial(paged_attention_reference, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks),
+                scoring,
                 selection,
                 out,
             )
@@ -81,7 +96,7 @@ def _attend_by_products(
     block_table: torch.Tensor,
     tokens: range,
     length: int,
-    attend: Callable[..., torch.Tensor],
+    scoring: Scoring,
     selection: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
@@ -92,16 +107,14 @@ def _attend_by_products(
     for first in range(tokens.start, tokens.stop, _QUERY_BLOCK):
         last = min(first + _QUERY_BLOCK, tokens.stop)
         visible = length - (tokens.stop - last)
-        out[first:last] = attend(
-            q[first:last],
-            k_cache,
-            v_cache,
+        batch = PagedBatch(
             block_table[:, : -(-visible // k_cache.shape[1])],
             torch.tensor([0, last - first], dtype=torch.int32),
             torch.tensor([visible], dtype=torch.int32),
-            max_query_len=last - first,
-            selection=None if selection is None else selection[first:last, :visible],
+            last - first,
         )
+        chosen = None if selection is None else selection[first:last, :visible]
+        out[first:last] = paged_attention_reference(q[first:last], k_cache, v_cache, batch, scoring, chosen)
 
 
 def _bind_loop(
@@ -111,10 +124,7 @@ def _bind_loop(
     block_tables: torch.Tensor,
     starts: np.ndarray,
     lens: np.ndarray,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: torch.Tensor | None,
+    scoring: Scoring,
     out: torch.Tensor,
 ) -> tuple[Callable[[], None], int]:
     """Return what attends with the sequences of few new tokens, in as many threads as the work is worth, and how many.
@@ -133,10 +143,10 @@ def _bind_loop(
         block_size,
         starts,
         lens,
-        np.empty(0, np.float32) if sinks is None else sinks.float().numpy(),
-        scale,
-        window or 0,
-        soft_cap or 0.0,
+        np.empty(0, np.float32) if scoring.sinks is None else scoring.sinks.float().numpy(),
+        scoring.scale,
+        scoring.window or 0,
+        scoring.soft_cap or 0.0,
         _LOOP_TOKENS,
     )
     output, items = out.numpy(), len(lens) * kv_heads
@@ -168,43 +178,3 @@ def _rows(cache: torch.Tensor) -> np.ndarray:
     # The last row of a view ends before the row of what it is a view of does.
     room = (cache.untyped_storage().nbytes() // cache.element_size() - cache.storage_offset()) // width
     return cache.as_strided((min(slots, room), width), (width, 1)).numpy()
-
-
-@cpu_operator(
-    "select_on_cpu(Tensor q, Tensor weights, Tensor index_cache, Tensor block_tables, Tensor cu_query_lens, "
-    "Tensor kv_lens, int max_query_len, Tensor(a!) out)"
-)
-def select_on_cpu(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    index_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_query_lens: torch.Tensor,
-    kv_lens: torch.Tensor,
-    max_query_len: int,
-    out: torch.Tensor,
-) -> Callable[[], None]:
-    """Write to ``out`` what :func:`~graphmode.ops.select_keys` returns; its arguments."""
-    from graphmode.ops.attention.selection import select_keys_reference
-
-    def select() -> None:
-        out.fill_(-1)
-        lens = kv_lens.tolist()
-        starts = list(range(len(lens) + 1)) if max_query_len == 1 else cu_query_lens.tolist()
-        for seq, length in enumerate(lens):
-            first, last = starts[seq : seq + 2]
-            if length == 0 or first == last:
-                continue
-            chosen = select_keys_reference(
-                q[first:last],
-                weights[first:last],
-                index_cache,
-                block_tables[seq : seq + 1, : -(-length // index_cache.shape[1])],
-                torch.tensor([0, last - first], dtype=torch.int32),
-                kv_lens[seq : seq + 1],
-                top_k=out.shape[1],
-                max_query_len=last - first,
-            )
-            out[first:last, : chosen.shape[1]] = chosen
-
-    return select

@@ -1,9 +1,10 @@
 """Decode attention from the projections on: norms of heads, rotation, cache writes and attention in one kernel.
 
 A program has the new key of its sequence and head at hand: the last of a sequence's programs attends to it without
-waiting for the cache, and writes it there. The keys before it do not hang on the kernel ahead, and are asked for
-before waiting for that. For few sequences: with many, what each program holds costs more than a kernel less saves.
-Hopper has a kernel of its own, for any number (:mod:`graphmode.ops.attention.decode_hopper`).
+waiting for the cache, and writes it there. The keys before it do not depend on the kernel ahead, so their loads start
+before the wait for that kernel. For few sequences: with many, what each program holds
+costs more than a kernel less saves. Hopper has a kernel of its own, for any number
+(:mod:`graphmode.ops.attention.decode_hopper`).
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ from typing import Any
 
 import torch
 
-from graphmode.ops._triton import (
-    constexpr,
-    gdc_launch_dependents,
-    gdc_wait,
-    jit,
-    launch_options,
-    next_power_of_2,
-    tl,
-)
+from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._device import load_slots, load_split, online_softmax, overlap, rms_factor
+from graphmode.ops._triton import constexpr, jit, launch_options, next_power_of_2, tl
 from graphmode.ops.attention import decode_hopper
+from graphmode.ops.attention.batch import PagedBatch, Scoring
 from graphmode.ops.attention.paged import paged_attention
-from graphmode.ops.attention.split_kv import SplitKVPlan, combine_parts, load_part, plan_split_kv, room_for_parts
+from graphmode.ops.attention.paged_reference import paged_attention_reference
+from graphmode.ops.attention.split_kv import SplitKVPlan, merge_splits, new_partials, plan_split_kv
 from graphmode.ops.dispatch import choose
-from graphmode.ops.rope import Rotation, heads_of, rotate_and_cache
+from graphmode.ops.rope import (
+    Rotation,
+    heads_of,
+    require_heads,
+    rotate_and_cache,
+    rotate_and_cache_reference,
+)
 
 _TILE_BYTES = 16384
 
@@ -41,15 +44,11 @@ def rotate_and_attend(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_query_lens: torch.Tensor,
-    kv_lens: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    parts: SplitKVPlan | None = None,
+    batch: PagedBatch,
+    scoring: Scoring,
+    plan: SplitKVPlan | None = None,
 ) -> torch.Tensor:
-    """Do :func:`~graphmode.ops.rotate_and_cache`, then :func:`~graphmode.ops.paged_attention`, for decode.
+    """Run :func:`~graphmode.ops.rotate_and_cache`, then :func:`~graphmode.ops.paged_attention`, for decode.
 
     Arguments are theirs; every sequence has one new token, the last of its ``kv_lens``.
 
@@ -59,38 +58,34 @@ def rotate_and_attend(
     Raises:
         ValueError: as they raise.
     """
+    require_tensor("qkv", qkv, shape=(None, None), dtypes=FLOATS, like=qkv)
+    require(qkv.is_contiguous(), "qkv", f"of strides {qkv.stride()}", "a contiguous tensor")
+    require_heads(qkv, qkv.shape[1], q_norm, k_norm, rotation, positions, k_cache, v_cache, slot_mapping)
+    require(batch.max_query_len == 1, "max_query_len", batch.max_query_len, "1")
+    batch.require(len(qkv), like=qkv)
+    heads = (qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
     kernel = choose("rotate_and_attend", len(qkv), qkv, heads=heads_of(qkv.shape[1], rotation, k_cache, v_cache))
-    if kernel != "in two":
-        return rotate_and_attend_triton(
-            qkv,
-            q_norm,
-            k_norm,
-            eps,
-            rotation,
-            positions,
-            k_cache,
-            v_cache,
-            slot_mapping,
-            block_tables,
-            kv_lens,
-            scale=scale,
-            window=window,
-            parts=parts,
-            hopper=kernel == "hopper",
-        )
-    queries = rotate_and_cache(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
-    return paged_attention(
-        queries,
-        k_cache,
-        v_cache,
-        block_tables,
-        cu_query_lens,
-        kv_lens,
-        scale=scale,
-        max_query_len=1,
-        window=window,
-        parts=parts,
-    )
+    if kernel == "in two" or scoring.soft_cap is not None or scoring.sinks is not None:
+        return paged_attention(rotate_and_cache(*heads), k_cache, v_cache, batch, scoring, plan=plan)
+    return rotate_and_attend_triton(*heads, batch, scoring, plan, hopper=kernel == "hopper")
+
+
+def rotate_and_attend_reference(
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    rotation: Rotation,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    batch: PagedBatch,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """Run :func:`rotate_and_attend` in PyTorch."""
+    heads = (qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
+    return paged_attention_reference(rotate_and_cache_reference(*heads), k_cache, v_cache, batch, scoring)
 
 
 def rotate_and_attend_triton(
@@ -103,12 +98,10 @@ def rotate_and_attend_triton(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    block_tables: torch.Tensor,
-    kv_lens: torch.Tensor,
+    batch: PagedBatch,
+    scoring: Scoring,
+    plan: SplitKVPlan | None = None,
     *,
-    scale: float,
-    window: int | None = None,
-    parts: SplitKVPlan | None = None,
     hopper: bool = False,
 ) -> torch.Tensor:
     """Run :func:`rotate_and_attend` in Triton, for whole heads rotated by halves; on ``hopper`` by its own kernel."""
@@ -118,14 +111,13 @@ def rotate_and_attend_triton(
     if tokens == 0:
         return out
     group = q_heads // kv_heads
-    if parts is None:
-        parts = plan_split_kv(kv_lens, kv_heads, window=window)
-    programs = len(parts.programs)
-    acc, tops, sums = room_for_parts(parts, q_heads, head_dim)
+    plan = plan or plan_split_kv(batch.kv_lens, kv_heads, window=scoring.window)
+    programs = len(plan.splits)
+    partials = new_partials(plan, q_heads, head_dim)
     counters: tuple[torch.Tensor, ...] = ()
     if hopper:
         kernel, grid, constants = decode_hopper.choose(tokens, programs, kv_heads, head_dim)
-        counters = (parts.arrived,)
+        counters = (plan.finished,)
     else:
         kernel, grid = _rotate_and_attend_kernel, (programs, kv_heads)
         constants = _constants(group, head_dim, qkv.element_size())
@@ -140,15 +132,13 @@ def rotate_and_attend_triton(
         k_cache,
         v_cache,
         slot_mapping,
-        block_tables,
-        block_tables.stride(0),
-        parts.programs,
+        batch.block_tables,
+        batch.block_tables.stride(0),
+        plan.splits,
         out,
-        acc,
-        tops,
-        sums,
+        *partials,
         *counters,
-        scale * math.log2(math.e),
+        scoring.scale * math.log2(math.e),
         kv_heads=kv_heads,
         group=group,
         block_size=block_size,
@@ -156,12 +146,12 @@ def rotate_and_attend_triton(
         **launch_options(qkv.device),
     )
     if not (hopper and constants["many"]):
-        combine_parts(acc, tops, sums, None, out, parts)
+        merge_splits(partials, None, out, plan)
     return out
 
 
 def _constants(group: int, head_dim: int, itemsize: int) -> dict[str, Any]:
-    """Return the constants of the kernel below that Hopper's has not."""
+    """Return the constants that the kernel below has and Hopper's has not."""
     block_half = max(16, next_power_of_2(head_dim // 2))
     block_m = max(next_power_of_2(group), 16)
     return {
@@ -188,9 +178,9 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     slot_mapping,
     block_tables,
     table_stride,
-    programs,
+    splits,
     out,
-    parts,
+    accs,
     tops,
     sums,
     scale_log2,
@@ -203,14 +193,13 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     block_n: constexpr,
     early: constexpr,
 ):
-    """Attend with the query heads of one key/value head of one sequence to all of its keys, or to one part of them.
+    """Attend with the query heads of one key/value head of one sequence to all of its keys, or to a split of them.
 
-    Then ``parts``, ``tops`` and ``sums`` take what
-    :func:`~graphmode.ops.attention.split_kv.combine_parts` puts together.
+    Then ``accs``, ``tops`` and ``sums`` take what :func:`~graphmode.ops.attention.split_kv.merge_splits` merges.
     """
     number = tl.program_id(0)
     kv_head = tl.program_id(1)
-    seq, start, end, count, newest = load_part(programs, number)
+    seq, start, end, count, newest = load_split(splits, number)
     if count == 0:
         return
     token = seq.to(tl.int64)
@@ -239,9 +228,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
         k_scale_a = tl.load(k_norm + dim, mask=real, other=0.0).to(tl.float32)
         k_scale_b = tl.load(k_norm + half + dim, mask=real, other=0.0).to(tl.float32)
     # Only now: the weights that kernels after this one ask for come after these keys.
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
+    overlap(early)
 
     row = qkv + token * ((group + 2) * kv_heads * head_dim)
     member = tl.arange(0, block_m)
@@ -252,7 +239,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     a = tl.load(place, mask=both, other=0.0).to(tl.float32)
     b = tl.load(place + half, mask=both, other=0.0).to(tl.float32)
     if q_norm is not None:
-        factor = (1.0 / tl.sqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / head_dim + eps))[:, None]
+        factor = rms_factor(tl.sum(a * a, 1) + tl.sum(b * b, 1), head_dim, eps)[:, None]
         a = a * factor * q_scale_a[None, :]
         b = b * factor * q_scale_b[None, :]
     kind = k_cache.dtype.element_ty
@@ -263,7 +250,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     a = tl.load(key, mask=real, other=0.0).to(tl.float32)
     b = tl.load(key + half, mask=real, other=0.0).to(tl.float32)
     if k_norm is not None:
-        factor = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / head_dim + eps)
+        factor = rms_factor(tl.sum(a * a, 0) + tl.sum(b * b, 0), head_dim, eps)
         a = a * factor * k_scale_a
         b = b * factor * k_scale_b
     key_a = (a * cosine - b * sine).to(kind)
@@ -301,10 +288,10 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
         tl.store(whole, (acc_a * weight).to(out.dtype.element_ty), mask=both)
         tl.store(whole + half, (acc_b * weight).to(out.dtype.element_ty), mask=both)
     else:
-        part = number.to(tl.int64) * (kv_heads * group) + head
-        tl.store(tops + part, top, mask=mine)
-        tl.store(sums + part, total, mask=mine)
-        target = parts + part[:, None] * head_dim + dim[None, :]
+        partial = number.to(tl.int64) * (kv_heads * group) + head
+        tl.store(tops + partial, top, mask=mine)
+        tl.store(sums + partial, total, mask=mine)
+        target = accs + partial[:, None] * head_dim + dim[None, :]
         tl.store(target, acc_a, mask=both)
         tl.store(target + half, acc_b, mask=both)
 
@@ -316,9 +303,7 @@ def _load_tile(  # type: ignore[no-untyped-def]
     """Load keys and values from ``start`` on, nothing at ``end`` or later, in halves ``[block_n, half]``."""
     number = start + tl.arange(0, block_n)
     seen = number < end
-    page = tl.load(table + number // block_size, mask=seen, other=0)
-    slot = page.to(tl.int64) * block_size + number % block_size
-    place = (slot * step)[:, None] + dim[None, :]
+    place = (load_slots(table, number, seen, block_size) * step)[:, None] + dim[None, :]
     inside = seen[:, None] & (dim < half)[None, :]
     keys_a = tl.load(k_head + place, mask=inside, other=0.0)
     keys_b = tl.load(k_head + place + half, mask=inside, other=0.0)
@@ -335,11 +320,8 @@ def _take_tile(  # type: ignore[no-untyped-def]
     scores = tl.dot(query_a, tl.trans(keys_a), input_precision="ieee")
     scores = tl.dot(query_b, tl.trans(keys_b), scores, input_precision="ieee") * scale_log2
     scores = tl.where(seen[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_top[:, None])
-    correction = tl.exp2(top - new_top)
-    total = total * correction + tl.sum(weights, 1)
+    weights, correction, top, total = online_softmax(scores, top, total, 1)
     weights = weights.to(values_a.dtype)
     acc_a = tl.dot(weights, values_a, acc_a * correction[:, None], input_precision="ieee")
     acc_b = tl.dot(weights, values_b, acc_b * correction[:, None], input_precision="ieee")
-    return new_top, total, acc_a, acc_b
+    return top, total, acc_a, acc_b

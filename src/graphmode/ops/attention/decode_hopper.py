@@ -1,9 +1,9 @@
-"""Decode attention from the projections on for Hopper, in Gluon: keys are under way before the projections are done.
+"""Decode attention from the projections on for Hopper, in Gluon: keys are in flight before the projections are done.
 
-The keys and values of the tokens before do not hang on the kernel ahead. So a program asks for its first tiles of them,
-to shared memory, before it waits for that kernel, and has them when the query arrives. Each warp has keys of its own
-and a softmax of its own; they meet at the end. Of many sequences few are of several parts: the last of a sequence's
-programs puts those together.
+The keys and values of earlier tokens do not depend on the kernel ahead. So a program starts to copy its first tiles of
+them to shared memory before it waits for that kernel, and has them when the query arrives. Each warp has keys of its
+own and a softmax of its own; they are merged at the end. Of many sequences few are split: the last of a sequence's
+programs merges their partial results.
 """
 
 # mypy: disable-error-code="assignment, var-annotated, has-type"
@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from graphmode.ops._device import fast_rms_factor, load_split, online_softmax, slot_in, softmax_average
 from graphmode.ops._triton import (
     commit_group,
     constexpr,
@@ -26,7 +27,7 @@ from graphmode.ops._triton import (
 )
 
 _WARP_KEYS = 16  # of a tile: the inner dimension of a product
-_FEW = 16  # sequences, whose parts have a multiprocessor each
+_FEW = 16  # sequences, whose splits have a multiprocessor each
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Tiling:
 
     Attributes:
         warps: of a program; a tile has 16 keys for each.
-        stages: tiles under way.
+        stages: tiles in flight.
     """
 
     warps: int
@@ -45,7 +46,7 @@ class Tiling:
 def tiling(seqs: int, head_dim: int) -> Tiling:
     """Return how programs go through keys, for so many sequences.
 
-    Of those tried these are the fastest, or nearly, for contexts of 192 and 1,000 tokens (H100). More keys under way in
+    Of those tried these are the fastest, or nearly, for contexts of 192 and 1,000 tokens (H100). More keys in flight in
     a program leave less room for the programs of the kernels after it.
     """
     if seqs <= 8:
@@ -62,7 +63,7 @@ def tiling(seqs: int, head_dim: int) -> Tiling:
 def choose(seqs: int, programs: int, kv_heads: int, head_dim: int) -> tuple[Any, tuple[int, int], dict[str, Any]]:
     """Return the kernel for so many sequences, with ``programs`` for each head, its grid and its constants."""
     tile = tiling(seqs, head_dim)
-    # Of many sequences the longest parts come first: so all heads of one before those of the next.
+    # Of many sequences the longest splits come first: so all heads of one before those of the next.
     many = seqs > _FEW
     constants = {
         "head_dim": head_dim,
@@ -89,12 +90,12 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     slot_mapping,
     block_tables,
     table_stride,
-    programs,
+    splits,
     out,
-    parts,
+    accs,
     tops,
     sums,
-    arrived,
+    finished,
     scale_log2,
     kv_heads: constexpr,
     group: constexpr,
@@ -105,10 +106,10 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     many: constexpr,
     early: constexpr,
 ):
-    """Attend with the query heads of one key/value head of one sequence to all of its keys, or to one part of them.
+    """Attend with the query heads of one key/value head of one sequence to all of its keys, or to a split of them.
 
-    Then ``parts``, ``tops`` and ``sums`` take what is put together: of ``many`` sequences here, of few by
-    :func:`~graphmode.ops.attention.split_kv.combine_parts`.
+    Then ``accs``, ``tops`` and ``sums`` take partial results, which are merged: those of ``many`` sequences here, those
+    of few by :func:`~graphmode.ops.attention.split_kv.merge_splits`.
     """
     warps: constexpr = gl.num_warps()
     tile: constexpr = warps * warp_keys
@@ -128,13 +129,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     kv_head = gl.program_id(0 if many else 1)
     if early:
         gdc_launch_dependents()
-    # From L2, where the kernel ahead may just have put it.
-    place = programs + number * 6
-    seq = gl.load(place, cache_modifier=".cg")
-    start = gl.load(place + 1, cache_modifier=".cg")
-    end = gl.load(place + 2, cache_modifier=".cg")
-    count = gl.load(place + 3, cache_modifier=".cg")
-    newest = gl.load(place + 4, cache_modifier=".cg")
+    seq, start, end, count, newest = load_split(splits, number)
     if count == 0:
         return
     token = seq.to(gl.int64)
@@ -197,12 +192,12 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     wide: constexpr = gl.SliceLayout(0, gl.SliceLayout(1, products))
     new_value = gl.load(new_place + gl.arange(0, head_dim, layout=wide)).to(gl.float32)
     if q_norm is not None:
-        factor = gl.rsqrt(gl.sum(a * a, 1) / head_dim + eps)[:, None]
+        factor = fast_rms_factor(gl.sum(a * a, 1), head_dim, eps)[:, None]
         a = a * factor * q_scale[None, :]
         b = b * factor * q_partner_scale[None, :]
     queries = (a * cosine[None, :] + b * sine[None, :]).to(kind)
     if k_norm is not None:
-        factor = gl.rsqrt(gl.sum(c * c, 0) / head_dim + eps)
+        factor = fast_rms_factor(gl.sum(c * c, 0), head_dim, eps)
         c = c * factor * k_scale
         d = d * factor * k_partner_scale
     new_key = (c * cosine + d * sine).to(kind)
@@ -240,11 +235,7 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
         scores = mma_v2(queries, keys, gl.zeros([warps, 16, warp_keys], gl.float32, layout=products)) * scale_log2
         seen = gl.expand_dims(first + outer + inner < end, 1)
         scores = gl.where(seen, scores, float("-inf"))
-        new_top = gl.maximum(top, gl.max(scores, 2))
-        weights = gl.exp2(scores - gl.expand_dims(new_top, 2))
-        correction = gl.exp2(top - new_top)
-        total = total * correction + gl.sum(weights, 2)
-        top = new_top
+        weights, correction, top, total = online_softmax(scores, top, total, 2)
         values = v_ring.index(turn).load(keys_of)
         weights = gl.convert_layout(weights.to(kind), query_of)
         acc = mma_v2(weights, values, acc * gl.expand_dims(correction, 2))
@@ -277,25 +268,25 @@ def _rotate_and_attend_kernel(  # type: ignore[no-untyped-def]
     dim = gl.arange(0, head_dim, layout=gl.SliceLayout(0, result))[None, :]
     whole = out + (token * (kv_heads * group) + head) * head_dim + dim
     if count == 1:
-        acc = acc / gl.where(total == 0.0, 1.0, total)
+        acc = softmax_average(acc, total)
         gl.store(whole, acc.to(out.dtype.element_ty), mask=inside)
     else:
-        part = number.to(gl.int64) * (kv_heads * group) + head
-        gl.store(tops + part, top_of_all, mask=inside)
-        gl.store(sums + part, total, mask=inside)
-        gl.store(parts + part * head_dim + dim, acc, mask=inside)
+        partial = number.to(gl.int64) * (kv_heads * group) + head
+        gl.store(tops + partial, top_of_all, mask=inside)
+        gl.store(sums + partial, total, mask=inside)
+        gl.store(accs + partial * head_dim + dim, acc, mask=inside)
         if many:
-            counter = arrived + token * kv_heads + kv_head
+            counter = finished + token * kv_heads + kv_head
             if _is_last(counter, count):
                 gl.store(counter, 0)
-                first_part = part - gl.load(place + 5, cache_modifier=".cg") * (kv_heads * group)
-                acc = _join(parts, tops, sums, first_part, count, kv_heads * group, inside, dim, head_dim)
+                first_partial = partial - gl.load(splits + number * 6 + 5, cache_modifier=".cg") * (kv_heads * group)
+                acc = _merge(accs, tops, sums, first_partial, count, kv_heads * group, inside, dim, head_dim)
                 gl.store(whole, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @gluon_jit()
 def _is_last(counter, count):  # type: ignore[no-untyped-def]
-    """Return whether all other programs of a sequence's head have left their parts; count this one, which has."""
+    """Return whether all other programs of a sequence's head have left their results; count this one, which has."""
     # A barrier of all warps, then a fence: whoever sees the count sees what any of them has stored.
     gl.inline_asm_elementwise(
         "barrier.sync 0; fence.acq_rel.gpu; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
@@ -304,24 +295,24 @@ def _is_last(counter, count):  # type: ignore[no-untyped-def]
 
 
 @gluon_jit()
-def _join(  # type: ignore[no-untyped-def]
-    parts, tops, sums, first, count, step: constexpr, inside, dim, head_dim: constexpr
+def _merge(  # type: ignore[no-untyped-def]
+    accs, tops, sums, first, count, step: constexpr, inside, dim, head_dim: constexpr
 ):
-    """Return the attention of heads by their ``count`` parts; from L2, where other multiprocessors put them."""
+    """Merge the partial results of heads, ``count`` of each; from L2, where other multiprocessors put them."""
     top = gl.load(tops + first, mask=inside, other=-1e38, cache_modifier=".cg")
     total = gl.load(sums + first, mask=inside, other=0.0, cache_modifier=".cg")
-    acc = gl.load(parts + first * head_dim + dim, mask=inside, other=0.0, cache_modifier=".cg")
-    for part in range(1, count):
-        at = first + part * step
+    acc = gl.load(accs + first * head_dim + dim, mask=inside, other=0.0, cache_modifier=".cg")
+    for split in range(1, count):
+        at = first + split * step
         other_top = gl.load(tops + at, mask=inside, other=-1e38, cache_modifier=".cg")
         new_top = gl.maximum(top, other_top)
         old = gl.exp2(top - new_top)
         new = gl.exp2(other_top - new_top)
         total = total * old + gl.load(sums + at, mask=inside, other=0.0, cache_modifier=".cg") * new
-        other = gl.load(parts + at * head_dim + dim, mask=inside, other=0.0, cache_modifier=".cg")
+        other = gl.load(accs + at * head_dim + dim, mask=inside, other=0.0, cache_modifier=".cg")
         acc = acc * old + other * new
         top = new_top
-    return acc / gl.where(total == 0.0, 1.0, total)
+    return softmax_average(acc, total)
 
 
 @gluon_jit()
@@ -357,7 +348,7 @@ def _copy_tile(  # type: ignore[no-untyped-def]
 ):
     """Ask for the keys and values of a tile from ``first`` on; zeros at ``end`` and later."""
     number = first + _key_numbers(warps, warp_keys, copies)
-    slot = pages.to(gl.int64) * block_size + number % block_size
+    slot = slot_in(pages, number, block_size)
     dim = gl.arange(0, head_dim, layout=gl.SliceLayout(0, gl.SliceLayout(1, copies)))[None, None, :]
     place = gl.expand_dims(slot * step, 2) + dim
     inside = gl.expand_dims(number < end, 2)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._device import online_softmax, softmax_average
 from graphmode.ops._triton import constexpr, jit, next_power_of_2, runs_triton, tl
 
 
@@ -76,13 +77,13 @@ def segment_attention_reference(
     keys = k.float().permute(1, 2, 0)
     values = torch.where(real, v, 0).float().transpose(0, 1)
     rows = max(_CHUNK_BYTES // (4 * tokens * heads), 1)
-    parts = []
+    outputs = []
     for row in range(0, tokens, rows):
         chunk = slice(row, row + rows)
         hidden = (token < starts[chunk, None]) | (token >= ends[chunk, None])
         scores = torch.matmul(queries[:, chunk], keys).masked_fill_(hidden, float("-inf"))
-        parts.append(torch.matmul(scores.softmax(-1), values))
-    out = torch.cat(parts, 1).transpose(0, 1)
+        outputs.append(torch.matmul(scores.softmax(-1), values))
+    out = torch.cat(outputs, 1).transpose(0, 1)
     return torch.where(real, out, 0.0).to(q.dtype).contiguous()
 
 
@@ -178,18 +179,14 @@ def _segment_kernel(  # type: ignore[no-untyped-def]
         scores = tl.dot(q_tile, tl.trans(keys), input_precision="ieee") * scale_log2
         seen = (position[None, :] >= start[:, None]) & (position[None, :] < end[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        correction = tl.exp2(top - new_top)
+        weights, correction, top, total = online_softmax(scores, top, total, 1)
         values = tl.load(
             v + key[:, None] * v_stride_token + head * v_stride_head + dim[None, :] * v_stride_dim,
             mask=key_inside,
             other=0.0,
         )
-        total = total * correction + tl.sum(weights, 1)
         acc = tl.dot(weights.to(values.dtype), values, acc * correction[:, None], input_precision="ieee")
-        top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = softmax_average(acc, total[:, None])
     out_row = token * tl.num_programs(1) + head
     tl.store(
         out + out_row[:, None] * head_dim + dim[None, :],

@@ -11,12 +11,15 @@ one: work and memory follow from shapes alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from graphmode.ops._checks import FLOATS, require, require_cache, require_tensor
+from graphmode.ops._cpu import cpu_operator
+from graphmode.ops._device import find_token, load_slots
 from graphmode.ops._triton import constexpr, jit, next_power_of_2, runs_triton, tl
-from graphmode.ops.attention.cpu import select_on_cpu
-from graphmode.ops.attention.paged import find_token, find_tokens
+from graphmode.ops.attention.batch import PagedBatch
 from graphmode.ops.sampling.filters import largest_reaching_triton, load_values
 
 # What the scores may take at a time.
@@ -27,12 +30,9 @@ def select_keys(
     q: torch.Tensor,
     weights: torch.Tensor,
     index_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_query_lens: torch.Tensor,
-    kv_lens: torch.Tensor,
+    batch: PagedBatch,
     *,
     top_k: int,
-    max_query_len: int,
 ) -> torch.Tensor:
     """Return the positions of the ``top_k`` keys with the largest scores among those up to each token's own.
 
@@ -43,11 +43,8 @@ def select_keys(
         q: the indexer's queries, ``[tokens, heads, dim]``; float32, bfloat16 or float16, contiguous.
         weights: float32 ``[tokens, heads]``, contiguous: of the heads, with all factors of the scores.
         index_cache: the index keys, ``[num_blocks, block_size, 1, dim]`` in ``q``'s dtype.
-        block_tables: as of :func:`~graphmode.ops.paged_attention`, and so what follows.
-        cu_query_lens: not read where ``max_query_len`` is 1.
-        kv_lens: int32 ``[seqs]``.
+        batch: the sequences.
         top_k: keys of each token, 1 or more.
-        max_query_len: 1 is decode.
 
     Returns:
         int32 ``[tokens, min(top_k, max_blocks * block_size)]``: ascending positions, then -1; padding has none.
@@ -61,58 +58,80 @@ def select_keys(
     require_tensor("weights", weights, shape=(tokens, heads), dtypes=(torch.float32,), like=q)
     require(weights.is_contiguous(), "weights.stride()", weights.stride(), "contiguous")
     require_cache("index_cache", index_cache, shape=(None, None, 1, dim), like=q)
-    require_tensor("block_tables", block_tables, shape=(None, None), dtypes=(torch.int32,), like=q)
-    require(block_tables.stride(1) == 1, "block_tables.stride(1)", block_tables.stride(1), "1")
-    seqs = block_tables.shape[0]
-    require_tensor("cu_query_lens", cu_query_lens, shape=(seqs + 1,), dtypes=(torch.int32,), like=q)
-    require_tensor("kv_lens", kv_lens, shape=(seqs,), dtypes=(torch.int32,), like=q)
+    batch.require(tokens, like=q)
     require(top_k >= 1, "top_k", top_k, "1 or more")
-    require(max_query_len >= 1, "max_query_len", max_query_len, "1 or more")
-    require(max_query_len > 1 or tokens == seqs, "tokens", tokens, f"{seqs}, one for each sequence of a decode batch")
     on_cpu = q.device.type == "cpu"
     select = select_keys_triton if runs_triton(q) else select_keys_cpu if on_cpu else select_keys_reference
-    return select(
-        q, weights, index_cache, block_tables, cu_query_lens, kv_lens, top_k=top_k, max_query_len=max_query_len
-    )
+    return select(q, weights, index_cache, batch, top_k=top_k)
 
 
 def select_keys_cpu(
     q: torch.Tensor,
     weights: torch.Tensor,
     index_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_query_lens: torch.Tensor,
-    kv_lens: torch.Tensor,
+    batch: PagedBatch,
     *,
     top_k: int,
-    max_query_len: int,
 ) -> torch.Tensor:
     """Run :func:`select_keys` on a CPU, by an operator that reads the lengths when it runs."""
-    width = min(top_k, block_tables.shape[1] * index_cache.shape[1])
+    width = min(top_k, batch.block_tables.shape[1] * index_cache.shape[1])
     out = torch.empty((q.shape[0], width), dtype=torch.int32)
-    select_on_cpu(q, weights, index_cache, block_tables, cu_query_lens, kv_lens, max_query_len, out)
+    _select_on_cpu(q, weights, index_cache, *batch, out)
     return out
 
 
-def select_keys_reference(
+@cpu_operator(
+    "select_on_cpu(Tensor q, Tensor weights, Tensor index_cache, Tensor block_tables, Tensor cu_query_lens, "
+    "Tensor kv_lens, int max_query_len, Tensor(a!) out)"
+)
+def _select_on_cpu(
     q: torch.Tensor,
     weights: torch.Tensor,
     index_cache: torch.Tensor,
     block_tables: torch.Tensor,
     cu_query_lens: torch.Tensor,
     kv_lens: torch.Tensor,
+    max_query_len: int,
+    out: torch.Tensor,
+) -> Callable[[], None]:
+    """Write to ``out`` what :func:`~graphmode.ops.select_keys` returns; its arguments."""
+
+    def select() -> None:
+        out.fill_(-1)
+        lens = kv_lens.tolist()
+        starts = list(range(len(lens) + 1)) if max_query_len == 1 else cu_query_lens.tolist()
+        for seq, length in enumerate(lens):
+            first, last = starts[seq : seq + 2]
+            if length == 0 or first == last:
+                continue
+            batch = PagedBatch(
+                block_tables[seq : seq + 1, : -(-length // index_cache.shape[1])],
+                torch.tensor([0, last - first], dtype=torch.int32),
+                kv_lens[seq : seq + 1],
+                last - first,
+            )
+            chosen = select_keys_reference(q[first:last], weights[first:last], index_cache, batch, top_k=out.shape[1])
+            out[first:last, : chosen.shape[1]] = chosen
+
+    return select
+
+
+def select_keys_reference(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_cache: torch.Tensor,
+    batch: PagedBatch,
     *,
     top_k: int,
-    max_query_len: int,
 ) -> torch.Tensor:
     """Run :func:`select_keys` in PyTorch with fixed shapes, by a stable sort."""
     tokens, heads, dim = q.shape
     block_size = index_cache.shape[1]
-    max_len = block_tables.shape[1] * block_size
+    max_len = batch.block_tables.shape[1] * block_size
     width = min(top_k, max_len)
     if tokens == 0:
         return torch.empty((0, width), dtype=torch.int32, device=q.device)
-    seqs, positions = find_tokens(cu_query_lens, kv_lens, tokens, max_query_len)
+    seqs, positions = batch.find_tokens(tokens)
     place = torch.arange(max_len, device=q.device)
     keys = index_cache.flatten(0, 2)
     chosen = []
@@ -122,7 +141,7 @@ def select_keys_reference(
         chunk = slice(start, start + rows)
         position = positions[chunk].unsqueeze(1)
         visible = place <= position
-        page = block_tables.long()[seqs[chunk]].gather(1, (place // block_size).expand(len(position), -1))
+        page = batch.block_tables.long()[seqs[chunk]].gather(1, (place // block_size).expand(len(position), -1))
         # What no token sees is read from the first slot instead of its own, which may hold anything.
         slot = torch.where(visible, page * block_size + place % block_size, 0)
         own = keys[slot].float().masked_fill(~visible.unsqueeze(2), 0)
@@ -144,34 +163,31 @@ def select_keys_triton(
     q: torch.Tensor,
     weights: torch.Tensor,
     index_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_query_lens: torch.Tensor,
-    kv_lens: torch.Tensor,
+    batch: PagedBatch,
     *,
     top_k: int,
-    max_query_len: int,
 ) -> torch.Tensor:
     """Run :func:`select_keys` in Triton: a kernel for the scores, and one for the largest of each row."""
     tokens, heads, dim = q.shape
     _, block_size, _, _ = index_cache.shape
-    seqs, max_blocks = block_tables.shape
+    seqs, max_blocks = batch.block_tables.shape
     max_len = max_blocks * block_size
     width = min(top_k, max_len)
     chosen = torch.empty((tokens, width), dtype=torch.int32, device=q.device)
     rows = min(_rows_at_a_time(max_len), tokens)
     scores = torch.empty((rows, max_len), dtype=torch.float32, device=q.device)
     block_n = 64
-    batch = (cu_query_lens, kv_lens, tokens, seqs)
-    constants = {"ragged": max_query_len > 1, "block_seqs": next_power_of_2(seqs + 1)}
+    lens = (batch.cu_query_lens, batch.kv_lens, tokens, seqs)
+    constants = {"ragged": batch.max_query_len > 1, "block_seqs": next_power_of_2(seqs + 1)}
     for start in range(0, tokens, rows):
         grid = min(rows, tokens - start)
         _index_scores_kernel[(grid, -(-max_len // block_n))](
             q,
             weights,
             index_cache,
-            block_tables,
-            block_tables.stride(0),
-            *batch,
+            batch.block_tables,
+            batch.block_tables.stride(0),
+            *lens,
             scores,
             start,
             max_len,
@@ -187,7 +203,7 @@ def select_keys_triton(
         )
         _choose_kernel[(grid,)](
             scores,
-            *batch,
+            *lens,
             chosen,
             start,
             max_len,
@@ -236,8 +252,7 @@ def _index_scores_kernel(  # type: ignore[no-untyped-def]
         return
     position = start + tl.arange(0, block_n)
     seen = position < visible
-    page = tl.load(block_tables + seq.to(tl.int64) * table_stride + position // block_size, mask=seen, other=0)
-    slot = page.to(tl.int64) * block_size + position % block_size
+    slot = load_slots(block_tables + seq.to(tl.int64) * table_stride, position, seen, block_size)
     at = tl.arange(0, block_d)
     head = tl.arange(0, block_h)
     keys = tl.load(

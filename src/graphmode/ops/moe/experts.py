@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._device import overlap, swiglu
 from graphmode.ops._triton import (
     constexpr,
-    gdc_launch_dependents,
-    gdc_wait,
     jit,
     launch_options,
     next_power_of_2,
@@ -225,9 +224,7 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
 
     Every program counts all pairs, so that none waits for another.
     """
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
+    overlap(early)
     begin = tl.program_id(0) * chunk
     before = _count(top_k_index, real, 0, begin, k, experts, bins, block)
     counts = before + _count(top_k_index, real, begin, pairs, k, experts, bins, block)
@@ -276,9 +273,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     Where ``gated``, the rows are tokens', and the results go through SwiGLU to where ``order`` has the pair. Else the
     rows are those, and the results, times the pair's weight, go to the pair's own place.
     """
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
+    overlap(early)
     block = tl.program_id(1)
     if block >= tl.load(table):
         return
@@ -304,7 +299,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
             columns = tl.load(tile + (size * width + i)[:, None], mask=inside, other=0.0)
             up = tl.dot(rows, columns, up, input_precision="ieee")
     if gated:
-        total = total / (1.0 + tl.exp(-total)) * up
+        total = swiglu(total, up)
         target = place
     else:
         total *= tl.load(top_k_weights + pair, mask=mine, other=0.0).to(tl.float32)[:, None]
@@ -325,9 +320,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     block: constexpr,
     early: constexpr,
 ):
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
+    overlap(early)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros([block], tl.float32)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._device import overlap
 from graphmode.ops._triton import (
     constexpr,
-    gdc_launch_dependents,
-    gdc_wait,
     jit,
     launch_options,
     next_power_of_2,
@@ -141,9 +140,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     early: constexpr,
 ):
     """Choose for one row, of scores ``[groups, size]``."""
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
+    overlap(early)
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, block_g)
     member = tl.arange(0, block_s)
