@@ -67,7 +67,7 @@ def recorded(device: Device) -> Iterator[list[str]]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "device_of", return_value=device))
-        stack.enter_context(mock.patch.object(AttentionBatch, "parts", return_value=None))
+        stack.enter_context(mock.patch.object(AttentionBatch, "split_kv_plan", return_value=None))
         for kind, owner in (("hopper", skinny_hopper), ("triton", skinny), ("reference", skinny)):
             put(
                 owner,
