@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 32,
     "max_model_len": 128,
 }
-GRAPHS: dict[str, Any] = {**OPTIONS, "graph_sizes": [1, 4, 32], "strict": True}
+GRAPHS: dict[str, Any] = {**OPTIONS, "graph_sizes": [4, 32], "strict": True}
 EAGER: dict[str, Any] = {**OPTIONS, "enforce_eager": True}
 
 
