@@ -39,20 +39,15 @@ _FUNCTIONS = (FunctionType, MethodType, BuiltinMethodType, functools.partial)
 # The steps of a path. Each raises where it leads to nothing.
 
 
-def _parameter(module: Any, name: str) -> Any:
-    return module.__dict__["_parameters"][name]
+def _held_by(attribute: str) -> Callable[[Any, Any], Any]:
+    """Return the step to what an attribute of an object, a dict or a tuple, holds by a key."""
+    return lambda owner, key: getattr(owner, attribute)[key]
 
 
-def _buffer(module: Any, name: str) -> Any:
-    return module.__dict__["_buffers"][name]
-
-
-def _child(module: Any, name: str) -> Any:
-    return module.__dict__["_modules"][name]
-
-
-def _attribute(instance: Any, name: str) -> Any:
-    return instance.__dict__[name]
+_parameter, _buffer, _child = map(_held_by, ("_parameters", "_buffers", "_modules"))
+_attribute, _global = map(_held_by, ("__dict__", "__globals__"))
+_default, _keyword_default = map(_held_by, ("__defaults__", "__kwdefaults__"))
+_argument, _keyword = map(_held_by, ("args", "keywords"))  # of a functools.partial
 
 
 def _slot(instance: Any, name: str) -> Any:
@@ -80,28 +75,8 @@ def _cell(function: Any, index: int) -> Any:
     return function.__closure__[index].cell_contents
 
 
-def _global(function: Any, name: str) -> Any:
-    return function.__globals__[name]
-
-
 def _imported(_: Any, name: str) -> Any:
     return sys.modules[name]
-
-
-def _default(function: Any, index: int) -> Any:
-    return function.__defaults__[index]
-
-
-def _keyword_default(function: Any, name: str) -> Any:
-    return function.__kwdefaults__[name]
-
-
-def _argument(partial: Any, index: int) -> Any:
-    return partial.args[index]
-
-
-def _keyword(partial: Any, name: str) -> Any:
-    return partial.keywords[name]
 
 
 def _receiver(method: Any, _: None) -> Any:
