@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
 from threading import Condition, RLock, get_ident
 from typing import Any
 
@@ -14,24 +15,26 @@ from graphmode.engine.requests import Request
 from graphmode.errors import EngineError
 
 
+@dataclass(eq=False)
 class _Client:
-    """What came for one caller and was not fetched yet: outputs with the numbers of their requests, or the end."""
+    """One caller.
 
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-        self.outputs: deque[tuple[int, RequestOutput]] = deque()
-        self.error: BaseException | None = None
+    Attributes:
+        numbers: of its requests whose last output has not come, by their names.
+        outputs: what came and was not fetched, with the numbers of the requests.
+        error: why no more will come; None where nothing failed.
+    """
 
-    @property
-    def served(self) -> bool:
-        return bool(self.outputs) or self.error is not None
+    numbers: dict[str, int] = field(default_factory=dict)
+    outputs: deque[tuple[int, RequestOutput]] = field(default_factory=deque)
+    error: BaseException | None = None
 
 
 class Clients:
     """Runs requests for callers in any threads.
 
-    The first that waits steps the engine and hands all outputs to those whose they are, until it has some itself; then
-    one of the others goes on. So a caller that is alone steps in its own thread, and none waits for another's requests.
+    The first that waits leads: it steps the engine and hands each output to the caller whose request it is, until it
+    has one itself. Then another leads. So a single caller steps in its own thread, and none waits for others' requests.
 
     Args:
         engine: what runs the requests.
@@ -63,7 +66,8 @@ class Clients:
                         client.numbers[request_id] = number
                         self._clients[request_id] = client
                 while client.numbers or client.outputs:
-                    self._wait(client)
+                    if not client.outputs:
+                        self._wait(client)
                     yield client.outputs.popleft()
         finally:
             for request_id in list(client.numbers):  # another thread may just hand over the last output of one
@@ -73,9 +77,9 @@ class Clients:
     def _wait(self, client: _Client) -> None:
         """Wait until there is an output: step for it, or while another thread steps, let that one."""
         with self._changed:
-            if self._leader == get_ident() and not client.served:
+            if self._leader == get_ident():
                 raise EngineError("requests were run from inside a step of the engine that is to run them")
-            self._changed.wait_for(lambda: client.served or self._leader is None)
+            self._changed.wait_for(lambda: client.outputs or client.error is not None or self._leader is None)
             if client.outputs:
                 return
             if client.error is not None:
@@ -85,8 +89,9 @@ class Clients:
             self._leader = get_ident()
         try:
             while not client.outputs:
-                self._hand_over(self._engine.step())
-                if not client.outputs and not self._engine.has_requests:
+                if outputs := self._engine.step():
+                    self._hand_over(outputs)
+                elif not self._engine.has_requests:
                     raise EngineError("outputs are lost: the engine was stepped by somebody else too")
         except BaseException as error:
             self._fail(error)
@@ -99,7 +104,7 @@ class Clients:
     def _hand_over(self, outputs: Iterable[RequestOutput]) -> None:
         with self._changed:
             for output in outputs:
-                if (client := self._clients.get(output.request_id)) is not None:  # else it has left
+                if (client := self._clients.get(output.request_id)) is not None:  # otherwise it has left
                     client.outputs.append((client.numbers[output.request_id], output))
                     if output.finished:
                         self._clients.pop(output.request_id, None)

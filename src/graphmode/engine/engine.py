@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -27,7 +26,7 @@ from graphmode.engine.config import (
 )
 from graphmode.engine.memory import cache_memory, check_buffers, fit_cache
 from graphmode.engine.outputs import RequestOutput
-from graphmode.engine.requests import ActiveRequest, Answer, Request, derived_seed
+from graphmode.engine.requests import ActiveRequest, Request, derived_seed
 from graphmode.engine.scheduler import Scheduler
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.stats import EngineStats, _Clock
@@ -263,7 +262,7 @@ class Engine:
         if batch is not None and batch.family == before.batch.family == "decode":
             self._clock.steps += before.batch.steps
             self._clock.seconds += time.perf_counter() - start
-        return outputs + self._take_in(changed.keys())
+        return outputs + self._take_in(changed)
 
     def _end_aborted(self) -> list[RequestOutput]:
         outputs = []
@@ -271,28 +270,22 @@ class Engine:
             request = self._aborted.popleft()
             if self._active.get(request.request_id) is request:  # otherwise it has ended meanwhile
                 outputs.append(request.abort())
-                self._forget_ended(request, request.answers)
+                for answer in request.answers:
+                    self.scheduler.drop(answer.sequence)
+                del self._active[request.request_id]
         return outputs
 
-    def _take_in(self, changed: Collection[Sequence]) -> list[RequestOutput]:
-        """Let requests take in the new tokens of their sequences; end those that this ends."""
+    def _take_in(self, changed: Iterable[Sequence]) -> list[RequestOutput]:
+        """Let requests take in the new tokens of their sequences, and end what this ends."""
         outputs = []
-        answers: dict[ActiveRequest, list[Answer]] = {}
         for sequence in changed:
             request = self._active[sequence.request_id]
-            answers.setdefault(request, []).append(request.answers[sequence.index])
-        for request, theirs in answers.items():
-            outputs += request.take_in(theirs)
-            self._forget_ended(request, theirs)
+            outputs += request.take_in(sequence.index)
+            if sequence.finish_reason is not None:
+                self.scheduler.drop(sequence)  # which still runs where its text has come to a stop text
+                if request.finished:
+                    del self._active[request.request_id]
         return outputs
-
-    def _forget_ended(self, request: ActiveRequest, answers: SequenceOf[Answer]) -> None:
-        """Drop the sequences of ended answers (a text or an abort may have ended them), and an ended request."""
-        for answer in answers:
-            if answer.finish_reason is not None:
-                self.scheduler.drop(answer.sequence)
-        if request.finished:
-            del self._active[request.request_id]
 
     def _start_anew(self) -> None:
         """Forget all requests and what the cache holds: a step that was broken off may have left any half done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class LLM:
             tokens=self.engine.limits.max_model_len - 1,
         )
         self._reader = PromptReader(loaded, limits)
+        self._reading = Lock()  # tokenizers and processors are not made for several threads
         self._clients = Clients(self.engine)
 
     @property
@@ -276,7 +278,8 @@ class LLM:
         Raises:
             InputError: the prompt or its parameters are none.
         """
-        token_ids, vision = self._reader.read(prompt)
+        with self._reading:
+            token_ids, vision = self._reader.read(prompt)
         if params.truncate_prompt_tokens is not None:
             if vision is not None:
                 raise InputError(

@@ -100,13 +100,12 @@ class ActiveRequest:
         """Whether all answers have ended and all their tokens are taken in."""
         return all(answer.finish_reason is not None for answer in self.answers)
 
-    def take_in(self, answers: SequenceOf[Answer]) -> list[RequestOutput]:
-        """Take in the new tokens of some of the answers, and return the outputs that they give."""
-        outputs = []
-        while unread := [answer for answer in answers if answer.unread]:
-            for answer in unread:
-                answer.read(1 if self._request.stream else answer.unread)
-            if self._request.stream or self.finished:
+    def take_in(self, index: int) -> list[RequestOutput]:
+        """Take in the new tokens of one answer, and return the outputs that they give."""
+        answer, outputs = self.answers[index], []
+        while answer.unread:
+            answer.read(1 if self._request.stream else answer.unread)
+            if self._request.stream or (answer.finish_reason is not None and self.finished):
                 outputs.append(self._output())
         return outputs
 
