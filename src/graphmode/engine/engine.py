@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -31,7 +31,7 @@ from graphmode.engine.scheduler import Scheduler
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.stats import EngineStats, _Clock
 from graphmode.engine.text import Detokenizer
-from graphmode.engine.types import Batch
+from graphmode.engine.types import Batch, Limits
 from graphmode.engine.worker import StepInFlight, StepResult, StepRunner
 from graphmode.errors import EngineError, InputError
 from graphmode.graph import RunnerStats, get_backend
@@ -46,9 +46,8 @@ from graphmode.models.loader import load_model
 log = logging.getLogger(__name__)
 
 
-@dataclass
 class Engine:
-    """Continuous batching on one device.
+    """Continuous batching on one device: requests are submitted and aborted from any thread, and one thread steps.
 
     Args:
         model: a local folder or hub name.
@@ -61,37 +60,15 @@ class Engine:
         BackendError: the device is not there.
     """
 
-    model: str | Path
-    options: EngineOptions
-    progress: bool = False
-    _clock: _Clock = field(default_factory=_Clock, init=False)
-    _in_flight: StepInFlight | None = field(default=None, init=False)
-    _numbers: Iterator[int] = field(default_factory=count, init=False)
-    _active: dict[str, ActiveRequest] = field(default_factory=dict, init=False)
-    _aborted: deque[ActiveRequest] = field(default_factory=deque, init=False)
-    _lock: Lock = field(default_factory=Lock, init=False)  # of which requests there are
-    _stepping: Lock = field(default_factory=Lock, init=False)
-
-    def __post_init__(self) -> None:
-        options = self.options
+    def __init__(self, model: str | Path, options: EngineOptions, progress: bool = False) -> None:
+        self.model = model
+        self.options = options
         backend = get_backend(options.device)
-        attention = NPU_ATTENTION if backend.capabilities.host_arguments else PORTABLE_ATTENTION
         self.device = backend.device
-        if options.fuse == "compile" and attention is not PORTABLE_ATTENTION:
-            raise InputError(
-                f"fuse is 'compile'; attention on {self.device.type} takes lengths on the host, which the compiled "
-                "layers are not tried with. Use 'layers' or 'none'"
-            )
-        bursts = attention.host_lengths is None  # lengths on the host are those of one step
-        mode, on_cpu = options.resolved_graph_mode, self.device.type == "cpu"
-        # What no model could run with is refused before one is loaded.
-        least = resolve_limits(options, options.max_model_len or 2, self.device, bursts=bursts)
-        if mode != "none":
-            resolve_buckets(options, least, few=on_cpu)
-        free, host_free = free_memory(self.device), free_memory(torch.device("cpu"))
-        check_buffers(least, self.device, free, host_free, block_size=attention.block_size)
+        self._attention = NPU_ATTENTION if backend.capabilities.host_arguments else PORTABLE_ATTENTION
+        self._refuse_what_no_model_runs_with()
         self.loaded = load_model(
-            self.model,
+            model,
             device=self.device,
             dtype=resolve_dtype(options.dtype),
             load_format=options.load_format,
@@ -99,43 +76,101 @@ class Engine:
             generation_config=options.generation_folder,
         )
         tokenizer = self.loaded.tokenizer
-        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.model)
-        shape, dtype = self.loaded.shape, self.loaded.model.dtype
-        self.limits = resolve_limits(
-            options, shape.max_positions, self.device, most_positions=shape.most_positions, bursts=bursts
-        )
-        self.cache_groups = group_layers(shape.caches, dtype, attention.block_size)
-        if len(self.cache_groups) > 1:  # steps carry the blocks of one group
-            size = sum(group.block_bytes for group in self.cache_groups)
-            layers = tuple(range(len(shape.caches)))
-            self.cache_groups = (CacheGroup("full", layers, dtype, attention.block_size, size),)
-        self.num_blocks = self._count_memory(attention.block_size)
-        fix_rotary_embeddings(self.loaded.model, self.limits.max_model_len)
-        # Fused layers attend by the portable kernel.
-        fused = options.fuse != "none" and attention is PORTABLE_ATTENTION
-        self.fused_layers = fuse(self.loaded.model, self.limits.max_model_len) if fused else 0
-        buckets = None if mode == "none" else resolve_buckets(options, self.limits, few=on_cpu)
-        self.caches = make_cache(self.cache_groups, shape.caches, self.num_blocks, self.device)
-        self.compiled_layers = 0
-        if options.fuse == "compile" and not self.fused_layers:
-            self.compiled_layers = compile_layers(self.loaded.model, self.caches, self.limits.max_model_len)
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, model)
+        self.cache_groups = self._group_layers()
+        self.limits, self.num_blocks = self._fit_memory()
+        self._prepare_layers()
         self.scheduler = self._make_scheduler()
         self.runner = StepRunner(
             self.loaded,
             self.caches,
             backend,
             self.limits,
-            buckets,
-            attention=attention,
-            piecewise=piecewise_families(mode),
+            self._buckets(self.limits),
+            attention=self._attention,
+            piecewise=piecewise_families(options.resolved_graph_mode),
             max_padding_ratio=options.max_padding_ratio,
             strict=options.strict,
             on_capture_failure=options.on_capture_failure,
             warmup_iterations=options.warmup_iterations,
         )
-        log.info("graph mode %s on %s, %s, KV cache of %s blocks", mode, self.device, dtype, self._cache_in_words())
+        self._clock = _Clock()
+        self._in_flight: StepInFlight | None = None
+        self._numbers = count()
+        self._active: dict[str, ActiveRequest] = {}
+        self._aborted: deque[ActiveRequest] = deque()
+        self._lock = Lock()  # of which requests there are
+        self._stepping = Lock()
+        log.info(
+            "graph mode %s on %s, %s, KV cache of %s blocks",
+            options.resolved_graph_mode,
+            self.device,
+            self.loaded.model.dtype,
+            self._cache_in_words(),
+        )
         self.runner.probe()
-        self.runner.capture(progress=self.progress)
+        self.runner.capture(progress=progress)
+
+    def _refuse_what_no_model_runs_with(self) -> None:
+        """Check the options before a model is loaded."""
+        if self.options.fuse == "compile" and self._attention is not PORTABLE_ATTENTION:
+            raise InputError(
+                f"fuse is 'compile'; attention on {self.device.type} takes lengths on the host, which the compiled "
+                "layers are not tried with. Use 'layers' or 'none'"
+            )
+        least = self._limits(self.options.max_model_len or 2)
+        self._buckets(least)
+        free, host_free = free_memory(self.device), free_memory(torch.device("cpu"))
+        check_buffers(least, self.device, free, host_free, block_size=self._attention.block_size)
+
+    def _limits(self, max_positions: int, most_positions: int | None = None) -> Limits:
+        bursts = self._attention.host_lengths is None  # lengths on the host are those of one step
+        return resolve_limits(self.options, max_positions, self.device, most_positions=most_positions, bursts=bursts)
+
+    def _buckets(self, limits: Limits) -> dict[str, tuple[int, ...]] | None:
+        if self.options.resolved_graph_mode == "none":
+            return None
+        return resolve_buckets(self.options, limits, few=self.device.type == "cpu")
+
+    def _group_layers(self) -> tuple[CacheGroup, ...]:
+        caches, dtype, block_size = self.loaded.shape.caches, self.loaded.model.dtype, self._attention.block_size
+        groups = group_layers(caches, dtype, block_size)
+        if len(groups) == 1:
+            return groups
+        # Steps carry the blocks of one group.
+        size = sum(group.block_bytes for group in groups)
+        return (CacheGroup("full", tuple(range(len(caches))), dtype, block_size, size),)
+
+    def _fit_memory(self) -> tuple[Limits, tuple[int, ...]]:
+        """Return the limits and the blocks of each cache group.
+
+        ``max_model_len`` is lowered to what fits where the user did not give it.
+        """
+        options, shape, model = self.options, self.loaded.shape, self.loaded.model
+        block_size = self._attention.block_size
+        limits = self._limits(shape.max_positions, shape.most_positions)
+        embedding = model.get_input_embeddings().weight
+        assert isinstance(embedding, torch.Tensor)
+        sizes = {"vocab_size": shape.vocab_size, "hidden_size": embedding.shape[1], "itemsize": model.dtype.itemsize}
+        weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+        free, host_free = free_memory(self.device), free_memory(torch.device("cpu"))
+        smallest = replace(limits, max_model_len=options.max_model_len or 2)
+        buffers = check_buffers(smallest, self.device, free, host_free, block_size=block_size, **sizes)
+        memory = cache_memory(self.device, free, weights, buffers, options.memory_share, options.kv_cache_memory)
+        limits, blocks = fit_cache(limits, memory, self.cache_groups, lower=options.max_model_len is None)
+        check_buffers(limits, self.device, free, host_free, block_size=block_size, **sizes)
+        return limits, blocks
+
+    def _prepare_layers(self) -> None:
+        """Make the layers' caches; fuse or compile the layers as asked for."""
+        model, length = self.loaded.model, self.limits.max_model_len
+        fix_rotary_embeddings(model, length)
+        # Fused layers attend by the portable kernel.
+        fused = self.options.fuse != "none" and self._attention is PORTABLE_ATTENTION
+        self.fused_layers = fuse(model, length) if fused else 0
+        self.caches = make_cache(self.cache_groups, self.loaded.shape.caches, self.num_blocks, self.device)
+        compiled = self.options.fuse == "compile" and not self.fused_layers
+        self.compiled_layers = compile_layers(model, self.caches, length) if compiled else 0
 
     def _make_scheduler(self) -> Scheduler:
         blocks = BlockManager(
@@ -153,26 +188,6 @@ class Engine:
             for group, count in zip(self.cache_groups, self.num_blocks, strict=True)
         )
 
-    def _count_memory(self, block_size: int) -> tuple[int, ...]:
-        """Return the blocks of each cache group, lowering ``max_model_len`` to what fits where the user gave none."""
-        options, shape, model = self.options, self.loaded.shape, self.loaded.model
-        embedding = model.get_input_embeddings().weight
-        assert isinstance(embedding, torch.Tensor)
-        sizes = {"vocab_size": shape.vocab_size, "hidden_size": embedding.shape[1], "itemsize": model.dtype.itemsize}
-        weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
-        free, host_free = free_memory(self.device), free_memory(torch.device("cpu"))
-        smallest = replace(self.limits, max_model_len=options.max_model_len or 2)
-        buffers = check_buffers(smallest, self.device, free, host_free, block_size=block_size, **sizes)
-        memory = cache_memory(self.device, free, weights, buffers, options.memory_share, options.kv_cache_memory)
-        self.limits, blocks = fit_cache(
-            self.limits,
-            memory,
-            self.cache_groups,
-            lower=options.max_model_len is None,
-        )
-        check_buffers(self.limits, self.device, free, host_free, block_size=block_size, **sizes)
-        return blocks
-
     def check(self, request: Request) -> None:
         """Check a request without queueing it.
 
@@ -186,7 +201,9 @@ class Engine:
             raise InputError("the model comes without a tokenizer, so stop texts cannot be found; use stop_token_ids")
         self.scheduler.check(len(request.prompt_token_ids), request.params.max_tokens)
         self.runner.sampler.check(request.params)
-        request.check_tokens(self.loaded.shape.vocab_size)
+        for token in request.token_range:
+            if not 0 <= token < (vocab_size := self.loaded.shape.vocab_size):
+                raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
 
     def submit(self, request: Request) -> str:
         """Queue a request and return its name, by which outputs and :meth:`abort` know it. Any thread may call it.

@@ -215,19 +215,16 @@ class LLM:
         Raises:
             InputError: one cannot, or parameters are none.
         """
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or self.get_default_sampling_params()] * len(prompts)
-        elif isinstance(sampling_params, (list, tuple)):
-            params = list(sampling_params)
-            for each in params:
-                if not isinstance(each, SamplingParams):
-                    raise checks.unfit("sampling_params", each, "SamplingParams, or a list with one for each prompt")
-            if len(params) != len(prompts):
-                raise InputError(
-                    f"{len(prompts)} prompts, but {len(params)} sampling parameters; give one, or one each"
-                )
-        else:
-            raise checks.unfit("sampling_params", sampling_params, "SamplingParams, or a list with one for each prompt")
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params: list[Any] = list(sampling_params) if isinstance(sampling_params, (list, tuple)) else [sampling_params]
+        for each in params:
+            if not isinstance(each, SamplingParams):
+                raise checks.unfit("sampling_params", each, "SamplingParams, or a list with one for each prompt")
+        if isinstance(sampling_params, SamplingParams):
+            params *= len(prompts)
+        if len(params) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts, but {len(params)} sampling parameters; give one, or one each")
         requests = []
         for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
             try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -23,7 +22,6 @@ from graphmode.engine.outputs import (
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.text import AnswerText, Detokenizer
-from graphmode.errors import InputError
 
 if TYPE_CHECKING:
     from graphmode.engine.multimodal import VisionPrompt
@@ -49,23 +47,10 @@ class Request:
     request_id: str | None = None
     stream: bool = False
 
-    def check_tokens(self, vocab_size: int) -> None:
-        """Check that a model of ``vocab_size`` tokens has those of the prompt.
-
-        Raises:
-            InputError: it does not.
-        """
-        if self._highest_token >= vocab_size:
-            token = next(token for token in self.prompt_token_ids if not 0 <= token < vocab_size)
-            raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
-
     @cached_property
-    def _highest_token(self) -> int:
-        try:
-            # Read without a sign, a token below 0 is larger than any vocabulary.
-            return int(np.maximum.reduce(np.frombuffer(array("q", self.prompt_token_ids), np.uint64)))
-        except OverflowError:
-            return 2**64
+    def token_range(self) -> tuple[int, int]:
+        """The least and the greatest token id of the prompt."""
+        return min(self.prompt_token_ids), max(self.prompt_token_ids)
 
 
 class ActiveRequest:
