@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graphmode.ops.attention import segments as segment_attention
+from graphmode.ops import segment_attention
 from graphmode.ops.attention.segments import segment_attention_reference, segment_attention_triton
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

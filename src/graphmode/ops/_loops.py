@@ -55,15 +55,21 @@ def _exp(x):  # type: ignore[no-untyped-def]
     return series * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
+@numba.njit("f4(f4[::1], f4)", cache=True, inline="always", error_model="numpy", fastmath=_FASTMATH)
+def _rms_factor(row, eps):  # type: ignore[no-untyped-def]
+    """Return what an RMS norm multiplies the elements of a row by."""
+    squares = np.float32(0.0)
+    for i in range(row.shape[0]):
+        squares += row[i] * row[i]
+    return np.float32(1.0) / np.sqrt(squares / np.float32(row.shape[0]) + eps)
+
+
 @_compile("void(f4[:,::1], f4[::1], f4, f4[:,::1], b1)")
 def rms_norm(x, weight, eps, out, add):  # type: ignore[no-untyped-def]
     """Write the norm of each row of ``x`` to ``out``, or add it to what is there."""
     rows, size = x.shape
     for row in range(rows):
-        squares = np.float32(0.0)
-        for i in range(size):
-            squares += x[row, i] * x[row, i]
-        scale = np.float32(1.0) / np.sqrt(squares / np.float32(size) + eps)
+        scale = _rms_factor(x[row], eps)
         if add:
             for i in range(size):
                 out[row, i] += x[row, i] * scale * weight[i]
@@ -109,10 +115,7 @@ def rotate_and_cache(  # type: ignore[no-untyped-def]
             for i in range(dim):
                 head[i] = qkv[token, h, i]
             if norm.shape[0]:
-                squares = np.float32(0.0)
-                for i in range(dim):
-                    squares += head[i] * head[i]
-                scale = np.float32(1.0) / np.sqrt(squares / np.float32(dim) + eps)
+                scale = _rms_factor(head, eps)
                 for i in range(dim):
                     head[i] = head[i] * scale * norm[i]
             target = k_cache[slot, h - q_heads] if is_key else out[token, h]

@@ -42,7 +42,7 @@ hopper: Any = _load("triton.experimental.gluon.nvidia.hopper")
 _hopper_language: Any = _load("triton.experimental.gluon.language.nvidia.hopper")
 mbarrier: Any = getattr(_hopper_language, "mbarrier", None)
 _tma: Any = getattr(_hopper_language, "tma", None)
-# Likewise.
+# By its newer or its older name.
 async_load: Any = getattr(_tma, "async_load", getattr(_tma, "async_copy_global_to_shared", None))
 warpgroup_mma: Any = getattr(_hopper_language, "warpgroup_mma", None)
 warpgroup_mma_wait: Any = getattr(_hopper_language, "warpgroup_mma_wait", None)

@@ -138,11 +138,11 @@ def rotate_and_cache_reference(
     cos = rotation.cos.index_select(0, positions).unsqueeze(1)
     sin = rotation.sin.index_select(0, positions).unsqueeze(1)
 
-    def finish(part: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
-        values = part.float()
+    def finish(given: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        values = given.float()
         if norm is not None:
             values = values * values.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_() * norm.float()
-        return _rotate(values, cos, sin, rotation.interleaved).to(part.dtype)
+        return _rotate(values, cos, sin, rotation.interleaved).to(given.dtype)
 
     queries = finish(heads[:, :q_heads], q_norm)
     keys = finish(heads[:, q_heads : q_heads + kv_heads], k_norm)
@@ -336,7 +336,7 @@ def _finish_heads(  # type: ignore[no-untyped-def]
     block_half: constexpr,
     block_rest: constexpr,
 ):
-    """Normalise and rotate the heads ``head`` of one token, which lie in a row, into a row of ``target``."""
+    """Normalise and rotate the heads ``head`` of one token, side by side in ``source``, into ``target``."""
     pair = tl.arange(0, block_half)
     first = 2 * pair if interleaved else pair
     second = first + 1 if interleaved else pair + half

@@ -85,7 +85,7 @@ def _choose_blocks(
 
 
 def _num_keys(block_q: int, window: int | None, max_len: int) -> int:
-    """Return how many keys in a row a query block can see at most."""
+    """Return how many successive keys a query block can see at most."""
     return max_len if window is None else min(max_len, window + block_q - 1)
 
 
@@ -142,7 +142,7 @@ def _attend_blocks(
         last_key: ``[blocks, block_q]``: the last position that each row sees, rising; the result is NaN for -1.
         slots: ``[blocks, max_len]``: the slot of each position; anything where no row sees it.
         k_cache: as in :func:`~graphmode.ops.paged_attention`.
-        v_cache: likewise.
+        v_cache: as ``k_cache``.
         scoring: of all rows.
 
     Returns:

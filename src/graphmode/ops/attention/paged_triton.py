@@ -358,7 +358,7 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
 def _load_queries(  # type: ignore[no-untyped-def]
     q_row, stride, mine, first_dim: constexpr, rest_dim: constexpr, block_d: constexpr, block_r: constexpr
 ):
-    """Load a tile of queries in two parts; without a rest, the second is the first."""
+    """Load a tile of queries, its first elements and the rest; without a rest, the first elements twice."""
     dim = tl.arange(0, block_d)
     inside = mine[:, None] & (dim < first_dim)[None, :]
     first = tl.load(q_row[:, None] + dim[None, :] * stride, mask=inside, other=0.0)

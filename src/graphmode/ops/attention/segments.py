@@ -150,7 +150,7 @@ def _segment_kernel(  # type: ignore[no-untyped-def]
     block_m: constexpr,
     block_n: constexpr,
 ):
-    """Attend with ``block_m`` tokens in a row, of any segments, in one head: to the keys of all these segments."""
+    """Attend with ``block_m`` successive tokens, of any segments, in one head: to the keys of all these segments."""
     head = tl.program_id(1)
     row = tl.program_id(0) * block_m + tl.arange(0, block_m)
     dim = tl.arange(0, block_d)

@@ -50,7 +50,7 @@ class Tiling:
 
 
 def tiling(pairs: int, experts: int, element_size: int, *, gated: bool) -> Tiling:
-    """Return how to share out the products of ``pairs`` over ``experts``, the more rows the more an expert has.
+    """Return how programs divide the products of ``pairs`` over ``experts``: more rows each, the more an expert has.
 
     By measurements on an H100 (docs/performance.md), of tilings whose pipeline takes at most 96 KiB.
     """
@@ -80,7 +80,7 @@ def gated_experts(
         top_k_weights: ``[rows, k]``, of them.
         real: bool ``[rows]``, False for padding, whose experts are not computed.
         gate_up: ``[experts, 2 * size, hidden]``, in ``x``'s dtype, contiguous, gate before up.
-        down: ``[experts, hidden, size]``, likewise.
+        down: ``[experts, hidden, size]``, in ``x``'s dtype, contiguous.
 
     Raises:
         ValueError: a shape, dtype, layout or device does not fit.

@@ -198,7 +198,7 @@ def _threshold_kernel(  # type: ignore[no-untyped-def]
 def largest_reaching_triton(  # type: ignore[no-untyped-def]
     values, stride, vocab, top, factor, at_least, target, by_mass: constexpr, block: constexpr
 ):
-    """Do as `_largest_reaching` for one row, whose logits weigh 1 each or their mass."""
+    """Run `_largest_reaching` for one row, whose logits weigh 1 each or their mass."""
     lane = tl.arange(0, block)
     found = tl.zeros([1], tl.uint32)
     shift = 30
