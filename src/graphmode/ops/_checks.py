@@ -15,6 +15,12 @@ def require(ok: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name} is {value}, expected {expected}")
 
 
+def require_contiguous(**tensors: torch.Tensor) -> None:
+    """Check that tensors, given by their names, are contiguous."""
+    for name, tensor in tensors.items():
+        require(tensor.is_contiguous(), name, f"of strides {tensor.stride()}", "a contiguous tensor")
+
+
 def require_tensor(
     name: str,
     tensor: torch.Tensor,

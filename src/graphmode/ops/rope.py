@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from graphmode.ops._checks import FLOATS, require, require_cache, require_tensor
+from graphmode.ops._checks import FLOATS, require, require_cache, require_contiguous, require_tensor
 from graphmode.ops._cpu import cpu_operator, loops, runs_on_host
 from graphmode.ops._device import overlap, rms_factor
 from graphmode.ops._triton import (
@@ -70,7 +70,7 @@ def rotate_and_cache(
         ValueError: a shape, dtype, layout or device does not fit.
     """
     require_tensor("qkv", qkv, shape=(None, None), dtypes=FLOATS, like=qkv)
-    require(qkv.is_contiguous(), "qkv", f"of strides {qkv.stride()}", "a contiguous tensor")
+    require_contiguous(qkv=qkv)
     require_heads(qkv, qkv.shape[1], q_norm, k_norm, rotation, positions, k_cache, v_cache, slot_mapping)
     on_host = runs_on_host(qkv)
     run = (

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._checks import FLOATS, require, require_contiguous, require_tensor
 from graphmode.ops._device import load_slots, load_split, online_softmax, overlap, rms_factor
 from graphmode.ops._triton import constexpr, jit, launch_options, next_power_of_2, tl
 from graphmode.ops.attention import decode_hopper
@@ -59,7 +59,7 @@ def rotate_and_attend(
         ValueError: as they raise.
     """
     require_tensor("qkv", qkv, shape=(None, None), dtypes=FLOATS, like=qkv)
-    require(qkv.is_contiguous(), "qkv", f"of strides {qkv.stride()}", "a contiguous tensor")
+    require_contiguous(qkv=qkv)
     require_heads(qkv, qkv.shape[1], q_norm, k_norm, rotation, positions, k_cache, v_cache, slot_mapping)
     require(batch.max_query_len == 1, "max_query_len", batch.max_query_len, "1")
     batch.require(len(qkv), like=qkv)

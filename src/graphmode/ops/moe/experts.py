@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._checks import FLOATS, require_contiguous, require_tensor
 from graphmode.ops._device import overlap, swiglu
 from graphmode.ops._triton import (
     constexpr,
@@ -92,8 +92,7 @@ def gated_experts(
     require_tensor("real", real, shape=(rows,), dtypes=(torch.bool,), like=x)
     require_tensor("gate_up", gate_up, shape=(None, None, hidden), dtypes=(x.dtype,), like=x)
     require_tensor("down", down, shape=(len(gate_up), hidden, gate_up.shape[1] // 2), dtypes=(x.dtype,), like=x)
-    for name, weights in (("gate_up", gate_up), ("down", down)):
-        require(weights.is_contiguous(), name, f"of strides {weights.stride()}", "a contiguous tensor")
+    require_contiguous(gate_up=gate_up, down=down)
     run = gated_experts_triton if runs_triton(x) else gated_experts_reference
     return run(x, top_k_index, top_k_weights, real, gate_up, down)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphmode.ops._checks import FLOATS, require, require_tensor
+from graphmode.ops._checks import FLOATS, require, require_contiguous, require_tensor
 from graphmode.ops._device import overlap
 from graphmode.ops._triton import (
     constexpr,
@@ -61,7 +61,7 @@ def choose_experts(
         ValueError: a shape, dtype, layout or device does not fit.
     """
     require_tensor("logits", logits, shape=(None, None), dtypes=FLOATS, like=logits)
-    require(logits.is_contiguous(), "logits", f"of strides {logits.stride()}", "a contiguous tensor")
+    require_contiguous(logits=logits)
     experts = logits.shape[1]
     if bias is not None:
         require_tensor("bias", bias, shape=(experts,), dtypes=(torch.float32,), like=logits)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from graphmode.ops._checks import require, require_tensor
+from graphmode.ops._checks import require, require_contiguous, require_tensor
 from graphmode.ops._triton import constexpr, jit, runs_triton, tl
 
 _BLOCK = 1024
@@ -60,7 +60,7 @@ def ban_tokens(logits: torch.Tensor, positions: torch.Tensor, state_indices: tor
         ValueError: a shape, dtype, layout or device does not fit.
     """
     require_tensor("logits", logits, shape=(None, None), dtypes=(torch.float32,), like=logits)
-    require(logits.is_contiguous(), "logits", f"of strides {logits.stride()}", "a contiguous tensor")
+    require_contiguous(logits=logits)
     rows, vocab = logits.shape
     require_tensor("positions", positions, shape=(rows,), dtypes=(torch.int64,), like=logits)
     require_tensor("state_indices", state_indices, shape=(rows,), dtypes=(torch.int64,), like=logits)
@@ -70,8 +70,7 @@ def ban_tokens(logits: torch.Tensor, positions: torch.Tensor, state_indices: tor
     require_tensor("prefixes", bans.prefixes, shape=(states, words, window), dtypes=(torch.int32,), like=logits)
     require_tensor("finals", bans.finals, shape=(states, words), dtypes=(torch.int32,), like=logits)
     require_tensor("recent", bans.recent, shape=(states, window), dtypes=(torch.int32,), like=logits)
-    for name, tensor in bans._asdict().items():
-        require(tensor.is_contiguous(), name, f"of strides {tensor.stride()}", "a contiguous tensor")
+    require_contiguous(**bans._asdict())
     ban = ban_tokens_triton if runs_triton(logits) else ban_tokens_reference
     ban(logits, positions, state_indices, bans)
 
@@ -220,7 +219,7 @@ def _note_recent_kernel(  # type: ignore[no-untyped-def]
 
 def _require_window(recent: torch.Tensor) -> int:
     require_tensor("recent", recent, shape=(None, None), dtypes=(torch.int32,), like=recent)
-    require(recent.is_contiguous(), "recent", f"of strides {recent.stride()}", "a contiguous tensor")
+    require_contiguous(recent=recent)
     window = recent.shape[1]
     require(window > 0 and window & (window - 1) == 0, "the window", window, "a power of two")
     return window

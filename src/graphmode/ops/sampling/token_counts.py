@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from graphmode.ops._checks import require, require_tensor
+from graphmode.ops._checks import require, require_contiguous, require_tensor
 from graphmode.ops._triton import constexpr, jit, runs_triton, tl
 
 _BLOCK = 1024
@@ -20,7 +20,7 @@ def require_history(history: torch.Tensor, *, vocab: int | None, like: torch.Ten
     """Check a history: int32 ``[states, vocab]``, contiguous, with at least one row, on ``like``'s device."""
     require_tensor("history", history, shape=(None, vocab), dtypes=(torch.int32,), like=like)
     require(history.numel() > 0, "history", f"of shape {list(history.shape)}", "at least one state and one token")
-    require(history.is_contiguous(), "history", f"of strides {history.stride()}", "a contiguous tensor")
+    require_contiguous(history=history)
 
 
 def start_history(
