@@ -23,6 +23,7 @@ from graphmode.engine.memory import (
 )
 from graphmode.engine.types import Limits
 from graphmode.graph import InputError
+from graphmode.graph.buckets import powers_of_two
 
 GIB = 1 << 30
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -170,7 +171,8 @@ def test_a_large_cache_takes_no_memory_of_the_host_before_it_is_used() -> None:
     assert resident() - before < 64 << 20
 
 
-def test_a_cpu_has_few_buckets_and_all_steps_fit_one() -> None:
+def test_a_cpu_has_few_buckets_and_all_steps_fit_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphmode.engine.config.powers_of_two", powers_of_two)  # tests have fewer
     buckets = resolve_buckets(EngineOptions(), LIMITS, few=True)
     assert buckets == {"decode": (1, 2, 4, 8, 16, 32), "mixed": (1, 2, 4, 8, 16, 32, 64, 128, 256)}
     assert resolve_buckets(EngineOptions(max_graph_tokens=20), LIMITS, few=True)["mixed"] == (1, 2, 4, 8, 16, 20)
