@@ -47,12 +47,11 @@ class Scripted:
         update = scheduler.update
 
         def scripted(batch: Any, tokens: list[list[int]], eos_token_ids: frozenset[int]) -> Any:
-            made = [list(step) for step in tokens]
-            for at, row in enumerate(batch.rows):
-                sequence = row.sequence
-                rest = self.script[tuple(sequence.prompt_token_ids)][len(sequence.output_token_ids) :]
-                for step, token in enumerate(rest[: row.steps]):
-                    made[step][at] = token
+            made = []
+            for row, sampled in zip(batch.scheduled, tokens, strict=True):
+                rest = self.script[tuple(row.sequence.prompt_token_ids)][len(row.sequence.output_token_ids) :]
+                rest = rest[: len(sampled)]
+                made.append([*rest, *sampled[len(rest) :]])
             return update(batch, made, eos_token_ids)
 
         scheduler.update = scripted  # type: ignore[method-assign]

@@ -12,8 +12,6 @@ from transformers import Qwen3Config
 
 from graphmode import LLM
 from graphmode.engine.sampler import SamplingLevel
-from graphmode.engine.step_inputs import INPUTS
-from graphmode.graph.inputs import all_padding
 from graphmode.ops import (
     PagedBatch,
     Rotation,
@@ -197,9 +195,9 @@ def test_a_decode_step_has_a_programmatic_edge_before_each_kernel_of_its_layers(
     if not early:
         monkeypatch.setattr(_triton, "launches_early", lambda device: False)
     assert llm.engine.fused_layers == LAYERS
-    sizes = {"tokens": 1, "seqs": 1, "scored": 1, "blocks": 4}
-    inputs = {spec.name: all_padding(spec, sizes, torch.device("cuda")) for spec in INPUTS}
-    names, edges = captured(driver, lambda: llm.engine.runner.forward("decode", SamplingLevel.PLAIN, **inputs))
+    runner = llm.engine.runner
+    step = runner.padding({"tokens": 1, "seqs": 1, "logits": 1, "scored": 1, "new_blocks": 1})
+    names, edges = captured(driver, lambda: runner.forward("decode", SamplingLevel.PLAIN, step))
     into = [edge for edge in edges if edge.after in THEIR_NAMES]
     # Also into the first: what comes before it, and is not ours, lets it start by ending.
     assert len(into) >= LAYERS * KERNELS_OF_A_LAYER, names

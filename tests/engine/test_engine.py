@@ -120,7 +120,7 @@ def test_an_error_in_a_step_reaches_all_that_wait_and_the_engine_goes_on(llm: LL
     launch, together = llm.engine.runner.launch, threading.Barrier(4)
 
     def fails(batch: Any) -> Any:
-        if len(batch.rows) == 4:  # one row for each thread: all of them wait
+        if len(batch.scheduled) == 4:  # one row for each thread: all of them wait
             raise RuntimeError("the device is gone")
         return launch(batch)
 

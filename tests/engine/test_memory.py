@@ -79,6 +79,7 @@ def test_what_is_counted_is_what_an_engine_allocates(tiny: Path) -> None:
     assert runner.graphs._buffers.arena.nbytes == pytest.approx(needed.device["a step's inputs"], rel=0.2, abs=4096)
     assert runner._log.nbytes == needed.device["sampled tokens"]
     assert runner.sampler._on_device.nbytes == needed.device["sampling parameters"]
+    assert runner.tables.tables.nbytes + runner.tables.step_tables.nbytes == needed.device["block tables"]
     assert runner._results.nbytes * 3 <= needed.host["results"]
 
 

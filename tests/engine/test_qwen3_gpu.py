@@ -1,7 +1,6 @@
 """Qwen3-0.6B with random weights in bf16 on the GPU: as exact as transformers' own bf16, every step a hit."""
 
 from copy import deepcopy
-from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from graphmode import LLM, SamplingParams
 from graphmode.engine.sequence import Sequence
-from graphmode.engine.step_inputs import step_inputs
 from graphmode.engine.types import Batch, ScheduledSequence
+from tests import steps
 
 pytestmark = pytest.mark.gpu
 
@@ -56,16 +55,14 @@ def test_logits_are_as_close_to_float32_as_transformers_own_bf16(llm: LLM) -> No
         with torch.inference_mode():
             reference = exact(ids[None].cuda()).logits[0, -1]
             bf16 = theirs(ids[None].cuda()).logits[0, -1].float()
-        sequence = Sequence("0", ids.tolist(), SamplingParams(temperature=0), 0)
+        sequence = Sequence("0", ids.tolist(), SamplingParams(temperature=0), 0, state_index=1)
         engine.scheduler.blocks.begin(sequence, read_prefix=False)
         engine.scheduler.blocks.extend([(sequence, length)])
         # All but the last token as a prompt, then the last as a decode step: both families are in the result.
         for start, count, family in ((0, length - 1, "mixed"), (length - 1, 1, "decode")):
-            values = step_inputs(Batch(family, (ScheduledSequence(sequence, start, count, True),), count), 128)
-            read = signature(engine.runner.logits).parameters
-            rest = {name: value.cuda() for name, value in values.items() if name in read}
-            with torch.inference_mode():
-                logits = engine.runner.logits(family, **rest)
+            admitted = () if start else (sequence,)
+            batch = Batch(family, (ScheduledSequence(sequence, start, count, samples=1),), count, admitted)
+            logits = steps.logits(engine.runner, batch)
         engine.scheduler.blocks.release(sequence)
         ours_error.append(float((logits[0].float() - reference).norm() / reference.norm()))
         their_error.append(float((bf16 - reference).norm() / reference.norm()))

@@ -1,7 +1,7 @@
 """The scheduler as a state machine, one step ahead of a simulated device.
 
 The device remembers which tokens every cache slot stands for, so a wrong block, a prefix shared wrongly, memory given
-away too early or a token taken from the wrong row is seen. No limit is broken, nobody starves, nothing is lost.
+away too early or a token taken from the wrong place is seen. No limit is broken, nobody starves, nothing is lost.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ class Device:
         self.groups = groups
         self.slots: dict[tuple[int, int, int], tuple[int, ...]] = {}
         self.written: dict[Sequence, tuple[int, ...]] = {}
-        self.sampled: list[int] = []
+        self.last: dict[int, int] = {}
 
     def places(self, sequence: Sequence, at: int) -> list[tuple[int, int, int]]:
         return [
@@ -71,12 +71,12 @@ class Device:
                 assert held == tokens[: seen + 1], f"token {at} reads the cache of other tokens at {seen}"
 
     def run(self, batch: Batch, choose: list[int]) -> list[list[int]]:
-        """Run a batch's steps, whose rows sample what ``choose`` says in turn."""
-        made = [self.run_first(batch, choose[: len(batch.rows)])]
-        extra = {row: [made[0][index]] for index, row in enumerate(batch.rows)}
+        """Run a batch's steps, in which sequences sample what ``choose`` says in turn; return what each sampled."""
+        made = [self.run_first(batch, choose[: len(batch.scheduled)])]
+        extra = {row: [made[0][index]] for index, row in enumerate(batch.scheduled)}
         for step in range(1, batch.steps):
-            following = [choose[(index + 5 * step) % len(choose)] for index in range(len(batch.rows))]
-            for row, token in zip(batch.rows, following, strict=True):
+            following = [choose[(index + 5 * step) % len(choose)] for index in range(len(batch.scheduled))]
+            for row, token in zip(batch.scheduled, following, strict=True):
                 if step < row.steps:
                     tokens = (*self.written[row.sequence], extra[row][-1])
                     at = row.start + step
@@ -84,20 +84,23 @@ class Device:
                     self.write(row.sequence, at, tokens)
                     self.check_reads(row.sequence, at, tokens)
                     extra[row].append(token)
-                    self.sampled[batch.rows.index(row)] = token
+                    self.last[row.sequence.state_index] = token
             made.append(following)
-        return made
+        return [
+            [tokens[index] for tokens in made[: row.steps]] if row.samples else []
+            for index, row in enumerate(batch.scheduled)
+        ]
 
     def run_first(self, batch: Batch, choose: list[int]) -> list[int]:
         rows = []
-        for row in batch.rows:
+        for row in batch.scheduled:
             tokens = tuple(row.sequence.token_ids[: row.start + row.num_tokens])
-            if row.source >= 0:
+            if len(tokens) < row.start + row.num_tokens:
                 # The host knows fewer tokens than the device has made.
                 before = self.written[row.sequence]
                 assert len(before) == row.start
                 assert before[: len(tokens)] == tokens[: len(before)]
-                tokens = (*before, self.sampled[row.source])
+                tokens = (*before, self.last[row.sequence.state_index])
             assert len(tokens) == row.start + row.num_tokens
             for at in range(row.start, len(tokens)):
                 self.write(row.sequence, at, tokens[: at + 1])
@@ -105,7 +108,9 @@ class Device:
         for row, tokens in rows:
             for at in range(row.start, len(tokens)):
                 self.check_reads(row.sequence, at, tokens)
-        self.sampled = list(choose)
+        self.last |= {
+            row.sequence.state_index: token for row, token in zip(batch.scheduled, choose, strict=False) if row.samples
+        }
         return choose
 
 
@@ -143,7 +148,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sequences: list[Sequence] = []
         self.aborted: set[str] = set()
         self.queued = 0
-        self.under_way: tuple[Batch, list[list[int]]] | None = None
+        self.in_flight: tuple[Batch, list[list[int]]] | None = None
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=45),
@@ -187,14 +192,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(choose=st.lists(st.sampled_from([1, 2, 2, 2, 2, EOS]), min_size=25, max_size=25))
     def step(self, choose: list[int]) -> None:
         batch = self.scheduler.schedule()
-        before, self.under_way = self.under_way, None
+        before, self.in_flight = self.in_flight, None
         if batch is not None:
             self.check(batch)
-            self.under_way = batch, self.device.run(batch, choose)
+            self.in_flight = batch, self.device.run(batch, choose)
         if before is not None:
             lengths = {sequence: len(sequence.token_ids) for sequence in self.sequences}
             changed = self.scheduler.update(*before, frozenset({EOS}))
-            for row in before[0].rows:
+            for row in before[0].scheduled:
                 for at in row.scored:
                     assert at == len(row.sequence.prompt_logprobs), "a token of the prompt is scored twice, or never"
                     row.sequence.prompt_logprobs.append({})
@@ -204,17 +209,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not self.scheduler.has_work
 
     def check(self, batch: Batch) -> None:
-        assert batch.rows
-        assert len(batch.rows) <= self.limits.max_num_seqs
-        assert batch.num_tokens == sum(row.num_tokens for row in batch.rows) <= self.limits.max_num_batched_tokens
-        assert (batch.family == "decode") == all(row.num_tokens == 1 for row in batch.rows)
-        assert len({row.sequence for row in batch.rows}) == len(batch.rows)
-        assert sum(len(row.scored) for row in batch.rows) <= self.limits.max_num_seqs
+        assert batch.scheduled
+        assert len(batch.scheduled) <= self.limits.max_num_seqs
+        assert batch.num_tokens == sum(row.num_tokens for row in batch.scheduled) <= self.limits.max_num_batched_tokens
+        assert (batch.family == "decode") == all(row.num_tokens == 1 for row in batch.scheduled)
+        assert len({row.sequence for row in batch.scheduled}) == len(batch.scheduled)
+        assert sum(len(row.scored) for row in batch.scheduled) <= self.limits.max_num_seqs
         assert all(sequence in self.scheduler.running for sequence in batch.admitted)
-        slots = [sequence.slot for sequence in self.scheduler.running]
-        assert len(set(slots)) == len(slots)
-        assert all(1 <= slot <= self.limits.max_num_seqs for slot in slots)
-        for row in batch.rows:
+        states = [sequence.state_index for sequence in self.scheduler.running]
+        assert len(set(states)) == len(states)
+        assert all(1 <= state <= self.limits.max_num_seqs for state in states)
+        for row in batch.scheduled:
             assert row.num_tokens >= 1
             assert all(row.start <= at < row.start + row.num_tokens for at in row.scored)
             end = row.start + row.num_tokens + row.steps - 1
@@ -248,7 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(200 * (1 + self.queued)):
-            if not self.scheduler.has_work and self.under_way is None:
+            if not self.scheduler.has_work and self.in_flight is None:
                 break
             self.step([2] * 25)
         assert not self.scheduler.has_work
@@ -294,7 +299,7 @@ def test_sequences_made_when_there_is_room_run_in_the_steps_of_those_that_wait_f
         else:
             scheduler.waiting.update(dict.fromkeys(made))
         return [
-            [(row.sequence.request_id, row.start, row.num_tokens, row.steps) for row in batch.rows]
+            [(row.sequence.request_id, row.start, row.num_tokens, row.steps) for row in batch.scheduled]
             for batch in run_to_end(scheduler, Device([group()]))
         ]
 
@@ -314,8 +319,8 @@ def test_no_sequence_is_made_before_a_step_has_room_for_it() -> None:
     assert scheduler.has_work
     counts = []
     while (batch := scheduler.schedule()) is not None:
-        counts.append((len(batch.rows), len(made)))
-        scheduler.update(batch, [[1] * len(batch.rows)], frozenset())
+        counts.append((len(batch.scheduled), len(made)))
+        scheduler.update(batch, [[1] * row.samples for row in batch.scheduled], frozenset())
     assert counts == [(2, 2), (2, 4), (2, 6)]
     assert not scheduler.has_work
 
@@ -346,9 +351,9 @@ def test_a_long_prompt_is_cut_into_chunks_and_does_not_hold_up_others() -> None:
         following = scheduler.schedule()
         assert following is not None
         assert following.family == "mixed"
-        assert following.rows[0].sequence is first
-        chunks.append(following.rows[1].num_tokens)
-        scheduler.update(batch, [[1] * len(batch.rows)], frozenset())
+        assert following.scheduled[0].sequence is first
+        chunks.append(following.scheduled[1].num_tokens)
+        scheduler.update(batch, [[1] * row.samples for row in batch.scheduled], frozenset())
         batch = following
     assert chunks == [15, 15, 10]
 

@@ -1,7 +1,6 @@
 """Prompts with images and videos give what transformers gives, however they are batched, cut, preempted and cached."""
 
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ import torch
 from graphmode import LLM, SamplingParams
 from graphmode.engine.prompts import PromptReader
 from graphmode.engine.sequence import Sequence
-from graphmode.engine.step_inputs import VISION_INPUTS, step_inputs
+from graphmode.engine.step_inputs import StepInputs
 from graphmode.engine.types import Batch, ScheduledSequence
-from graphmode.graph import GraphRunner
+from graphmode.graph import GraphRunner, Input
+from graphmode.graph.trees import map_leaves
+from tests import steps
 from tests.multimodal import GLM, IMAGE, TYPES, generate_greedily, make_prompt, save_model
 
 NEW_TOKENS = 10
@@ -55,17 +56,11 @@ def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
     """The logits after a prompt that is one step, eagerly."""
     engine = llm.engine
     token_ids, vision = PromptReader(engine.loaded).read(prompt)  # type: ignore[arg-type]
-    sequence = Sequence("0", token_ids, GREEDY, 0, vision)
+    sequence = Sequence("0", token_ids, GREEDY, 0, vision, state_index=1)
     engine.scheduler.blocks.begin(sequence, read_prefix=False)
     engine.scheduler.blocks.extend([(sequence, len(token_ids))])
-    batch = Batch("mixed", (ScheduledSequence(sequence, 0, len(token_ids), True),), len(token_ids))
-    values = step_inputs(batch, -(-engine.limits.max_model_len // 16))
-    assert engine.runner.vision is not None
-    values |= engine.runner.vision.step_inputs(batch, values["positions"])
-    read = signature(engine.runner.logits).parameters
-    with torch.inference_mode():
-        on_device = {name: value.to(engine.device) for name, value in values.items() if name in read}
-        logits = engine.runner.logits("mixed", **on_device)
+    part = ScheduledSequence(sequence, 0, len(token_ids), samples=1)
+    logits = steps.logits(engine.runner, Batch("mixed", (part,), len(token_ids), (sequence,)))
     engine.scheduler.blocks.release(sequence)
     return logits[0].cpu()
 
@@ -151,10 +146,10 @@ def test_a_burst_never_repeats_an_image(tmp_path: Path, enforce_eager: bool, bud
     options = {"max_num_seqs": rows, "max_num_batched_tokens": budget, "decode_steps": 8, **sizes}
     llm = LLM(tmp_path, enforce_eager=enforce_eager, **{**OPTIONS, **options})
     scheduler = llm.engine.scheduler
-    for steps in (8, *range(1, 9)):  # the first run finds nothing cached
-        scheduler.limits = replace(scheduler.limits, decode_steps=steps)
+    for decode_steps in (8, *range(1, 9)):  # the first run finds nothing cached
+        scheduler.limits = replace(scheduler.limits, decode_steps=decode_steps)
         made = tokens(llm.generate(prompts, GREEDY)) + tokens(llm.generate(ends, GREEDY))
-        assert made == [*expected, expected[0]], steps
+        assert made == [*expected, expected[0]], decode_steps
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
@@ -243,35 +238,37 @@ def test_images_larger_than_any_graph_run_eagerly_and_are_counted(folder: dict[s
 def test_what_padding_holds_changes_no_bit_of_a_step_with_images(folder: dict[str, Path], model_type: str) -> None:
     """Padding tokens may claim to stand for images, whose rows hold NaN; a replay is bitwise the eager run."""
     llm = LLM(folder[model_type], **GRAPHS)
-    engine, step = llm.engine, llm.engine.runner
-    assert step.vision is not None
+    engine, runner = llm.engine, llm.engine.runner
+    assert runner.vision is not None
     token_ids, vision = PromptReader(engine.loaded).read(make_prompt(model_type, LAYOUTS["image"], 0))
-    sequence = Sequence("0", token_ids, GREEDY, 0, vision)
+    sequence = Sequence("0", token_ids, GREEDY, 0, vision, state_index=1)
     sequence.block_tables = [[1, 2]]
-    batch = Batch("mixed", (ScheduledSequence(sequence, 0, len(token_ids), True),), len(token_ids))
-    values = step_inputs(batch, 8)
-    step.vision.features.fill_(float("nan"))
-    values |= step.vision.step_inputs(batch, values["positions"])
-    garbage = {"token_ids": 199, "positions": 255, "visual": True, "block_tables": 2**31 - 1, "slots": 3}
+    part = ScheduledSequence(sequence, 0, len(token_ids), samples=1)
+    runner.vision.features.fill_(float("nan"))
+    values = steps.host_step(runner, Batch("mixed", (part,), len(token_ids), (sequence,)))
+    garbage = {"token_ids": 199, "positions": 255, "visual": True, "new_blocks": 2**31 - 1}
     results = []
     for padding in ({}, garbage):
-        inputs = tuple(replace(spec, padding=padding.get(spec.name, spec.padding)) for spec in VISION_INPUTS)
-        read = signature(step.logits).parameters
+        inputs = map_leaves(
+            runner.inputs,
+            Input,
+            lambda spec: replace(spec, padding=padding.get(spec.name, spec.padding)),  # noqa: B023
+        )
 
-        def fn(family: str, **given: torch.Tensor) -> torch.Tensor:
-            return step.logits(family, **{name: given[name] for name in read if name in given})  # type: ignore[arg-type] # noqa: B023
+        def fn(family: Any, step: StepInputs) -> torch.Tensor:
+            return runner.logits(family, step, True, step.logits_indices)
 
         graphs = GraphRunner(
             fn,
-            inputs,
+            {"step": inputs},
             {"mixed": [32]},
-            axes={"seqs": 4, "scored": 4, "blocks": 8},
-            output_axes=[("seqs", None)],
+            axes={"seqs": 4, "logits": 4, "scored": 4, "new_blocks": 8},
+            output_axes=[("logits", None)],
             backend="cpu",
             strict=True,
         )
-        replayed = graphs(family="mixed", own=True, **values)
-        eager = graphs.run_eagerly(graphs.keys[0], **values)
+        replayed = graphs(family="mixed", own=True, step=values)
+        eager = graphs.run_eagerly(graphs.keys[0], step=values)
         assert torch.isfinite(replayed).all()
         assert torch.equal(replayed, eager)
         results.append(replayed)

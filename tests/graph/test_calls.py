@@ -45,6 +45,19 @@ def observation(rows: int) -> Observation:
     return Observation(torch.rand(rows, 3), Joints(torch.rand(rows), torch.rand(rows, dtype=torch.float64)))
 
 
+def test_static_arguments_stand_beside_nested_inputs(device: str) -> None:
+    def double_if(seen: Observation, goal: dict[str, torch.Tensor], double: bool) -> torch.Tensor:
+        return seen.joints.position * (2 if double else 1)
+
+    runner = GraphRunner(double_if, NESTED, [2, 4], static={"double": (False, True)}, backend=device, strict=True)
+    seen, goal = observation(3), {"where": torch.rand(3)}
+    for double in (False, True, False):
+        got = runner(seen=seen, goal=goal, double=double, own=True)
+        assert torch.equal(got.cpu(), seen.joints.position * (2 if double else 1))
+    with pytest.raises(InputError, match="'other' is not declared"):
+        runner(seen=seen, goal=goal, double=True, other=1)
+
+
 def test_values_and_outputs_nest_as_declared(device: str) -> None:
     runner = GraphRunner(act, NESTED, [2, 4], backend=device, strict=True)
     for rows in (3, 2, 5):

@@ -24,12 +24,15 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from graphmode import LLM, SamplingParams
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.engine import Engine
+from graphmode.engine.sequence import Sequence
+from graphmode.engine.types import Batch, ScheduledSequence
 from graphmode.errors import ModelError
 from graphmode.graph import GraphRunner, Input
 from graphmode.layers import moe
 from graphmode.layers.moe import Router, grouped_product
 from graphmode.models.hf.experts import compute_experts, share_real_rows
 from graphmode.models.hf.routers import fuse_routers
+from tests import steps
 
 pytestmark = pytest.mark.versions
 
@@ -325,24 +328,11 @@ def test_whole_models_give_the_tokens_of_transformers(folder: Path) -> None:
 def engine_logits(folder: Path, device: str, dtype: str, prompt: list[int]) -> torch.Tensor:
     """Logits of every position of a prompt, in a step that holds padding too."""
     options = EngineOptions(device=device, dtype=dtype, max_num_seqs=2)  # type: ignore[arg-type]
-    engine = Engine(folder, options)
-    length, padding = len(prompt), 3
-
-    def padded(values: list[int], fill: int) -> torch.Tensor:
-        return torch.tensor(values + [fill] * padding, device=device)
-
-    with torch.inference_mode():
-        logits = engine.runner.logits(
-            "mixed",
-            token_ids=padded(prompt, 0),
-            positions=padded(list(range(length)), 0),
-            slot_mapping=padded(list(range(length)), -1),
-            query_lens=torch.tensor([length, 0], dtype=torch.int32, device=device),
-            kv_lens=torch.tensor([length, 0], dtype=torch.int32, device=device),
-            logits_indices=torch.arange(length, device=device),
-            block_tables=torch.arange(8, dtype=torch.int32, device=device).repeat(2, 1),
-        )
-    return logits.cpu()
+    engine, length = Engine(folder, options), len(prompt)
+    sequence = Sequence("0", prompt, SamplingParams(), 0, state_index=1, block_tables=[list(range(8))])
+    batch = Batch("mixed", (ScheduledSequence(sequence, 0, length, samples=length),), length, (sequence,))
+    sizes = {"tokens": length + 3, "seqs": 2, "logits": length, "new_blocks": 8}
+    return steps.logits(engine.runner, batch, sizes).cpu()
 
 
 def reference_logits(folder: Path, dtype: torch.dtype, prompt: list[int]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -274,7 +274,7 @@ class Engine:
             return outputs
         result = before.result()
         changed = self.scheduler.update(before.batch, result.tokens, self.loaded.shape.eos_token_ids)
-        _note_logprobs(before.batch, result, changed.keys())
+        _note_logprobs(before.batch, result, changed)
         self._clock.tokens += sum(changed.values())
         if batch is not None and batch.family == before.batch.family == "decode":
             self._clock.steps += before.batch.steps
@@ -346,13 +346,13 @@ class Engine:
         self._clock = _Clock()
 
 
-def _note_logprobs(batch: Batch, result: StepResult, changed: Collection[Sequence]) -> None:
+def _note_logprobs(batch: Batch, result: StepResult, changed: Mapping[Sequence, int]) -> None:
     """Give the log-probabilities of a step to its sequences: of tokens that they took, and of their prompts."""
     if result.logprobs is None:
         return
     scored = iter(result.prompt_logprobs)
-    for row, logprobs in zip(batch.rows, result.logprobs, strict=True):
+    for row, logprobs in zip(batch.scheduled, result.logprobs, strict=True):
         sequence = row.sequence
         sequence.prompt_logprobs += [next(scored) for _ in row.scored]
-        if row.samples and sequence in changed and sequence.params.logprobs is not None:
-            sequence.logprobs.append(logprobs)
+        if sequence.params.logprobs is not None:
+            sequence.logprobs += logprobs[: changed.get(sequence, 0)]

@@ -11,11 +11,13 @@ import torch
 
 from graphmode.cache.allocate import longest_that_fits, needed_bytes, share_out
 from graphmode.cache.specs import CacheGroup
-from graphmode.engine.sampler import REPORT_BYTES, SLOT_BYTES
-from graphmode.engine.step_inputs import INPUTS
+from graphmode.engine.block_tables import room_for_blocks, table_bytes
+from graphmode.engine.sampler import REPORT_BYTES, STATE_BYTES
+from graphmode.engine.step_inputs import StepInputs
 from graphmode.engine.types import Limits
 from graphmode.errors import InputError
 from graphmode.graph.buffers import STAGING_BUFFERS
+from graphmode.graph.inputs import shape_at
 from graphmode.graph.memory import in_words
 
 log = logging.getLogger(__name__)
@@ -63,24 +65,29 @@ def buffers_needed(
         itemsize: bytes of an activation.
     """
     tokens, seqs = limits.max_num_batched_tokens, limits.max_num_seqs
-    axes = {"tokens": tokens, "seqs": seqs, "scored": seqs, "blocks": -(-limits.max_model_len // block_size)}
-    inputs = sum(
-        prod(axes[axis] if isinstance(axis, str) else axis for axis in spec.shape) * spec.dtype.itemsize
-        for spec in INPUTS
-    )
-    slots = (seqs + 1) * SLOT_BYTES
-    results = 8 * limits.decode_steps * seqs
+    axes = {
+        "tokens": tokens,
+        "seqs": seqs,
+        "logits": limits.max_logits,
+        "scored": seqs,
+        "new_blocks": room_for_blocks(limits, [block_size], tokens),
+    }
+    inputs = sum(prod(shape_at(spec, axes)) * spec.dtype.itemsize for spec in vars(StepInputs.declared()).values())
+    parameters = (seqs + 1) * STATE_BYTES
+    results = 8 * limits.decode_steps * limits.max_logits
+    tables = table_bytes(limits, [block_size])
     device = {
         "a step's inputs": inputs,
-        "sampling parameters": slots,
+        "block tables": tables,
+        "sampling parameters": parameters,
         "sampled tokens": results,
         "hidden states": 2 * tokens * hidden_size * itemsize,  # a layer's input and its result
-        "logits": 4 * seqs * vocab_size,
+        "logits": 4 * limits.max_logits * vocab_size,
     }
     host = {
         "staged inputs": STAGING_BUFFERS * inputs,
-        "staged sampling parameters": (1 + STAGING_BUFFERS) * slots,
-        "results": _RESULT_SLOTS * (results + 2 * seqs * REPORT_BYTES),
+        "staged sampling parameters": (1 + STAGING_BUFFERS) * parameters,
+        "results": _RESULT_SLOTS * (results + (limits.max_logits + seqs) * REPORT_BYTES),
     }
     return Needed(device, host)
 

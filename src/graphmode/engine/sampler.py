@@ -1,7 +1,7 @@
-"""Sampling inside the graph: each running sequence's parameters lie on the device, in a slot that rows name.
+"""Sampling inside the graph: each running sequence's parameters lie on the device, by its state index.
 
-They are written when a sequence is admitted, not at every step. Slot 0 is nobody's: greedy, with nothing on; rows that
-do not sample and padding name it.
+They are written when a sequence is admitted, not at every step. Index 0 is nobody's: greedy, with nothing on. It stands
+for padding, and for rows of logits whose token counts for nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from graphmode.engine.restrictions import MAX_WORDS, WINDOW, Restrictions, restrictions
 from graphmode.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from graphmode.engine.sequence import Sequence as TokenSequence
+from graphmode.engine.step_inputs import StepInputs
 from graphmode.engine.types import Batch, Limits, ScheduledSequence
 from graphmode.errors import InputError
 from graphmode.graph import Input
@@ -47,7 +48,7 @@ Column = TypeVar("Column")  # one sequence's number, or a tensor of many
 
 
 class SamplingLevel(IntEnum):
-    """How much of sampling a graph holds: each level all of those before. A row gets the same token at any of them."""
+    """How much of sampling a graph holds: each level all of those before. A token is the same at any of them."""
 
     PLAIN = 0
     """Temperature and seed."""
@@ -64,7 +65,7 @@ class SamplingLevel(IntEnum):
 
 
 class _Floats(NamedTuple, Generic[Column]):
-    """What a slot holds in float32."""
+    """The float32 parameters of a sequence."""
 
     temperature: Column
     top_p: Column
@@ -75,14 +76,14 @@ class _Floats(NamedTuple, Generic[Column]):
 
 
 class _Integers(NamedTuple, Generic[Column]):
-    """What a slot holds in int64.
+    """The int64 parameters of a sequence.
 
     Attributes:
         seed: of the sequence.
         top_k: its parameter.
-        history_slot: the slot where penalties are on; else -1.
-        list_slot: the slot where there is a bias or a minimum of tokens; else 0, whose lists are empty.
-        ban_slot: the slot where tokens are restricted; else 0, which bans nothing.
+        history_state: its state index where penalties are on; else -1.
+        list_state: its state index where there is a bias or a minimum of tokens; else 0, whose lists are empty.
+        ban_state: its state index where tokens are restricted; else 0, which bans nothing.
         stop_from: the first position at which it may draw its stop tokens.
         logprobs: how many of the most likely tokens it wants beside the drawn one; -1 for none at all.
         prompt_logprobs: the same for the tokens of its prompt.
@@ -90,9 +91,9 @@ class _Integers(NamedTuple, Generic[Column]):
 
     seed: Column
     top_k: Column
-    history_slot: Column
-    list_slot: Column
-    ban_slot: Column
+    history_state: Column
+    list_state: Column
+    ban_state: Column
     stop_from: Column
     logprobs: Column
     prompt_logprobs: Column
@@ -100,14 +101,14 @@ class _Integers(NamedTuple, Generic[Column]):
 
 _NOBODY_FLOATS = (0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
 _NOBODY_INTEGERS = (0, 0, -1, 0, 0, 0, -1, -1)
-SLOT_BYTES = 8 * len(_NOBODY_INTEGERS) + 4 * len(_NOBODY_FLOATS)
+STATE_BYTES = 8 * len(_NOBODY_INTEGERS) + 4 * len(_NOBODY_FLOATS)
 """Bytes of a sequence's parameters, on the device and in each copy on the host."""
 REPORT_BYTES = 4 * (2 + 2 * MAX_LOGPROBS)
-"""Bytes of a row's log-probabilities, at most."""
+"""Bytes of one token's log-probabilities, at most."""
 
 
 class _Lists(NamedTuple):
-    """What is allocated when a sequence first needs it: the lists of every slot."""
+    """What is allocated when a sequence first needs it: the lists of every sequence, by state index."""
 
     bias_ids: torch.Tensor
     bias: torch.Tensor
@@ -122,12 +123,12 @@ class _Bans(NamedTuple):
     buffers: InputBuffers
 
 
-def level_of(row: ScheduledSequence) -> SamplingLevel:
-    """Return the least level that serves a row."""
-    params = row.sequence.params
-    if params.logprobs == -1 or (row.scored and params.prompt_logprobs == -1):
+def level_of(scheduled: ScheduledSequence) -> SamplingLevel:
+    """Return the least level that serves a sequence."""
+    params = scheduled.sequence.params
+    if params.logprobs == -1 or (scheduled.scored and params.prompt_logprobs == -1):
         return SamplingLevel.VOCABULARY
-    if row.scored:
+    if scheduled.scored:
         return SamplingLevel.SCORED
     if params.restricts:
         return SamplingLevel.RESTRICTED
@@ -141,7 +142,7 @@ class Sampler:
 
     Args:
         backend: the device.
-        limits: ``max_num_seqs`` slots, numbered from 1; ``max_model_len``.
+        limits: how many sequences there may be, how long, and how many rows of logits a step has.
         vocab_size: tokens that the model has.
         eos_token_ids: tokens that end a text.
         tokenizer: makes tokens of bad words; None where the model comes without one.
@@ -161,26 +162,27 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         # Requests often share them.
         self._restrictions = lru_cache(8)(partial(restrictions, vocab_size=vocab_size, tokenizer=tokenizer))
-        slots, device = limits.max_num_seqs + 1, backend.device
-        # The host keeps all slots too: where a step admits sequences, they go to the device as they are, in one copy.
-        nbytes = slots * SLOT_BYTES
+        states, device = limits.max_num_seqs + 1, backend.device
+        # The host keeps all parameters too: where a step admits sequences, they go to the device in one copy.
+        nbytes = states * STATE_BYTES
         self._on_host = torch.empty(nbytes, dtype=torch.uint8)
         self._on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._staging = StagingRing(nbytes, STAGING_BUFFERS, backend.host_buffer, backend.event)
-        floats, integers = _columns_in(self._on_host, slots)
+        floats, integers = _columns_in(self._on_host, states)
         floats.copy_(torch.tensor(_NOBODY_FLOATS).unsqueeze(1))
         integers.copy_(torch.tensor(_NOBODY_INTEGERS).unsqueeze(1))
         self._on_device.copy_(self._on_host)
         self._host_floats, self._host_integers = floats.numpy(), integers.numpy()
-        self._floats, self._integers = _columns_in(self._on_device, slots)
+        self._floats, self._integers = _columns_in(self._on_device, states)
         self._lists: _Lists | None = None
         self._bans: _Bans | None = None
         self._top_n = min(MAX_LOGPROBS, vocab_size)
         # The tokens of the sequences with penalties, as graphmode.ops.sampling.token_counts has them.
         self.history = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        # Log-probabilities of a step: those of its rows, then those of the prompt tokens that it scores.
+        # Log-probabilities of a step: of what it samples, then, from max_logits on, of what it scores.
+        self.max_reports = limits.max_logits + limits.max_num_seqs
         self.reports = torch.zeros(0, 2 + 2 * self._top_n, dtype=torch.int32, device=device)
-        # The logits of the same, where any row wants the log-probabilities of all tokens.
+        # The logits of the same, where any sequence wants the log-probabilities of all tokens.
         self.logits = torch.zeros(0, vocab_size, device=device)
 
     def check(self, params: SamplingParams) -> None:
@@ -202,7 +204,7 @@ class Sampler:
         if params.restricts:
             self._restrictions_of(params)
         if -1 in (params.logprobs, params.prompt_logprobs) and not len(self.logits):
-            rows = 2 * self._limits.max_num_seqs
+            rows = self.max_reports
             needed, free = 4 * rows * self._vocab_size, free_memory(self._backend.device)
             if needed > free:
                 raise InputError(
@@ -229,13 +231,13 @@ class Sampler:
         if level >= SamplingLevel.RESTRICTED and self._bans is None:
             self._bans = self._without_bans()
         if level is SamplingLevel.VOCABULARY and not len(self.logits):
-            self.logits = torch.zeros(2 * self._limits.max_num_seqs, self._vocab_size, device=self._backend.device)
+            self.logits = torch.zeros(self.max_reports, self._vocab_size, device=self._backend.device)
         sequences = batch.admitted
         if not sequences:
             return
-        slots = [sequence.slot for sequence in sequences]
-        self._host_floats[:, slots] = np.array([_floats(sequence) for sequence in sequences], dtype=np.float32).T
-        self._host_integers[:, slots] = np.array([_integers(sequence) for sequence in sequences]).T
+        states = [sequence.state_index for sequence in sequences]
+        self._host_floats[:, states] = np.array([_floats(sequence) for sequence in sequences], dtype=np.float32).T
+        self._host_integers[:, states] = np.array([_integers(sequence) for sequence in sequences]).T
         staged = self._staging.acquire()
         staged.memory.copy_(self._on_host)
         self._on_device.copy_(staged.memory, non_blocking=True)
@@ -253,58 +255,56 @@ class Sampler:
         """Make room for histories and lists, once."""
         if self._lists is not None:
             return
-        slots, device = self._limits.max_num_seqs + 1, self._backend.device
+        states, device = self._limits.max_num_seqs + 1, self._backend.device
         self._lists = _Lists(
-            bias_ids=torch.full((slots, MAX_LOGIT_BIAS), -1, dtype=torch.int64, device=device),
-            bias=torch.zeros(slots, MAX_LOGIT_BIAS, device=device),
-            stop_ids=torch.full((slots, MAX_BARRED), -1, dtype=torch.int64, device=device),
+            bias_ids=torch.full((states, MAX_LOGIT_BIAS), -1, dtype=torch.int64, device=device),
+            bias=torch.zeros(states, MAX_LOGIT_BIAS, device=device),
+            stop_ids=torch.full((states, MAX_BARRED), -1, dtype=torch.int64, device=device),
             buffers=InputBuffers(
                 [
-                    Input("slot", torch.int64, (1,)),
+                    Input("state_index", torch.int64, (1,)),
                     Input("bias_ids", torch.int64, (1, MAX_LOGIT_BIAS), padding=-1),
                     Input("bias", torch.float32, (1, MAX_LOGIT_BIAS)),
                     Input("stop_ids", torch.int64, (1, MAX_BARRED), padding=-1),
                     Input("tokens", torch.int64, ("tokens",)),
-                    Input("prompt_slots", torch.int64, ("tokens",), padding=-1),
-                    Input("output_slots", torch.int64, ("tokens",), padding=-1),
+                    Input("prompt_states", torch.int64, ("tokens",), padding=-1),
+                    Input("output_states", torch.int64, ("tokens",), padding=-1),
                 ],
                 {"tokens": self._limits.max_model_len},
                 self._backend,
             ),
         )
-        self.history = torch.zeros(slots, self._vocab_size, dtype=torch.int32, device=device)
-        self.reports = torch.zeros(
-            2 * self._limits.max_num_seqs, self.reports.shape[1], dtype=torch.int32, device=device
-        )
+        self.history = torch.zeros(states, self._vocab_size, dtype=torch.int32, device=device)
+        self.reports = torch.zeros(self.max_reports, self.reports.shape[1], dtype=torch.int32, device=device)
 
     def _admit_lists(self, lists: _Lists, sequence: TokenSequence) -> None:
-        bias, prompt, slot = sequence.params.logit_bias, len(sequence.prompt_token_ids), sequence.slot
+        bias, prompt, state = sequence.params.logit_bias, len(sequence.prompt_token_ids), sequence.state_index
         tokens = torch.tensor(sequence.token_ids)
         places = torch.arange(len(tokens))
         bound = lists.buffers.bind({"tokens": len(tokens)})
         values = {
-            "slot": torch.tensor([slot]),
+            "state_index": torch.tensor([state]),
             "bias_ids": torch.tensor([list(bias)], dtype=torch.int64),
             "bias": torch.tensor([list(bias.values())], dtype=torch.float32),
             "stop_ids": torch.tensor([self._barred(sequence.params)], dtype=torch.int64),
             "tokens": tokens,
-            "prompt_slots": torch.where(places < prompt, slot, -1),
-            "output_slots": torch.where(places < prompt, -1, slot),
+            "prompt_states": torch.where(places < prompt, state, -1),
+            "output_states": torch.where(places < prompt, -1, state),
         }
         lists.buffers.load(bound, values)
         on_device = bound.views
         for name in ("bias_ids", "bias", "stop_ids"):
-            getattr(lists, name).index_copy_(0, on_device["slot"], on_device[name])
+            getattr(lists, name).index_copy_(0, on_device["state_index"], on_device[name])
         # Cached and preempted tokens belong to it too, so it starts from all that the sequence has.
-        start_history(self.history, on_device["slot"], on_device["tokens"], on_device["prompt_slots"])
-        count_tokens(self.history, on_device["output_slots"], on_device["tokens"])
+        start_history(self.history, on_device["state_index"], on_device["tokens"], on_device["prompt_states"])
+        count_tokens(self.history, on_device["output_states"], on_device["tokens"])
 
     def _without_bans(self) -> _Bans:
         """Make room for bans."""
         device = self._backend.device
         bans = no_bans(self._limits.max_num_seqs + 1, self._vocab_size, MAX_WORDS, WINDOW, device)
         inputs = [
-            Input("slot", torch.int64, (1,)),
+            Input("state_index", torch.int64, (1,)),
             *(Input(name, torch.int32, (1, *tensor.shape[1:]), padding=-1) for name, tensor in bans._asdict().items()),
         ]
         return _Bans(bans, InputBuffers(inputs, {}, self._backend))
@@ -319,7 +319,7 @@ class Sampler:
         for position in range(max(len(sequence.prompt_token_ids), end - WINDOW), end):
             recent[0, position % WINDOW] = sequence.token_ids[position]
         values = {
-            "slot": np.array([sequence.slot]),
+            "state_index": np.array([sequence.state_index]),
             "forbidden": found.bits[np.newaxis],
             "prefixes": prefixes,
             "finals": np.array([[word[-1] for word in found.words]], dtype=np.int32),
@@ -328,48 +328,38 @@ class Sampler:
         bound = bans.buffers.bind({})
         bans.buffers.load(bound, {name: torch.from_numpy(value) for name, value in values.items()})
         for name, tensor in bans.tensors._asdict().items():
-            tensor.index_copy_(0, bound.views["slot"], bound.views[name])
+            tensor.index_copy_(0, bound.views["state_index"], bound.views[name])
 
     def __call__(
-        self,
-        logits_of: Callable[[torch.Tensor], torch.Tensor],
-        level: SamplingLevel,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        logits_indices: torch.Tensor,
-        scored_rows: torch.Tensor,
-        scored_tokens: torch.Tensor,
-        scored_slots: torch.Tensor,
+        self, logits_of: Callable[[torch.Tensor], torch.Tensor], level: SamplingLevel, step: StepInputs
     ) -> torch.Tensor:
         """Sample: the end of the function that is captured.
+
+        Where a sequence samples several tokens in a step, penalties and bad words see those from before the step.
 
         Args:
             logits_of: computes the logits of chosen tokens of the step, ``[chosen, vocab]``.
             level: what to do.
-            slots: int64 ``[seqs]``: of each row; 0 for one that does not sample.
-            positions: int32 ``[seqs]``: of the token to draw.
-            logits_indices: int64 ``[seqs]``: the token of the step that each row samples after.
-            scored_rows: int64 ``[scored]``: the tokens of the step whose successors in the prompt are scored.
-            scored_tokens: int64 ``[scored]``: these successors.
-            scored_slots: int64 ``[scored]``: of their sequences; 0 for padding.
+            step: its tensors on the device.
 
         Returns:
-            The sampled tokens, int64 ``[seqs]``. Log-probabilities are left in ``reports``, and at the highest level
+            The sampled tokens, int64 ``[logits]``. Log-probabilities are left in ``reports``, and at the highest level
             logits in ``logits``.
         """
-        rows = len(logits_indices)
+        states, positions = step.logits_state_indices, step.logits_positions
+        rows = len(step.logits_indices)
         if level >= SamplingLevel.SCORED:
-            all_logits = logits_of(torch.cat([logits_indices, scored_rows]))
+            all_logits = logits_of(torch.cat([step.logits_indices, step.scored_indices]))
             logits, scored = all_logits[:rows], all_logits[rows:]
         else:
-            logits = logits_of(logits_indices)
+            logits = logits_of(step.logits_indices)
         if level is SamplingLevel.PLAIN:
             temperature = _Floats[torch.Tensor]._make(self._floats).temperature
             return sample(
-                logits, temperature, _Integers[torch.Tensor]._make(self._integers).seed, positions, state_indices=slots
+                logits, temperature, _Integers[torch.Tensor]._make(self._integers).seed, positions, state_indices=states
             )
-        floats = _Floats[torch.Tensor]._make(self._floats.index_select(1, slots))
-        integers = _Integers[torch.Tensor]._make(self._integers.index_select(1, slots))
+        floats = _Floats[torch.Tensor]._make(self._floats.index_select(1, states))
+        integers = _Integers[torch.Tensor]._make(self._integers.index_select(1, states))
         filters = Filters(integers.top_k.to(torch.int32), floats.top_p, floats.min_p)
         if level is SamplingLevel.FILTERED:
             return sample(logits, floats.temperature, integers.seed, positions, filters)
@@ -379,27 +369,27 @@ class Sampler:
             floats.repetition_penalty,
             floats.presence_penalty,
             floats.frequency_penalty,
-            lists.bias_ids.index_select(0, integers.list_slot),
-            lists.bias.index_select(0, integers.list_slot),
-            lists.stop_ids.index_select(0, integers.list_slot),
+            lists.bias_ids.index_select(0, integers.list_state),
+            lists.bias.index_select(0, integers.list_state),
+            lists.stop_ids.index_select(0, integers.list_state),
             integers.stop_from,
         )
         positions = positions.to(torch.int64)
-        adjusted = adjust_logits(logits, positions, self.history, integers.history_slot, adjustments)
+        adjusted = adjust_logits(logits, positions, self.history, integers.history_state, adjustments)
         if level < SamplingLevel.RESTRICTED:
             tokens = sample(adjusted, floats.temperature, integers.seed, positions, filters)
         else:
             assert self._bans is not None, "admit() allocates before a step of this level runs"
-            ban_tokens(adjusted, positions, integers.ban_slot, self._bans.tensors)
+            ban_tokens(adjusted, positions, integers.ban_state, self._bans.tensors)
             tokens = sample(adjusted, floats.temperature, integers.seed, positions, filters)
-            note_recent(self._bans.tensors.recent, positions, integers.ban_slot, tokens)
-        count_tokens(self.history, integers.history_slot, tokens)
+            note_recent(self._bans.tensors.recent, positions, integers.ban_state, tokens)
+        count_tokens(self.history, integers.history_state, tokens)
         wanted = integers.logprobs.to(torch.int32)
         self.reports[:rows].copy_(_packed(log_probabilities(logits, tokens, wanted, self._top_n)))
         if level >= SamplingLevel.SCORED:
-            wanted = self._integers[-1].index_select(0, scored_slots).to(torch.int32)
-            packed = _packed(log_probabilities(scored, scored_tokens, wanted, self._top_n))
-            at = self._limits.max_num_seqs
+            wanted = self._integers[-1].index_select(0, step.scored_state_indices).to(torch.int32)
+            packed = _packed(log_probabilities(scored, step.scored_tokens, wanted, self._top_n))
+            at = self._limits.max_logits
             self.reports[at : at + len(packed)].copy_(packed)
         if level is SamplingLevel.VOCABULARY:
             self.logits[:rows].copy_(logits)
@@ -407,10 +397,10 @@ class Sampler:
         return tokens
 
 
-def _columns_in(memory: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the views of uint8 ``[bytes]`` that hold ``_Floats`` and ``_Integers``, ``[columns, slots]`` each."""
-    end = 8 * len(_NOBODY_INTEGERS) * slots
-    return memory[end:].view(torch.float32).view(-1, slots), memory[:end].view(torch.int64).view(-1, slots)
+def _columns_in(memory: torch.Tensor, states: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the views of uint8 ``[bytes]`` that hold ``_Floats`` and ``_Integers``, ``[columns, states]`` each."""
+    end = 8 * len(_NOBODY_INTEGERS) * states
+    return memory[end:].view(torch.float32).view(-1, states), memory[:end].view(torch.int64).view(-1, states)
 
 
 def _floats(sequence: TokenSequence) -> _Floats[float]:
@@ -426,13 +416,13 @@ def _floats(sequence: TokenSequence) -> _Floats[float]:
 
 
 def _integers(sequence: TokenSequence) -> _Integers[int]:
-    params, slot = sequence.params, sequence.slot
+    params, state = sequence.params, sequence.state_index
     return _Integers(
         seed=sequence.seed,
         top_k=params.top_k,
-        history_slot=slot if params.penalises else -1,
-        list_slot=slot if params.logit_bias or params.min_tokens else 0,
-        ban_slot=slot if params.restricts else 0,
+        history_state=state if params.penalises else -1,
+        list_state=state if params.logit_bias or params.min_tokens else 0,
+        ban_state=state if params.restricts else 0,
         stop_from=len(sequence.prompt_token_ids) + params.min_tokens,
         # Where all are wanted, the host makes them of the logits.
         logprobs=-1 if params.logprobs is None else max(params.logprobs, 0),

@@ -1,6 +1,6 @@
 """The scheduler: which sequences compute how many tokens in the next step. Pure bookkeeping, no device.
 
-It runs one step ahead: a step is scheduled while the one before is still under way, so the token that the earlier one
+It runs one step ahead: a step is scheduled while the one before is still in flight, so the token that the earlier one
 makes is known to exist but not by value. The scheduler needs lengths; values arrive with :meth:`Scheduler.update`.
 """
 
@@ -36,7 +36,7 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}
         self._sources: deque[Iterator[Sequence]] = deque()
         self.preemptions = 0
-        self._free_slots = list(range(limits.max_num_seqs, 0, -1))
+        self._free_state_indices = list(range(limits.max_num_seqs, 0, -1))
 
     @property
     def has_work(self) -> bool:
@@ -112,13 +112,13 @@ class Scheduler:
         chosen = tuple(rows.values())
         if self.preemptions == preemptions:
             self._repeat(chosen)
-        for index, row in enumerate(chosen):
+        for row in chosen:
             row.sequence.num_computed += row.num_tokens + row.steps - 1
             if row.samples:
                 row.sequence.in_flight += row.steps
-                row.sequence.last_row = index
         num_tokens = sum(row.num_tokens for row in chosen)
-        family: Family = "decode" if num_tokens == len(rows) else "mixed"
+        decode = all(row.num_tokens == self.limits.decode_query_len for row in chosen)
+        family: Family = "decode" if decode else "mixed"
         return Batch(family, chosen, num_tokens, tuple(admitted))
 
     def update(self, batch: Batch, tokens: list[list[int]], eos_token_ids: frozenset[int]) -> dict[Sequence, int]:
@@ -126,19 +126,18 @@ class Scheduler:
 
         Args:
             batch: the batch.
-            tokens: of each of its steps, the sampled token of each row. Ignored are those of rows that do not sample
-                and those of sequences that have ended.
+            tokens: those that each of its sequences sampled. Ignored are those of sequences that have ended.
             eos_token_ids: tokens that end a text.
         """
         changed: dict[Sequence, int] = {}
-        for row, made in zip(batch.rows, zip(*tokens, strict=True), strict=False):
+        for row, made in zip(batch.scheduled, tokens, strict=True):
             sequence = row.sequence
             if row.samples:
                 sequence.in_flight -= row.steps
             if not self._holds(sequence):
                 continue
             if row.samples:
-                changed[sequence] = self._append(sequence, made[: row.steps], eos_token_ids)
+                changed[sequence] = self._append(sequence, made, eos_token_ids)
             if sequence.finish_reason:
                 self.drop(sequence)
         return changed
@@ -155,9 +154,9 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence)
-        if sequence.slot:
-            self._free_slots.append(sequence.slot)
-        sequence.slot = 0
+        if sequence.state_index:
+            self._free_state_indices.append(sequence.state_index)
+        sequence.state_index = 0
 
     def _max_len(self, sequence: Sequence) -> int:
         return self._longest(len(sequence.prompt_token_ids), sequence.params.max_tokens)
@@ -166,7 +165,7 @@ class Scheduler:
         limit = self.limits.max_model_len
         return limit if max_tokens is None else min(prompt_tokens + max_tokens, limit)
 
-    def _append(self, sequence: Sequence, made: tuple[int, ...], eos_token_ids: frozenset[int]) -> int:
+    def _append(self, sequence: Sequence, made: list[int], eos_token_ids: frozenset[int]) -> int:
         """Append what a sequence made up to its end, saying why it ends there; return how many tokens these are."""
         params = sequence.params
         ends = frozenset() if params.ignore_eos else eos_token_ids
@@ -225,7 +224,7 @@ class Scheduler:
             return 0
         if sequence.num_cached < 0:
             sequence.num_cached = cached
-        sequence.slot = self._free_slots.pop()
+        sequence.state_index = self._free_state_indices.pop()
         return tokens
 
 
@@ -250,8 +249,7 @@ def _repeats(row: ScheduledSequence) -> bool:
     """
     vision = row.sequence.vision
     return (
-        row.samples
-        and row.num_tokens == 1
+        row.samples == row.num_tokens == 1
         and not row.scored
         and row.sequence.params.logprobs is None
         and not (vision and vision.spans_in(row.start, row.start + 1))
@@ -260,7 +258,4 @@ def _repeats(row: ScheduledSequence) -> bool:
 
 def _row(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
     start, end = sequence.num_computed, sequence.num_computed + num_tokens
-    source = sequence.last_row if end > len(sequence.token_ids) else -1
-    return ScheduledSequence(
-        sequence, start, num_tokens, end == sequence.num_tokens, source, _scored(sequence, start, end)
-    )
+    return ScheduledSequence(sequence, start, num_tokens, end == sequence.num_tokens, _scored(sequence, start, end))

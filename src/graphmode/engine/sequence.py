@@ -24,13 +24,12 @@ class Sequence:
         vision: the images and videos of the prompt; None where it has none.
         index: its number among the answers to the request.
         token_ids: prompt and generated tokens, as far as the host knows them.
-        in_flight: tokens that steps under way are making: one for each that samples it.
-        last_row: its row in the last step that did.
-        num_computed: tokens whose keys and values are in the cache, or will be when the steps under way are done.
+        in_flight: tokens that steps in flight are making: one for each that samples it.
+        num_computed: tokens whose keys and values are in the cache, or will be when the steps in flight are done.
         num_settled: those of them whose full blocks can be found by other sequences, and are given back where no later
             token reads them.
         num_cached: tokens that another sequence had computed when it first ran; -1 before.
-        slot: where the device holds its sampling parameters while it runs; 0 while it does not.
+        state_index: where the device keeps what it knows of it while it runs; 0 while it does not.
         logprobs: of the generated tokens, where they are wanted.
         prompt_logprobs: of the prompt's tokens from the second on, as far as they are computed, where they are wanted.
         block_tables: of each cache group its blocks, by their place in the sequence; where one behind a window was
@@ -48,11 +47,10 @@ class Sequence:
     index: int = 0
     token_ids: list[int] = field(init=False)
     in_flight: int = 0
-    last_row: int = -1
     num_computed: int = 0
     num_settled: int = 0
     num_cached: int = -1
-    slot: int = 0
+    state_index: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     block_tables: list[list[int]] = field(default_factory=list)

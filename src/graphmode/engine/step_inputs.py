@@ -1,84 +1,156 @@
-"""The tensors of a step, declared once, and how a batch fills them on the host."""
+"""The tensors of a step: declared once, filled on the host by a batch, read by the kernels."""
 
+# ruff: noqa: RUF009  (what _tensor returns is a field)
 from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
+from typing import Any, Self
 
 import numpy as np
 import torch
 
+from graphmode.engine.block_tables import BlockTables
 from graphmode.engine.types import Batch
 from graphmode.graph import Input
-from graphmode.layers.attention import PORTABLE_ATTENTION
-
-# A padding token has slot -1 and a padding sequence length 0: they write no KV and read none.
-INPUTS = (
-    Input("token_ids", torch.int64, ("tokens",), padding=0),
-    Input("token_sources", torch.int64, ("tokens",), padding=-1),
-    Input("positions", torch.int64, ("tokens",), padding=0),
-    Input("slot_mapping", torch.int64, ("tokens",), padding=-1),
-    Input("query_lens", torch.int32, ("seqs",), padding=0),
-    Input("kv_lens", torch.int32, ("seqs",), padding=0),
-    Input("logits_indices", torch.int64, ("seqs",), padding=0),
-    Input("slots", torch.int64, ("seqs",), padding=0),
-    Input("limits", torch.int32, ("seqs",), padding=0),
-    Input("step", torch.int64, (1,), padding=0, optional=True),
-    Input("scored_rows", torch.int64, ("scored",), padding=0, optional=True),
-    Input("scored_tokens", torch.int64, ("scored",), padding=0, optional=True),
-    Input("scored_slots", torch.int64, ("scored",), padding=0, optional=True),
-    Input("block_tables", torch.int32, ("seqs", "blocks"), padding=0),
-)
 
 
-# A model with a vision tower takes positions of three coordinates, and is told which tokens stand for images.
-VISION_INPUTS = (
-    *(spec for spec in INPUTS if spec.name != "positions"),
-    Input("positions", torch.int64, ("tokens", 3), padding=0),
-    Input("visual", torch.bool, ("tokens",), padding=False, optional=True),
-)
+def _tensor(dtype: torch.dtype, *shape: str | int, padding: int | bool = 0, optional: bool = False) -> Any:
+    """Declare a tensor of a step. An optional one may be None on the host; then all of it is padding."""
+    declared = {"dtype": dtype, "shape": shape, "padding": padding, "optional": optional}
+    return field(metadata=declared, default=None) if optional else field(metadata=declared)
 
 
-def scored_tokens(batch: Batch) -> list[int]:
-    """Return the prompt tokens that a step scores: the successors of the scored positions."""
-    return [row.sequence.prompt_token_ids[at + 1] for row in batch.rows for at in row.scored]
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """The tensors of a step, on the host or as a graph reads them. Padding writes no key or value and reads none.
+
+    Axes: ``tokens``; ``seqs``; ``logits``, the rows of logits that tokens are sampled from; ``scored``, the
+    tokens whose next one in the prompt is scored; ``groups`` of the KV cache; ``new_blocks``.
+
+    Attributes:
+        token_ids: that the host knows.
+        token_sources: the state index of the sequence whose last sampled token this is; 0 where the host knows it.
+        positions: in the sequence.
+        slot_mapping: where in the cache of each group a token's key and value go; -1 for padding.
+        query_lens: tokens that a sequence computes.
+        kv_lens: how long it is with them; 0 for padding.
+        end_lens: how long it is after the last step of the batch.
+        state_indices: where the device keeps what it knows of a sequence; 0 for padding.
+        table_changes: what its block tables get: :class:`~graphmode.ops.begin_step.TableUpdate`.
+        new_blocks: the blocks that they get.
+        logits_indices: the token of the step that a row of logits belongs to.
+        logits_positions: of the token that is sampled from it.
+        logits_state_indices: of the sequence that samples; 0 where what is sampled counts for nothing.
+        scored_indices: the token of the step whose successor is scored.
+        scored_tokens: the successor.
+        scored_state_indices: of the sequence; 0 for padding.
+        burst_step: which of the batch's steps this is.
+    """
+
+    token_ids: torch.Tensor = _tensor(torch.int64, "tokens")
+    token_sources: torch.Tensor = _tensor(torch.int64, "tokens")
+    positions: torch.Tensor = _tensor(torch.int64, "tokens")
+    slot_mapping: torch.Tensor = _tensor(torch.int64, "groups", "tokens", padding=-1)
+    query_lens: torch.Tensor = _tensor(torch.int32, "seqs")
+    kv_lens: torch.Tensor = _tensor(torch.int32, "seqs")
+    end_lens: torch.Tensor = _tensor(torch.int32, "seqs")
+    state_indices: torch.Tensor = _tensor(torch.int64, "seqs")
+    table_changes: torch.Tensor = _tensor(torch.int32, "seqs", "groups", 3)
+    new_blocks: torch.Tensor = _tensor(torch.int32, "new_blocks")
+    logits_indices: torch.Tensor = _tensor(torch.int64, "logits")
+    logits_positions: torch.Tensor = _tensor(torch.int32, "logits")
+    logits_state_indices: torch.Tensor = _tensor(torch.int64, "logits")
+    scored_indices: torch.Tensor = _tensor(torch.int64, "scored", optional=True)
+    scored_tokens: torch.Tensor = _tensor(torch.int64, "scored", optional=True)
+    scored_state_indices: torch.Tensor = _tensor(torch.int64, "scored", optional=True)
+    burst_step: torch.Tensor = _tensor(torch.int64, 1, optional=True)
+
+    @classmethod
+    def declared(cls, groups: int = 1) -> Self:
+        """Return the declaration of each tensor in its place, for a cache of so many groups."""
+        specs: dict[str, Any] = {}
+        for each in fields(cls):
+            shape = tuple(groups if axis == "groups" else axis for axis in each.metadata["shape"])
+            specs[each.name] = Input(each.name, **{**each.metadata, "shape": shape})
+        return cls(**specs)
+
+    def first_seqs(self, count: int) -> Self:
+        """Return the step with the first ``count`` of its sequences."""
+        of_seqs = [each.name for each in fields(self) if each.metadata["shape"][0] == "seqs"]
+        return replace(self, **{name: getattr(self, name)[:count] for name in of_seqs})
 
 
-def step_inputs(
-    batch: Batch, max_blocks: int, block_size: int = PORTABLE_ATTENTION.block_size
-) -> dict[str, torch.Tensor]:
-    """Return the inputs of a step at their true sizes, on the host."""
-    rows = batch.rows
-    starts = np.array([row.start for row in rows])
-    query_lens = np.array([row.num_tokens for row in rows])
-    ends = np.cumsum(query_lens)
+@dataclass(frozen=True, kw_only=True)
+class VisionStepInputs(StepInputs):
+    """The tensors of a step of a model with a vision tower.
+
+    Attributes:
+        positions: of three coordinates.
+        visual: whether a token stands for a part of an image.
+    """
+
+    positions: torch.Tensor = _tensor(torch.int64, "tokens", 3)
+    visual: torch.Tensor = _tensor(torch.bool, "tokens", padding=False, optional=True)
+
+
+def step_inputs(batch: Batch, tables: BlockTables) -> StepInputs:
+    """Return the tensors of a batch at their true sizes, on the host. ``tables`` takes its changes as done."""
+    scheduled = batch.scheduled
+    starts = np.array([each.start for each in scheduled])
+    query_lens = np.array([each.num_tokens for each in scheduled])
+    states = np.array([each.sequence.state_index for each in scheduled])
+    kv_lens, ends = starts + query_lens, np.cumsum(query_lens)
+    end_lens = kv_lens + np.array([each.steps - 1 for each in scheduled])
     token_ids: list[int] = []
-    sources = np.full(batch.num_tokens, -1)
-    tables = np.zeros((len(rows), max_blocks), dtype=np.int32)
-    for index, row in enumerate(rows):
-        token_ids += row.sequence.token_ids[row.start : row.start + row.num_tokens]
-        if row.source >= 0:
+    sources = np.zeros(batch.num_tokens, dtype=np.int64)
+    for each, end, state in zip(scheduled, ends.tolist(), states.tolist(), strict=True):
+        token_ids += each.sequence.token_ids[each.start : each.start + each.num_tokens]
+        if len(token_ids) < end:  # the last one is still in flight
             token_ids.append(0)
-            sources[ends[index] - 1] = row.source
-        [table] = row.sequence.block_tables
-        tables[index, : len(table)] = table
+            sources[end - 1] = state
     positions = np.arange(batch.num_tokens) + np.repeat(starts - (ends - query_lens), query_lens)
-    blocks = tables[np.repeat(np.arange(len(rows)), query_lens), positions // block_size].astype(np.int64)
+    changes, new_blocks = tables.take_new(batch, states, end_lens)
+    # Each row of logits, by how many tokens it lies before the end of its sequence's.
+    logits = np.array([len(rows) for rows in batch.logits])
+    before_end = np.repeat(np.cumsum(logits), logits) - np.arange(logits.sum())
+    samples = before_end <= np.repeat([each.samples for each in scheduled], logits)
     arrays = {
         "token_ids": np.array(token_ids),
         "token_sources": sources,
         "positions": positions,
-        "slot_mapping": blocks * block_size + positions % block_size,
+        "slot_mapping": _slot_mapping(batch, tables.block_sizes, starts, query_lens, positions),
         "query_lens": query_lens.astype(np.int32),
-        "kv_lens": (starts + query_lens).astype(np.int32),
-        "logits_indices": ends - 1,
-        # A row that only computes a part of a prompt draws nothing that counts.
-        "slots": np.array([row.sequence.slot if row.samples else 0 for row in rows]),
-        "limits": np.array([row.start + row.steps for row in rows], dtype=np.int32),
-        "block_tables": tables,
+        "kv_lens": kv_lens.astype(np.int32),
+        "end_lens": end_lens.astype(np.int32),
+        "state_indices": states,
+        "table_changes": changes,
+        "new_blocks": new_blocks,
+        "logits_indices": np.repeat(ends, logits) - before_end,
+        "logits_positions": (np.repeat(kv_lens, logits) + 1 - before_end).astype(np.int32),
+        "logits_state_indices": np.where(samples, np.repeat(states, logits), 0),
     }
-    inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    if any(row.scored for row in batch.rows):
-        firsts = [int(end) - row.num_tokens - row.start for end, row in zip(ends, batch.rows, strict=True)]
-        places = [first + at for first, row in zip(firsts, batch.rows, strict=True) for at in row.scored]
-        inputs["scored_rows"] = torch.tensor(places)
-        inputs["scored_tokens"] = torch.tensor(scored_tokens(batch))
-        inputs["scored_slots"] = torch.tensor([row.sequence.slot for row in batch.rows for _ in row.scored])
-    return inputs
+    if scored := batch.scored_tokens:
+        firsts = (ends - kv_lens).tolist()
+        arrays["scored_indices"] = np.array(
+            [first + at for first, each in zip(firsts, scheduled, strict=True) for at in each.scored]
+        )
+        arrays["scored_tokens"] = np.array(scored)
+        arrays["scored_state_indices"] = np.repeat(states, [len(each.scored) for each in scheduled])
+    return StepInputs(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def _slot_mapping(
+    batch: Batch, block_sizes: tuple[int, ...], starts: np.ndarray, query_lens: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """Return the slot of each token in each cache group, int64 ``[groups, tokens]``."""
+    slots = np.empty((len(block_sizes), len(positions)), dtype=np.int64)
+    for group, block_size in enumerate(block_sizes):
+        firsts, lasts = starts // block_size, (starts + query_lens - 1) // block_size
+        parts = zip(batch.scheduled, firsts.tolist(), lasts.tolist(), strict=True)
+        tables = (each.sequence.block_tables[group][first : last + 1] for each, first, last in parts)
+        blocks = np.fromiter(chain.from_iterable(tables), dtype=np.int64)
+        counts = lasts - firsts + 1
+        places = positions // block_size + np.repeat(np.cumsum(counts) - counts - firsts, query_lens)
+        slots[group] = blocks[places] * block_size + positions % block_size
+    return slots

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from graphmode.engine.multimodal import VisionItem
+from graphmode.engine.step_inputs import StepInputs, VisionStepInputs
 from graphmode.engine.types import Batch, Limits
 from graphmode.graph import CaptureFailure, GraphRunner
 from graphmode.graph.backends.base import Backend
@@ -69,24 +70,20 @@ class VisionRunner:
         self._kept_bytes = 0
         self._max_bytes = _KEPT_BYTES.get(backend.device.type, _KEPT_BYTES_ELSEWHERE)
 
-    def step_inputs(self, batch: Batch, indices: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Put the features of a step's tokens into ``features``, and return the step's inputs that hang on images.
+    def step_inputs(self, batch: Batch, step: StepInputs) -> VisionStepInputs:
+        """Put the features of a step's tokens into ``features``, and return the step with what depends on images.
 
         Args:
             batch: the step.
-            indices: int64 ``[tokens]``: the index of each token in its sequence.
-
-        Returns:
-            On the host: ``positions``, int64 ``[tokens, 3]``, and ``visual``, bool ``[tokens]``: which tokens stand for
-            a part of an image; left out where none does.
+            step: its tensors, on the host.
         """
         deltas: list[tuple[int, ...]] = []
-        for row in batch.rows:
+        for row in batch.scheduled:
             deltas += [row.sequence.vision.delta if row.sequence.vision else (0, 0, 0)] * row.num_tokens
-        positions = indices.unsqueeze(1) + torch.tensor(deltas)
+        positions = step.positions.unsqueeze(1) + torch.tensor(deltas)
         visual = torch.zeros(batch.num_tokens, dtype=torch.bool)
         first = 0
-        for row in batch.rows:
+        for row in batch.scheduled:
             prompt, start, end = row.sequence.vision, row.start, row.start + row.num_tokens
             if prompt is not None and start < len(prompt.positions):
                 of_prompt = prompt.positions[start:end]
@@ -98,7 +95,7 @@ class VisionRunner:
                     self.features[tokens].copy_(self._features_of(span.item)[unit : unit + high - low])
                     visual[tokens] = True
             first += row.num_tokens
-        return {"positions": positions, "visual": visual} if visual.any() else {"positions": positions}
+        return VisionStepInputs(**{**vars(step), "positions": positions, "visual": visual if visual.any() else None})
 
     def embed(self, token_ids: torch.Tensor, visual: torch.Tensor) -> dict[str, Any]:
         """Return what the model takes in place of token ids, with ``features`` where a token is ``visual``."""

@@ -1,4 +1,4 @@
-"""The step runner: a scheduled batch as inputs of a graph, and the graph's function."""
+"""The worker: puts scheduled batches on the device. Its :meth:`~StepRunner.forward` is what graphs hold."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from typing import Any
 import torch
 
 from graphmode.cache.specs import LayerCache
+from graphmode.engine.block_tables import BlockTables
 from graphmode.engine.outputs import TokenLogprobs
 from graphmode.engine.sampler import Sampler, SamplingLevel, level_of, unpacked
-from graphmode.engine.step_inputs import INPUTS, VISION_INPUTS, scored_tokens, step_inputs
+from graphmode.engine.step_inputs import StepInputs, VisionStepInputs, step_inputs
 from graphmode.engine.types import Batch, Family, Limits
 from graphmode.engine.vision_runner import VisionRunner
-from graphmode.graph import CaptureFailure, GraphRunner, HostArguments
+from graphmode.graph import CaptureFailure, GraphRunner, HostArguments, Input
 from graphmode.graph.backends.base import Backend
 from graphmode.graph.inputs import all_padding
 from graphmode.graph.staging import Event, StagingRing
+from graphmode.graph.trees import map_leaves
 from graphmode.layers.attention import PORTABLE_ATTENTION, AttentionBatch, DeviceAttention
 from graphmode.models.hf.fuse import keeps_rows
 from graphmode.models.loader import LoadedModel
-from graphmode.ops.decode_state import DecodeRows, Handover, advance_decode, take_tokens
+from graphmode.ops.begin_step import TableUpdate, begin_step
+from graphmode.ops.decode_state import SampledTokens, advance_decode
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,13 @@ class StepResult:
     """What a batch made.
 
     Attributes:
-        tokens: of each of its steps, the sampled token of every row; of one that does not sample, anything.
-        logprobs: of every row, where any row wants them.
-        prompt_logprobs: of the scored tokens, in the order of the rows.
+        tokens: those that each of its sequences sampled, in order.
+        logprobs: the same for log-probabilities, where any sequence wants them.
+        prompt_logprobs: of the scored tokens, in the order of the sequences.
     """
 
     tokens: list[list[int]]
-    logprobs: list[TokenLogprobs] | None
+    logprobs: list[list[TokenLogprobs]] | None
     prompt_logprobs: list[TokenLogprobs]
 
 
@@ -46,8 +49,8 @@ class StepInFlight:
 
     Attributes:
         batch: what was scheduled.
-        tokens: where its sampled tokens arrive, int64 ``[steps, max_num_seqs]`` on the host.
-        reports: the same for log-probabilities, int32 ``[rows + scored, columns]`` of ``Sampler.reports``; None where
+        tokens: where its sampled tokens arrive, int64 ``[steps, max_logits]`` on the host.
+        reports: the same for log-probabilities, int32 ``[logits + scored, columns]`` of ``Sampler.reports``; None where
             none are wanted.
         logits: float32 ``[vocab]`` of those that want the log-probabilities of all tokens, by their place in
             ``reports``.
@@ -63,15 +66,22 @@ class StepInFlight:
     def result(self) -> StepResult:
         """Wait for the batch and return what it made. To be called before two more are launched."""
         self.event.synchronize()
-        rows = len(self.batch.rows)
-        tokens: list[list[int]] = self.tokens[:, :rows].tolist()
+        of_steps: list[list[int]] = self.tokens.tolist()
+        rows = [
+            rows[len(rows) - each.samples :] for each, rows in zip(self.batch.scheduled, self.batch.logits, strict=True)
+        ]
+        tokens = [
+            [of_step[row] for of_step in of_steps[: each.steps] for row in its]
+            for each, its in zip(self.batch.scheduled, rows, strict=True)
+        ]
         if self.reports is None:
             return StepResult(tokens, None, [])
-        chosen = tokens[0] + scored_tokens(self.batch)
-        logprobs: list[TokenLogprobs] = [*unpacked(self.reports, chosen)]
-        for at, logits in self.logits.items():
-            logprobs[at] = logits.numpy()
-        return StepResult(tokens, logprobs[:rows], logprobs[rows:])
+        scored = self.batch.scored_tokens
+        logits = len(self.reports) - len(scored)
+        logprobs: list[TokenLogprobs] = [*unpacked(self.reports, of_steps[0][:logits] + scored)]
+        for at, values in self.logits.items():
+            logprobs[at] = values.numpy()
+        return StepResult(tokens, [[logprobs[row] for row in its] for its in rows], logprobs[logits:])
 
 
 class StepRunner:
@@ -82,7 +92,8 @@ class StepRunner:
         caches: the KV cache of each layer.
         backend: the device.
         limits: what a step may hold.
-        buckets: sizes of the ``decode`` and the ``mixed`` family; None runs everything eagerly.
+        buckets: sizes of the ``decode`` family in sequences and of the ``mixed`` family in tokens; None runs everything
+            eagerly.
         attention: the device's.
         piecewise: the families whose attention runs outside their graphs.
         max_padding_ratio: as of :class:`~graphmode.graph.GraphRunner`.
@@ -110,19 +121,23 @@ class StepRunner:
         self._keeps_rows = keeps_rows(loaded.model)
         self._caches = caches
         self._piecewise = piecewise
-        self._max_seqs = limits.max_num_seqs
+        self._limits = limits
         self._attention = attention
         self._host_arguments = None
         if attention.host_lengths is not None:
-            self._host_arguments = HostArguments(partial(attention.host_lengths, limits.max_model_len))
-        self._max_blocks = -(-limits.max_model_len // attention.block_size)
-        self._sampled = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=backend.device)
-        self._one_each = torch.arange(limits.max_num_seqs + 1, dtype=torch.int32, device=backend.device)
-        self._log = torch.zeros(limits.decode_steps, limits.max_num_seqs, dtype=torch.int64, device=backend.device)
+            lengths = partial(attention.host_lengths, limits.max_model_len, limits.decode_query_len)
+            self._host_arguments = HostArguments(lengths)
+        device, seqs = backend.device, limits.max_num_seqs
+        block_sizes = {cache.group: cache.keys.shape[1] for cache in caches}
+        self.tables = BlockTables(backend, limits, [block_sizes[group] for group in sorted(block_sizes)])
+        self._last_tokens = torch.zeros(seqs + 1, dtype=torch.int64, device=device)
+        self._log = torch.zeros(limits.decode_steps, limits.max_logits, dtype=torch.int64, device=device)
+        query_len = limits.decode_query_len
+        self._cu_decode = torch.arange(0, (seqs + 1) * query_len, query_len, dtype=torch.int32, device=device)
         shape = loaded.shape
         self.sampler = Sampler(backend, limits, shape.vocab_size, shape.eos_token_ids, loaded.tokenizer)
-        # Two batches are under way at most: one being read, one computed.
-        report_bytes = 2 * limits.max_num_seqs * self.sampler.reports.shape[1] * 4
+        # Two batches are in flight at most: one being read, one computed.
+        report_bytes = self.sampler.max_reports * self.sampler.reports.shape[1] * 4
         self._results = StagingRing(self._log.nbytes + report_bytes, 3, backend.host_buffer, backend.event)
         self.vision: VisionRunner | None = None
         if loaded.vision is not None:
@@ -135,17 +150,19 @@ class StepRunner:
                 on_capture_failure=on_capture_failure,
                 warmup_iterations=warmup_iterations,
             )
-        self._inputs = INPUTS if self.vision is None else VISION_INPUTS
+        self.inputs = (StepInputs if self.vision is None else VisionStepInputs).declared(len(self.tables.block_sizes))
+        sizes = buckets or {"decode": (seqs,), "mixed": (limits.max_num_batched_tokens,)}
         self.graphs = GraphRunner(
             self.forward,
-            self._inputs,
-            buckets or {"decode": limits.max_num_seqs, "mixed": limits.max_num_batched_tokens},
+            {"step": self.inputs},
+            {**sizes, "decode": tuple(size * query_len for size in sizes["decode"])},
             axes={
-                "seqs": lambda tokens: min(tokens, limits.max_num_seqs),
-                "scored": lambda tokens: min(tokens, limits.max_num_seqs),
-                "blocks": self._max_blocks,
+                "seqs": lambda tokens: min(tokens, seqs),
+                "logits": lambda tokens: min(tokens, limits.max_logits),
+                "scored": lambda tokens: min(tokens, seqs),
+                "new_blocks": self.tables.room,
             },
-            output_axes=[("seqs",)],
+            output_axes=[("logits",)],
             static={"level": tuple(SamplingLevel), **({} if self.vision is None else {"images": (False, True)})},
             host_arguments=self._host_arguments,
             backend=backend,
@@ -162,137 +179,108 @@ class StepRunner:
         Raises:
             ModelError: the model asks its attention for something that is not supported.
         """
-        device = self.graphs.backend.device
-        sizes = {"tokens": 1, "seqs": 1, "scored": 1, "blocks": self._max_blocks}
-        inputs: dict[str, Any] = {spec.name: all_padding(spec, sizes, device) for spec in self._inputs}
+        sizes = {"tokens": 1, "seqs": 1, "logits": 1, "scored": 1, "new_blocks": 1}
         if self._host_arguments is not None:
             self._host_arguments.set("mixed", sizes, {})
         with torch.inference_mode():
-            self.forward("mixed", SamplingLevel.PLAIN, **inputs)
+            self.forward("mixed", SamplingLevel.PLAIN, self.padding(sizes))
+
+    def padding(self, sizes: Mapping[str, int]) -> StepInputs:
+        """Return the tensors of a step that holds nothing but padding, at the axis ``sizes``, on the device."""
+        device = self.graphs.backend.device
+        step: StepInputs = map_leaves(self.inputs, Input, lambda spec: all_padding(spec, sizes, device))
+        return step
 
     def launch(self, batch: Batch) -> StepInFlight:
         """Put one batch on the device and return without waiting for it."""
-        level = max(level_of(row) for row in batch.rows)
+        level = max(level_of(each) for each in batch.scheduled)
         self.sampler.admit(batch, level)
-        inputs: dict[str, Any] = step_inputs(batch, self._max_blocks, self._attention.block_size)
+        step, images = step_inputs(batch, self.tables), {}
         if self.vision is not None:
-            inputs |= self.vision.step_inputs(batch, inputs["positions"])
-            inputs["images"] = "visual" in inputs
-        self.graphs(family=batch.family, level=level, repeats=batch.steps, **inputs)
-        slot = self._results.acquire()
-        rows, scored = len(batch.rows), len(scored_tokens(batch))
-        tokens = slot.memory[: self._log.nbytes].view(torch.int64).view(self._log.shape)[: batch.steps]
+            step = self.vision.step_inputs(batch, step)
+            images = {"images": step.visual is not None}
+        self.graphs(family=batch.family, level=level, repeats=batch.steps, step=step, **images)
+        logits, scored = len(step.logits_indices), len(batch.scored_tokens)
+        staged = self._results.acquire()
+        tokens = staged.memory[: self._log.nbytes].view(torch.int64).view(self._log.shape)[: batch.steps]
         tokens.copy_(self._log[: batch.steps], non_blocking=True)
         reports = None
-        if scored or any(row.sequence.params.logprobs is not None for row in batch.rows):
+        if scored or any(each.sequence.params.logprobs is not None for each in batch.scheduled):
             source = self.sampler.reports
             width = source.shape[1]
             start = self._log.nbytes
-            reports = slot.memory[start : start + 4 * (rows + scored) * width].view(torch.int32).view(-1, width)
-            reports[:rows].copy_(source[:rows], non_blocking=True)
-            reports[rows:].copy_(source[self._max_seqs : self._max_seqs + scored], non_blocking=True)
-        self._results.release(slot)
-        logits = self._logits(batch) if level is SamplingLevel.VOCABULARY else {}
-        return StepInFlight(batch, tokens, reports, logits, slot.event)
+            reports = staged.memory[start : start + 4 * (logits + scored) * width].view(torch.int32).view(-1, width)
+            reports[:logits].copy_(source[:logits], non_blocking=True)
+            first = self._limits.max_logits
+            reports[logits:].copy_(source[first : first + scored], non_blocking=True)
+        self._results.release(staged)
+        all_logits = self._logits(batch, logits) if level is SamplingLevel.VOCABULARY else {}
+        return StepInFlight(batch, tokens, reports, all_logits, staged.event)
 
-    def _logits(self, batch: Batch) -> dict[int, torch.Tensor]:
+    def _logits(self, batch: Batch, logits: int) -> dict[int, torch.Tensor]:
         """Wait for a step and return the logits of :class:`StepInFlight`: they are too many to be held for two."""
-        rows, source = len(batch.rows), self.sampler.logits
-        places = {at: at for at, row in enumerate(batch.rows) if row.samples and row.sequence.params.logprobs == -1}
-        owners = [row.sequence for row in batch.rows for _ in row.scored]
+        places = {
+            row: row
+            for each, rows in zip(batch.scheduled, batch.logits, strict=True)
+            if each.sequence.params.logprobs == -1
+            for row in rows[len(rows) - each.samples :]
+        }
+        owners = [each.sequence for each in batch.scheduled for _ in each.scored]
         places |= {
-            rows + at: self._max_seqs + at
+            logits + at: self._limits.max_logits + at
             for at, sequence in enumerate(owners)
             if sequence.params.prompt_logprobs == -1
         }
-        return {at: source[place].to("cpu", copy=True) for at, place in places.items()}
+        return {at: self.sampler.logits[place].to("cpu", copy=True) for at, place in places.items()}
 
     def capture(self, *, progress: bool) -> None:
         """Capture the graphs of all sizes; those that read images or do more than plain sampling wait for their use."""
         images = {} if self.vision is None else {"images": False}
         self.graphs.capture(progress=progress, level=SamplingLevel.PLAIN, **images)
 
-    def forward(
-        self,
-        family: Family,
-        level: SamplingLevel,
-        token_ids: torch.Tensor,
-        token_sources: torch.Tensor,
-        positions: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        query_lens: torch.Tensor,
-        kv_lens: torch.Tensor,
-        logits_indices: torch.Tensor,
-        slots: torch.Tensor,
-        limits: torch.Tensor,
-        step: torch.Tensor,
-        scored_rows: torch.Tensor,
-        scored_tokens: torch.Tensor,
-        scored_slots: torch.Tensor,
-        block_tables: torch.Tensor,
-        visual: torch.Tensor | None = None,
-        images: bool = False,
-    ) -> torch.Tensor:
-        """Compute a step: the function that is captured. Shapes as in ``INPUTS``.
+    def forward(self, family: Family, level: SamplingLevel, step: StepInputs, images: bool = False) -> torch.Tensor:
+        """Compute a step: the function that is captured.
 
-        A token whose value the host does not know yet is taken from the row of the step before that sampled it
-        (``token_sources``); the tokens sampled here are left for the next step, and a decode step leaves its inputs as
-        the next one needs them. Where no token stands for a part of an image (``images``), the graph reads no features.
+        Sampled tokens are left for the next step to take (``token_sources``), and a decode step of one token a sequence
+        leaves its inputs as the next one needs them. Where no token stands for a part of an image, ``images`` is False
+        and the graph reads no features.
 
         Returns:
-            The sampled tokens, int64 ``[seqs]``.
+            The sampled tokens, int64 ``[logits]``.
         """
-        token_ids = take_tokens(token_ids, token_sources, self._sampled)
-
-        def logits_of(rows: torch.Tensor) -> torch.Tensor:
-            return self.logits(
-                family,
-                token_ids,
-                positions,
-                slot_mapping,
-                query_lens,
-                kv_lens,
-                rows,
-                block_tables,
-                visual if images else None,
-            )
-
-        sampled = self.sampler(
-            logits_of, level, slots, kv_lens, logits_indices, scored_rows, scored_tokens, scored_slots
-        )
-        decode = None
         if family == "decode":
-            decode = DecodeRows(token_sources, positions, slot_mapping, kv_lens, slots, limits, block_tables)
-        # Padding rows hand nothing on: a capture between two steps must not touch what the one left for the other.
-        advance_decode(sampled, kv_lens, Handover(self._sampled, self._log, step), decode, self._attention.block_size)
+            step = step.first_seqs(len(step.token_ids) // self._limits.decode_query_len)
+        sampled = self.sampler(partial(self.logits, family, step, images), level, step)
+        # Padding leaves nothing: a capture between two steps must not touch what the one left for the other.
+        advance_decode(
+            sampled,
+            step.logits_state_indices,
+            SampledTokens(self._last_tokens, self._log, step.burst_step),
+            step if family == "decode" and self._limits.decode_query_len == 1 else None,
+            self.tables.step_tables[:, : len(step.state_indices)],
+            self.tables.block_sizes,
+        )
         return sampled
 
-    def logits(
-        self,
-        family: Family,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        query_lens: torch.Tensor,
-        kv_lens: torch.Tensor,
-        logits_indices: torch.Tensor,
-        block_tables: torch.Tensor,
-        visual: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Compute the logits of ``logits_indices``, ``[seqs, vocab]`` in the model's dtype."""
-        if family == "decode":
-            cu_query_lens = self._one_each[: len(query_lens) + 1]
+    def logits(self, family: Family, step: StepInputs, images: bool, logits_indices: torch.Tensor) -> torch.Tensor:
+        """Compute the logits of some tokens of a step, int64 ``[some]``: ``[some, vocab]`` in the model's dtype."""
+        tables = self.tables.step_tables[:, : len(step.state_indices)]
+        update = TableUpdate(self.tables.tables, tables, step.state_indices, step.table_changes, step.new_blocks)
+        token_ids = begin_step(step.token_ids, step.token_sources, self._last_tokens, update)
+        decode = family == "decode"
+        if decode:
+            cu_query_lens = self._cu_decode[: len(step.kv_lens) + 1]
         else:
-            cu_query_lens = torch.nn.functional.pad(torch.cumsum(query_lens, 0, dtype=torch.int32), (1, 0))
+            cu_query_lens = torch.nn.functional.pad(torch.cumsum(step.query_lens, 0, dtype=torch.int32), (1, 0))
         # Of a decode step every token has a row of logits. Of a long step few have: the last layer may stop at those.
-        every = family == "decode" and len(logits_indices) == len(token_ids)
+        every = decode and len(logits_indices) == len(token_ids)
         kept = logits_indices if self._keeps_rows and 2 * len(logits_indices) <= len(token_ids) else None
         batch = AttentionBatch(
-            slot_mapping=(slot_mapping,),
-            block_tables=(block_tables,),
+            slot_mapping=tuple(step.slot_mapping),
+            block_tables=tuple(tables),
             cu_query_lens=cu_query_lens,
-            kv_lens=kv_lens,
-            max_query_len=1 if family == "decode" else token_ids.shape[0],
+            kv_lens=step.kv_lens,
+            max_query_len=self._limits.decode_query_len if decode else len(token_ids),
             caches=self._caches,
             piecewise=family in self._piecewise,
             attend=self._attention.attend,
@@ -300,8 +288,9 @@ class StepRunner:
             kept=kept,
         )
         tokens: dict[str, Any] = {"input_ids": token_ids.unsqueeze(0)}
-        if self.vision is not None and visual is not None:
-            tokens = self.vision.embed(token_ids, visual)
+        if images and self.vision is not None and isinstance(step, VisionStepInputs):
+            tokens = self.vision.embed(token_ids, step.visual)
+        positions = step.positions
         output = self._model(
             **tokens,
             position_ids=positions.unsqueeze(0) if positions.dim() == 1 else positions.t().unsqueeze(1),

@@ -99,7 +99,8 @@ class Declaration:
         Raises:
             InputError: a value is nested differently than declared.
         """
-        return self._declared.values(given)
+        static = {name: value for name, value in given.items() if name in self._static}
+        return {**static, **self._declared.values(self.without_static(given))}
 
     def signature(self, family: str, values: Mapping[str, Any]) -> Hashable:
         """Return all that a call's plan depends on; None if values must be flattened or checked first."""

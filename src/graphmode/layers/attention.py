@@ -33,7 +33,7 @@ class AttentionBatch:
         block_tables: of each cache group int32 ``[seqs, blocks]``: the blocks of each sequence, in order.
         cu_query_lens: int32 ``[seqs + 1]``: cumulative numbers of new tokens.
         kv_lens: int32 ``[seqs]``: length of each sequence with its new tokens; 0 for padding.
-        max_query_len: 1 where every sequence has one new token, else the number of tokens of the step.
+        max_query_len: new tokens of each sequence in a decode step; else the number of tokens of the step.
         caches: one for each layer.
         piecewise: whether attention runs outside the graph.
         attend: the device's attention; None for :func:`cached_attention`.
@@ -177,13 +177,14 @@ class DeviceAttention:
     Attributes:
         attend: does as :func:`cached_attention`.
         block_size: tokens in a block of the cache.
-        host_lengths: where it takes lengths on the host: computes them, from the longest sequence there can be and what
-            :class:`~graphmode.graph.HostArguments` gives. None where it reads them on the device.
+        host_lengths: where it takes lengths on the host: computes them, from the longest sequence there can be, the
+            queries of each sequence in a decode step, and what :class:`~graphmode.graph.HostArguments` gives. None
+            where it reads them on the device.
     """
 
     attend: Callable[..., torch.Tensor]
     block_size: int
-    host_lengths: Callable[[int, str, Mapping[str, int], Mapping[str, torch.Tensor]], dict[str, list[int]]] | None
+    host_lengths: Callable[[int, int, str, Mapping[str, int], Mapping[str, torch.Tensor]], dict[str, list[int]]] | None
 
 
 PORTABLE_ATTENTION = DeviceAttention(cached_attention, 16, None)

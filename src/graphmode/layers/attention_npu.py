@@ -78,7 +78,11 @@ def _causal_mask(device: torch.device) -> torch.Tensor:
 
 
 def host_lengths(
-    max_model_len: int, family: str, sizes: Mapping[str, int], values: Mapping[str, torch.Tensor]
+    max_model_len: int,
+    decode_query_len: int,
+    family: str,
+    sizes: Mapping[str, int],
+    values: Mapping[str, torch.Tensor],
 ) -> dict[str, list[int]]:
     """Return the lengths that the operator takes on the host.
 
@@ -87,15 +91,17 @@ def host_lengths(
 
     Args:
         max_model_len: tokens of a sequence at most.
-        family: ``decode``, where every sequence has one query, or another.
+        decode_query_len: queries of each sequence in a step of the family ``decode``.
+        family: ``decode``, or another.
         sizes: of the axes ``tokens`` and ``seqs``.
         values: ``query_lens`` and ``kv_lens``, int32 ``[seqs]`` at their true sizes, on the host; or nothing.
 
     Returns:
         ``actual_seq_lengths``: the cumulative numbers of queries, up to ``tokens``; ``actual_seq_lengths_kv``: the
-        length of each sequence. One for each sequence and, where not every one has one query, one for the padding.
+        length of each sequence. One for each sequence and, outside of ``decode``, one for the padding.
     """
-    tokens, seqs = sizes["tokens"], sizes["seqs"]
+    tokens = sizes["tokens"]
+    seqs = tokens // decode_query_len if family == "decode" else sizes["seqs"]
     if values:
         query_lens, kv_lens = values["query_lens"].tolist(), values["kv_lens"].tolist()
     else:
@@ -103,7 +109,8 @@ def host_lengths(
         query_lens, kv_lens = ([max_model_len] * full + [rest])[:seqs], [max_model_len] * seqs
     kv_lens += [0] * (seqs - len(kv_lens))
     if family == "decode":
-        return {"actual_seq_lengths": list(range(1, tokens + 1)), "actual_seq_lengths_kv": kv_lens}
+        ends = list(range(decode_query_len, tokens + 1, decode_query_len))
+        return {"actual_seq_lengths": ends, "actual_seq_lengths_kv": kv_lens}
     ends = list(accumulate(query_lens))
     ends += ends[-1:] * (seqs - len(ends))
     return {"actual_seq_lengths": [*ends, tokens], "actual_seq_lengths_kv": [*kv_lens, 0]}

@@ -1,7 +1,7 @@
 """The loops of the CPU kernels, compiled by Numba for the processor that runs them.
 
 Importing this module compiles them, or loads what an earlier process left in Numba's cache; so it is imported when the
-first of them is called (:func:`graphmode.ops._cpu.loops`). All are float32, and each row's result is computed in
+first of them is called (:func:`graphmode.ops._cpu.loops`). Numbers are float32, and each row's result is computed in
 the same order whatever other rows there are. Sums may be reordered to fit vector registers; NaN and infinity keep their
 meaning.
 """
@@ -288,3 +288,21 @@ def sample(logits, temperature, seeds, positions, state_indices, min_temperature
                     if score > best:
                         best = score
                         out[row] = begin + i
+
+
+@_compile("void(i8[:], i8[:], i8[:], i4[:,:,::1], i4[:,:,:], i8[:], i4[:,:,::1], i4[:], i8[:])")
+def begin_step(  # type: ignore[no-untyped-def]
+    token_ids, token_sources, last_tokens, tables, step_tables, state_indices, changes, new_blocks, out
+):
+    """Write the tokens of a step to ``out``, extend its block tables and copy them to its rows."""
+    for token in range(token_ids.shape[0]):
+        source = token_sources[token]
+        out[token] = last_tokens[source] if source > 0 else token_ids[token]
+    for seq in range(state_indices.shape[0]):
+        for group in range(tables.shape[0]):
+            known, new, first = changes[seq, group]
+            table = tables[group, state_indices[seq]]
+            for entry in range(new):
+                table[known + entry] = new_blocks[first + entry]
+            for entry in range(known + new):
+                step_tables[group, seq, entry] = table[entry]

@@ -25,7 +25,7 @@ gl: Any = _load("triton.experimental.gluon.language")
 _cuda: Any = _load("triton.language.extra.cuda")
 # Programmatic dependent launch (CUDA programming guide): let the next kernel start; wait for the one before. Kernels
 # let the next one start at once, so before it waits a kernel may read only what none of this chain writes: weights,
-# lengths, tables, the keys of tokens before. The kernels that write lengths let none start.
+# lengths, tables, the keys of tokens before. The kernels that write lengths and tables let none start.
 gdc_launch_dependents: Any = getattr(_cuda, "gdc_launch_dependents", None)
 gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
 _ampere: Any = _load("triton.experimental.gluon.language.nvidia.ampere")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from graphmode.ops._checks import FLOATS, require, require_tensor
-from graphmode.ops._device import overlap
 from graphmode.ops._triton import (
     constexpr,
+    gdc_launch_dependents,
+    gdc_wait,
     jit,
     launch_options,
     next_power_of_2,
@@ -60,6 +61,9 @@ def embed_triton(token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _embed_kernel(token_ids, weight, out, hidden, block: constexpr, early: constexpr):  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
-    overlap(early)
+    # It waits before it lets others start: these may read the block tables of the kernel before it without waiting.
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.load(token_ids + token)
     tl.store(out + token * hidden + at, tl.load(weight + row * hidden + at, mask=at < hidden), mask=at < hidden)
