@@ -168,7 +168,7 @@ def test_plain_launches_make_no_programmatic_edge(driver: Any, rows: int, monkey
 LAYERS = 3
 # Of a step of one sequence: norm and projections, attention, output projection, norm and gate, down projection.
 KERNELS_OF_A_LAYER = 5
-THEIR_NAMES = {"_skinny_kernel", "_norm_row_kernel", "_row_add_kernel", "_rotate_and_attend_kernel"}
+THEIR_NAMES = {"_skinny_kernel", "_row_kernel", "_rotate_and_attend_kernel"}
 
 
 @pytest.fixture

@@ -188,46 +188,9 @@ def skinny_norm_linear_triton(
     lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute :func:`skinny_norm_linear` in Triton."""
-    rows, hidden = x.shape
     size = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    if rows == 0:
-        return out
-    if rows == 1:
-        block_n, block_k = _row_blocks(size, hidden, 2 if gated else 1)
-        _norm_row_kernel[(-(-size // block_n),)](
-            x,
-            norm,
-            weight,
-            bias,
-            out,
-            eps,
-            size,
-            hidden=hidden,
-            gated=gated,
-            block_n=block_n,
-            block_k=block_k,
-            num_warps=8,
-            **launch_options(x.device),
-        )
-    else:
-        # Each program would take all rows through their norm again: for several, a kernel of its own is faster.
-        _linear_kernel[(-(-size // _BLOCK_N),)](
-            rms_norm_triton(x, norm, eps),
-            weight,
-            bias,
-            out,
-            rows,
-            size,
-            width=hidden,
-            gated=gated,
-            block_m=MAX_SKINNY_ROWS,
-            block_n=_BLOCK_N,
-            block_k=min(_BLOCK_K // 2 if gated else _BLOCK_K, next_power_of_2(hidden)),
-            num_warps=4,
-            num_stages=_STAGES,
-            **launch_options(x.device),
-        )
+    out = torch.empty((x.shape[0], size), dtype=x.dtype, device=x.device)
+    _launch(x, norm, weight, bias, out, eps, gated=gated, add=False)
     return out
 
 
@@ -235,39 +198,49 @@ def skinny_linear_add_triton(
     x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, lens: torch.Tensor | None = None
 ) -> None:
     """Compute :func:`skinny_linear_add` in Triton."""
-    (rows, size), width = x.shape, h.shape[1]
+    _launch(h, None, weight, None, x, 0.0, gated=False, add=True)
+
+
+def _launch(
+    x: torch.Tensor,
+    norm: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    eps: float,
+    *,
+    gated: bool,
+    add: bool,
+) -> None:
+    (rows, width), size = x.shape, out.shape[1]
+    constants = {"width": width, "gated": gated, "add": add, **launch_options(x.device)}
     if rows == 1:
-        block_n, block_k = _row_blocks(size, width, 1)
-        _row_add_kernel[(-(-size // block_n),)](
-            x,
-            h,
-            weight,
-            size,
-            width=width,
-            block_n=block_n,
-            block_k=block_k,
-            num_warps=8,
-            **launch_options(x.device),
+        block_n, block_k = _row_blocks(size, width, 2 if gated else 1)
+        _row_kernel[(-(-size // block_n),)](
+            x, norm, weight, bias, out, eps, size, block_n=block_n, block_k=block_k, num_warps=8, **constants
         )
     elif rows:
-        _linear_add_kernel[(-(-size // _BLOCK_N),)](
+        # Each program would compute the norm of all rows again: for several rows, a kernel of its own is faster.
+        x = x if norm is None else rms_norm_triton(x, norm, eps)
+        block_k = min(_BLOCK_K // 2 if gated else _BLOCK_K, next_power_of_2(width))
+        _rows_kernel[(-(-size // _BLOCK_N),)](
             x,
-            h,
             weight,
+            bias,
+            out,
             rows,
             size,
-            width=width,
             block_m=MAX_SKINNY_ROWS,
             block_n=_BLOCK_N,
-            block_k=min(_BLOCK_K, next_power_of_2(width)),
+            block_k=block_k,
             num_warps=4,
             num_stages=_STAGES,
-            **launch_options(x.device),
+            **constants,
         )
 
 
 @jit()
-def _norm_row_kernel(  # type: ignore[no-untyped-def]
+def _row_kernel(  # type: ignore[no-untyped-def]
     x,
     norm,
     weight,
@@ -275,8 +248,9 @@ def _norm_row_kernel(  # type: ignore[no-untyped-def]
     out,
     eps,
     size,
-    hidden: constexpr,
+    width: constexpr,
     gated: constexpr,
+    add: constexpr,
     block_n: constexpr,
     block_k: constexpr,
     early: constexpr,
@@ -286,62 +260,47 @@ def _norm_row_kernel(  # type: ignore[no-untyped-def]
         gdc_launch_dependents()
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     k = tl.arange(0, block_k)
-    place = weight + n.to(tl.int64)[:, None] * hidden + k[None, :]
-    up_place = place + tl.cast(size, tl.int64) * hidden
-    real = (n < size)[:, None] & (k < hidden)[None, :]
+    place = weight + n.to(tl.int64)[:, None] * width + k[None, :]
+    up_place = place + tl.cast(size, tl.int64) * width
+    real = (n < size)[:, None] & (k < width)[None, :]
     tile = tl.load(place, mask=real, other=0.0)
     if gated:
         up_tile = tl.load(up_place, mask=real, other=0.0)
-    scale = tl.load(norm + k, mask=k < hidden, other=0.0)
+    if norm is not None:
+        scale = tl.load(norm + k, mask=k < width, other=0.0)
     if early:
         gdc_wait()
     squares = 0.0
     total = tl.zeros([block_n], tl.float32)
-    total_up = tl.zeros([block_n], tl.float32)
-    for start in tl.static_range(0, hidden, block_k):
-        row = tl.load(x + start + k, mask=start + k < hidden, other=0.0).to(tl.float32)
-        squares += tl.sum(row * row, 0)
-        row = (row * scale.to(tl.float32))[None, :]
+    total_up = total
+    if add:
+        total = tl.load(out + n, mask=n < size, other=0.0).to(tl.float32)
+    for start in tl.static_range(0, width, block_k):
+        row = tl.load(x + start + k, mask=start + k < width, other=0.0).to(tl.float32)
+        if norm is not None:
+            squares += tl.sum(row * row, 0)
+            row = row * scale.to(tl.float32)
+        row = row[None, :]
         total += tl.sum(tile.to(tl.float32) * row, 1)
         if gated:
             total_up += tl.sum(up_tile.to(tl.float32) * row, 1)
-        if start + block_k < hidden:
+        if start + block_k < width:
             after = start + block_k
-            real = (n < size)[:, None] & (after + k < hidden)[None, :]
+            real = (n < size)[:, None] & (after + k < width)[None, :]
             tile = tl.load(place + after, mask=real, other=0.0)
             if gated:
                 up_tile = tl.load(up_place + after, mask=real, other=0.0)
-            scale = tl.load(norm + after + k, mask=after + k < hidden, other=0.0)
-    factor = rms_factor(squares, hidden, eps)
-    result = _finish(total * factor, total_up * factor, bias, n, size, gated)
+            if norm is not None:
+                scale = tl.load(norm + after + k, mask=after + k < width, other=0.0)
+    if norm is not None:
+        factor = rms_factor(squares, width, eps)
+        total, total_up = total * factor, total_up * factor
+    result = _finish(total, total_up, bias, n, size, gated)
     tl.store(out + n, result.to(out.dtype.element_ty), mask=n < size)
 
 
-@jit()
-def _row_add_kernel(  # type: ignore[no-untyped-def]
-    x, h, weight, size, width: constexpr, block_n: constexpr, block_k: constexpr, early: constexpr
-):
-    """One row; weights as in :func:`_norm_row_kernel`."""
-    if early:
-        gdc_launch_dependents()
-    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    k = tl.arange(0, block_k)
-    place = weight + n.to(tl.int64)[:, None] * width + k[None, :]
-    tile = tl.load(place, mask=(n < size)[:, None] & (k < width)[None, :], other=0.0)
-    if early:
-        gdc_wait()
-    total = tl.load(x + n, mask=n < size, other=0.0).to(tl.float32)
-    for start in tl.static_range(0, width, block_k):
-        row = tl.load(h + start + k, mask=start + k < width, other=0.0).to(tl.float32)
-        total += tl.sum(tile.to(tl.float32) * row[None, :], 1)
-        if start + block_k < width:
-            after = start + block_k
-            tile = tl.load(place + after, mask=(n < size)[:, None] & (after + k < width)[None, :], other=0.0)
-    tl.store(x + n, total.to(x.dtype.element_ty), mask=n < size)
-
-
 @jit(do_not_specialize=["rows"])
-def _linear_kernel(  # type: ignore[no-untyped-def]
+def _rows_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
     bias,
@@ -350,6 +309,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     size,
     width: constexpr,
     gated: constexpr,
+    add: constexpr,
     block_m: constexpr,
     block_n: constexpr,
     block_k: constexpr,
@@ -362,11 +322,14 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     place = weight + n.to(tl.int64)[:, None] * width + k[None, :]
     up_place = place + tl.cast(size, tl.int64) * width
     source = x + m[:, None] * width + k[None, :]
-    total = tl.zeros([block_m, block_n], tl.float32)
-    total_up = tl.zeros([block_m, block_n], tl.float32)
     if early:
         gdc_wait()
         gdc_launch_dependents()
+    total = tl.zeros([block_m, block_n], tl.float32)
+    total_up = total
+    if add:
+        both = (m < rows)[:, None] & (n < size)[None, :]
+        total = tl.load(out + m[:, None] * size + n[None, :], mask=both, other=0.0).to(tl.float32)
     for start in range(0, width, block_k):
         inside = start + k < width
         real = (n < size)[:, None] & inside[None, :]
@@ -379,39 +342,6 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     result = _finish(total, total_up, bias, n, size, gated)
     inside = (m < rows)[:, None] & (n < size)[None, :]
     tl.store(out + m[:, None] * size + n[None, :], result.to(out.dtype.element_ty), mask=inside)
-
-
-@jit(do_not_specialize=["rows"])
-def _linear_add_kernel(  # type: ignore[no-untyped-def]
-    x,
-    h,
-    weight,
-    rows,
-    size,
-    width: constexpr,
-    block_m: constexpr,
-    block_n: constexpr,
-    block_k: constexpr,
-    early: constexpr,
-):
-    """Several rows, as :func:`_linear_kernel`."""
-    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    m = tl.arange(0, block_m)
-    k = tl.arange(0, block_k)
-    place = weight + n.to(tl.int64)[:, None] * width + k[None, :]
-    source = h + m[:, None] * width + k[None, :]
-    target = x + m[:, None] * size + n[None, :]
-    outside = (m < rows)[:, None] & (n < size)[None, :]
-    if early:
-        gdc_wait()
-        gdc_launch_dependents()
-    total = tl.load(target, mask=outside, other=0.0).to(tl.float32)
-    for start in range(0, width, block_k):
-        inside = start + k < width
-        row = tl.load(source + start, mask=(m < rows)[:, None] & inside[None, :], other=0.0)
-        tile = tl.load(place + start, mask=(n < size)[:, None] & inside[None, :], other=0.0)
-        total = tl.dot(row, tl.trans(tile), total, input_precision="ieee")
-    tl.store(target, total.to(x.dtype.element_ty), mask=outside)
 
 
 @jit()
