@@ -10,12 +10,7 @@ from torch.utils._pytree import tree_leaves
 from graphmode.ops import PagedBatch, Scoring
 from graphmode.ops import paged_attention as public_paged_attention
 from graphmode.ops.attention.cpu import paged_attention_cpu
-from graphmode.ops.attention.paged_reference import (
-    _choose_blocks,
-    _find_blocks,
-    _num_keys,
-    paged_attention_reference,
-)
+from graphmode.ops.attention.paged_reference import _choose_blocks, _find_blocks, _num_keys, paged_attention_reference
 from graphmode.ops.attention.paged_triton import paged_attention_triton
 from graphmode.ops.attention.split_kv import SplitKVPlan, plan_split_kv
 from tests.ops.paged import PoisonedBatch, attend_one_by_one, make_batch

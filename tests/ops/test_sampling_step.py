@@ -7,15 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from graphmode.graph import GraphRunner, Input
-from graphmode.ops import (
-    Adjustments,
-    Filters,
-    adjust_logits,
-    count_tokens,
-    log_probabilities,
-    sample,
-    start_history,
-)
+from graphmode.ops import Adjustments, Filters, adjust_logits, count_tokens, log_probabilities, sample, start_history
 
 VOCAB, SLOTS, MAX_BIAS, MAX_STOP, TOP_N = 120, 6, 2, 2, 3
 

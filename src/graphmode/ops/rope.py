@@ -12,14 +12,7 @@ import torch
 from graphmode.ops._checks import FLOATS, require, require_cache, require_contiguous, require_tensor
 from graphmode.ops._cpu import cpu_operator, loops, runs_on_host
 from graphmode.ops._device import overlap, rms_factor
-from graphmode.ops._triton import (
-    constexpr,
-    jit,
-    launch_options,
-    next_power_of_2,
-    runs_triton,
-    tl,
-)
+from graphmode.ops._triton import constexpr, jit, launch_options, next_power_of_2, runs_triton, tl
 from graphmode.ops.dispatch import Heads
 from graphmode.ops.kv_cache import write_kv_reference
 

@@ -23,13 +23,7 @@ from graphmode.ops.attention.paged import paged_attention
 from graphmode.ops.attention.paged_reference import paged_attention_reference
 from graphmode.ops.attention.split_kv import SplitKVPlan, merge_splits, new_partials, plan_split_kv
 from graphmode.ops.dispatch import choose
-from graphmode.ops.rope import (
-    Rotation,
-    heads_of,
-    require_heads,
-    rotate_and_cache,
-    rotate_and_cache_reference,
-)
+from graphmode.ops.rope import Rotation, heads_of, require_heads, rotate_and_cache, rotate_and_cache_reference
 
 _TILE_BYTES = 16384
 

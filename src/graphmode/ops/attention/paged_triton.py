@@ -24,15 +24,7 @@ import math
 import torch
 
 from graphmode.ops._device import add_sink, find_token, load_slots, load_split, online_softmax, softmax_average
-from graphmode.ops._triton import (
-    constexpr,
-    gdc_launch_dependents,
-    gdc_wait,
-    jit,
-    launch_options,
-    next_power_of_2,
-    tl,
-)
+from graphmode.ops._triton import constexpr, gdc_launch_dependents, gdc_wait, jit, launch_options, next_power_of_2, tl
 from graphmode.ops.attention.batch import PagedBatch, Scoring
 from graphmode.ops.attention.split_kv import SplitKVPlan, merge_splits, new_partials, plan_split_kv
 

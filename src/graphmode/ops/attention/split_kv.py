@@ -13,15 +13,7 @@ from typing import NamedTuple
 import torch
 
 from graphmode.ops._device import add_sink, softmax_average
-from graphmode.ops._triton import (
-    constexpr,
-    gdc_launch_dependents,
-    gdc_wait,
-    jit,
-    launch_options,
-    next_power_of_2,
-    tl,
-)
+from graphmode.ops._triton import constexpr, gdc_launch_dependents, gdc_wait, jit, launch_options, next_power_of_2, tl
 
 # Programs that have a multiprocessor each on a large GPU (H100 and H200 have 132), or nearly.
 _PROGRAMS = 128

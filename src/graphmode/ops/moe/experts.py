@@ -17,14 +17,7 @@ import torch
 
 from graphmode.ops._checks import FLOATS, require_contiguous, require_tensor
 from graphmode.ops._device import overlap, swiglu
-from graphmode.ops._triton import (
-    constexpr,
-    jit,
-    launch_options,
-    next_power_of_2,
-    runs_triton,
-    tl,
-)
+from graphmode.ops._triton import constexpr, jit, launch_options, next_power_of_2, runs_triton, tl
 
 _CHUNK = 128  # pairs that a program of the first kernel puts in their places, at most
 _COUNTED = (128, 1024)  # pairs that it counts at a time, at least and at most

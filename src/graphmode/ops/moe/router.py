@@ -10,14 +10,7 @@ import torch
 
 from graphmode.ops._checks import FLOATS, require, require_contiguous, require_tensor
 from graphmode.ops._device import overlap
-from graphmode.ops._triton import (
-    constexpr,
-    jit,
-    launch_options,
-    next_power_of_2,
-    runs_triton,
-    tl,
-)
+from graphmode.ops._triton import constexpr, jit, launch_options, next_power_of_2, runs_triton, tl
 
 
 @dataclass(frozen=True)
