@@ -110,7 +110,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {**HYBRID, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 PROMPTS = [[(7 * at + 3 * length) % 199 + 1 for at in range(length)] for length in (1, 5, 8, 9, 17, 30)]
-NEW_TOKENS = 12
+NEW_TOKENS = 9
 
 
 @pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
