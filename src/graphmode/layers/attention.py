@@ -175,7 +175,7 @@ class DeviceAttention:
     """How a device attends.
 
     Attributes:
-        attend: does as :func:`cached_attention`.
+        attend: takes and gives what :func:`cached_attention` does.
         block_size: tokens in a block of the cache.
         host_lengths: where it takes lengths on the host: computes them, from the longest sequence there can be, the
             queries of each sequence in a decode step, and what :class:`~graphmode.graph.HostArguments` gives. None

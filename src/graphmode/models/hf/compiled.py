@@ -1,4 +1,4 @@
-"""Layers that nobody fused, compiled one by one by ``torch.compile`` (Inductor).
+"""Layers that are not fused, compiled one by one by ``torch.compile`` (Inductor).
 
 A layer is traced once, for any number of tokens, with its weights as inputs and attention cut out. What it asks of
 attention and what follows from the answer become two programs; attention runs between them as it does in any layer. So
@@ -38,7 +38,7 @@ from graphmode.models.hf.grid_positions import has_grid_positions
 
 log = logging.getLogger(__name__)
 
-# Tokens of the call that is traced; a size that is another one in a call of one token is a number of tokens.
+# Tokens of the traced call. A size that differs in a call of one token is a number of tokens.
 _TOKENS = 61
 
 # The dispatcher's state in which programs are compiled and run, whatever modes are active around the operator, and
@@ -111,8 +111,8 @@ class CompiledLayer:
     """A decoder layer as two programs and attention between them; called as the layer is.
 
     Attributes:
-        own: the layer's own code, for calls of another kind than that which was traced.
-        call: the one which was.
+        own: the layer's own code, for calls that differ from the traced one in more than tensors.
+        call: the traced one.
         weights: parameters and buffers.
         names: of the weights, then of the tensors of a call.
         before: the program up to attention.
@@ -185,7 +185,7 @@ def compile_layers(model: PreTrainedModel, caches: Sequence[LayerCache], max_mod
                     args, kwargs = tree_unflatten(call.leaves, call.spec)
                     if not close(call.output, parts(*args, **kwargs)):
                         raise ModelError("it gives other results when it is")
-            except Exception as error:  # whatever the compiler raises: the layer's own code is as right, and slower
+            except Exception as error:  # whatever the compiler raises: the layer's own code is right too, and slower
                 problems[f"{type(error).__name__}: {error}"] += 1
                 if parts is not None:
                     failed[parts.places] = error

@@ -148,14 +148,14 @@ def skinny_linear_add_reference(
 def skinny_linear_reference(
     h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, lens: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute :func:`skinny_linear` by torch's matrix product, which is as fast on other devices than Hopper."""
+    """Compute :func:`skinny_linear` by torch's matrix product, which no kernel for devices other than Hopper beats."""
     return torch.nn.functional.linear(h, weight, bias)
 
 
 # One row: elements of weights that a program loads at once, and holds in registers.
 _ROW_TILE = 16384
 _MAX_ROW_WIDTH = 4096
-# Several rows: rows of weights of a program (the least that a matrix product takes), and elements of a row at a time.
+# Several rows: rows of weights of a program (the fewest that a matrix product takes), and elements of a row at a time.
 _BLOCK_N = 16
 _BLOCK_K = 512
 _STAGES = 3
