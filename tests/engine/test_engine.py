@@ -84,6 +84,15 @@ def test_a_stream_of_several_prompts_gives_each_token_of_each(llm: LLM, alone: l
         assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
 
 
+def test_a_stream_of_several_answers_gives_each_token_of_each_and_ends_once(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.9, seed=4, max_tokens=7, n=3)
+    (whole,) = llm.generate(PROMPTS[2], params)
+    outputs = list(llm.stream(PROMPTS[2], params))
+    assert [output.finished for output in outputs] == [False] * (3 * 7 - 1) + [True]
+    assert [sum(len(answer.token_ids) for answer in output.outputs) for output in outputs] == list(range(1, 22))
+    assert outputs[-1].outputs == whole.outputs
+
+
 def test_a_stream_that_is_dropped_ends_no_other_request(llm: LLM, alone: list[list[int]]) -> None:
     kept, dropped = llm.stream(PROMPTS[5], PARAMS[5]), llm.stream(PROMPTS, PARAMS)
     next(kept)
