@@ -1,6 +1,5 @@
 """Model families as transformers has them: the engine, eager and by graphs, gives what transformers gives."""
 
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from graphmode import LLM, SamplingParams
 from graphmode.engine.engine import Engine
 from graphmode.engine.sequence import Sequence
-from graphmode.engine.step_inputs import step_inputs
 from graphmode.engine.types import Batch, ScheduledSequence
+from tests import steps
 
 pytestmark = pytest.mark.versions
 
@@ -140,18 +139,15 @@ def continue_greedily(model: PreTrainedModel, prompt: list[int]) -> tuple[list[i
 
 def compute_logits(engine: Engine, tokens: list[int], prompt_len: int) -> torch.Tensor:
     """The engine's logits for every token after the prompt: the prompt as one mixed step, the rest by decode steps."""
-    sequence = Sequence("0", tokens, SamplingParams(temperature=0), 0)
+    sequence = Sequence("0", tokens, SamplingParams(temperature=0), 0, state_index=1)
     engine.scheduler.blocks.begin(sequence, read_prefix=False)
     engine.scheduler.blocks.extend([(sequence, len(tokens))])
-    steps = [Batch("mixed", (ScheduledSequence(sequence, 0, prompt_len, True),), prompt_len)]
-    steps += [Batch("decode", (ScheduledSequence(sequence, at, 1, True),), 1) for at in range(prompt_len, len(tokens))]
+    parts = [ScheduledSequence(sequence, 0, prompt_len, samples=1)]
+    parts += [ScheduledSequence(sequence, at, 1, samples=1) for at in range(prompt_len, len(tokens))]
     logits = []
-    for batch in steps:
-        values = step_inputs(batch, -(-engine.limits.max_model_len // 16))
-        read = signature(engine.runner.logits).parameters
-        values = {name: value.to(engine.device) for name, value in values.items() if name in read}
-        with torch.inference_mode():
-            logits.append(engine.runner.logits(batch.family, **values))
+    for part in parts:
+        family, admitted = ("decode", ()) if part.start else ("mixed", (sequence,))
+        logits.append(steps.logits(engine.runner, Batch(family, (part,), part.num_tokens, admitted)))
     engine.scheduler.blocks.release(sequence)
     return torch.cat(logits)
 
