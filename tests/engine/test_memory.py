@@ -44,7 +44,7 @@ LIMITS = Limits(max_num_seqs=32, max_num_batched_tokens=256, max_model_len=1024)
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 def test_absurd_limits_are_refused_with_what_they_need(options: dict, lowered: str, device: torch.device) -> None:
     with pytest.raises(InputError, match=rf"Lower ({lowered})$") as error:
-        check_buffers(replace(LIMITS, **options), device, 80 * GIB, 100 * GIB, block_size=16, hidden_size=4096)
+        check_buffers(replace(LIMITS, **options), device, 80 * GIB, 100 * GIB, block_sizes=[16], hidden_size=4096)
     needed, there = re.search(r"need ([0-9.]+ [TPG]iB).*where ([0-9.]+ GiB) are free", str(error.value)).groups()
     assert there in ("80.0 GiB", "100.0 GiB")
     assert needed != there
@@ -63,9 +63,9 @@ def test_limits_pass_where_their_buffers_fit_and_nowhere_else(
     seqs: int, tokens: int, length: int, steps: int, free: int, on_cpu: bool
 ) -> None:
     limits = Limits(seqs, tokens, length, steps)
-    device, host = buffers_needed(limits, block_size=16).total(on_host=on_cpu)
+    device, host = buffers_needed(limits, block_sizes=[16]).total(on_host=on_cpu)
     try:
-        taken = check_buffers(limits, CPU if on_cpu else CUDA, free, free, block_size=16)
+        taken = check_buffers(limits, CPU if on_cpu else CUDA, free, free, block_sizes=[16])
     except InputError:
         assert max(device, host) > free
     else:
@@ -75,7 +75,7 @@ def test_limits_pass_where_their_buffers_fit_and_nowhere_else(
 
 def test_what_is_counted_is_what_an_engine_allocates(tiny: Path) -> None:
     llm = LLM(tiny, device="cpu", graph_sizes=[32], max_num_seqs=32, max_num_batched_tokens=32)
-    runner, needed = llm.engine.runner, buffers_needed(llm.engine.limits, block_size=16)
+    runner, needed = llm.engine.runner, buffers_needed(llm.engine.limits, block_sizes=[16])
     assert runner.graphs._buffers.arena.nbytes == pytest.approx(needed.device["a step's inputs"], rel=0.2, abs=4096)
     assert runner._log.nbytes == needed.device["sampled tokens"]
     assert runner.sampler._on_device.nbytes == needed.device["sampling parameters"]

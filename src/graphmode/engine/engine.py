@@ -15,7 +15,7 @@ import torch
 
 from graphmode.cache.allocate import make_cache
 from graphmode.cache.block_manager import BlockManager
-from graphmode.cache.specs import CacheGroup, group_layers
+from graphmode.cache.specs import group_layers
 from graphmode.engine import checks
 from graphmode.engine.config import (
     EngineOptions,
@@ -77,7 +77,7 @@ class Engine:
         )
         tokenizer = self.loaded.tokenizer
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, model)
-        self.cache_groups = self._group_layers()
+        self.cache_groups = group_layers(self.loaded.shape.caches, self.loaded.model.dtype, self._attention.block_size)
         self.limits, self.num_blocks = self._fit_memory()
         self._prepare_layers()
         self.scheduler = self._make_scheduler()
@@ -121,7 +121,7 @@ class Engine:
         least = self._limits(self.options.max_model_len or 2)
         self._buckets(least)
         free, host_free = free_memory(self.device), free_memory(torch.device("cpu"))
-        check_buffers(least, self.device, free, host_free, block_size=self._attention.block_size)
+        check_buffers(least, self.device, free, host_free, block_sizes=[self._attention.block_size])
 
     def _limits(self, max_positions: int, most_positions: int | None = None) -> Limits:
         bursts = self._attention.host_lengths is None  # lengths on the host are those of one step
@@ -132,22 +132,13 @@ class Engine:
             return None
         return resolve_buckets(self.options, limits, few=self.device.type == "cpu")
 
-    def _group_layers(self) -> tuple[CacheGroup, ...]:
-        caches, dtype, block_size = self.loaded.shape.caches, self.loaded.model.dtype, self._attention.block_size
-        groups = group_layers(caches, dtype, block_size)
-        if len(groups) == 1:
-            return groups
-        # Steps carry the blocks of one group.
-        size = sum(group.block_bytes for group in groups)
-        return (CacheGroup("full", tuple(range(len(caches))), dtype, block_size, size),)
-
     def _fit_memory(self) -> tuple[Limits, tuple[int, ...]]:
         """Return the limits and the blocks of each cache group.
 
         ``max_model_len`` is lowered to what fits where the user did not give it.
         """
         options, shape, model = self.options, self.loaded.shape, self.loaded.model
-        block_size = self._attention.block_size
+        block_sizes = [group.block_size for group in self.cache_groups]
         limits = self._limits(shape.max_positions, shape.most_positions)
         embedding = model.get_input_embeddings().weight
         assert isinstance(embedding, torch.Tensor)
@@ -155,10 +146,10 @@ class Engine:
         weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
         free, host_free = free_memory(self.device), free_memory(torch.device("cpu"))
         smallest = replace(limits, max_model_len=options.max_model_len or 2)
-        buffers = check_buffers(smallest, self.device, free, host_free, block_size=block_size, **sizes)
+        buffers = check_buffers(smallest, self.device, free, host_free, block_sizes=block_sizes, **sizes)
         memory = cache_memory(self.device, free, weights, buffers, options.memory_share, options.kv_cache_memory)
         limits, blocks = fit_cache(limits, memory, self.cache_groups, lower=options.max_model_len is None)
-        check_buffers(limits, self.device, free, host_free, block_size=block_size, **sizes)
+        check_buffers(limits, self.device, free, host_free, block_sizes=block_sizes, **sizes)
         return limits, blocks
 
     def _prepare_layers(self) -> None:

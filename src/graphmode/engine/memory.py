@@ -53,13 +53,13 @@ class Needed:
 
 
 def buffers_needed(
-    limits: Limits, *, block_size: int, vocab_size: int = 0, hidden_size: int = 0, itemsize: int = 2
+    limits: Limits, *, block_sizes: Sequence[int], vocab_size: int = 0, hidden_size: int = 0, itemsize: int = 2
 ) -> Needed:
     """Return what buffers take whose size follows from the limits; without the model's sizes, the least that it can be.
 
     Args:
         limits: what a step may hold.
-        block_size: tokens in a block of the cache.
+        block_sizes: tokens in a block of each cache group.
         vocab_size: of the model, for logits.
         hidden_size: of the model, for the hidden states of the largest step.
         itemsize: bytes of an activation.
@@ -70,12 +70,13 @@ def buffers_needed(
         "seqs": seqs,
         "logits": limits.max_logits,
         "scored": seqs,
-        "new_blocks": room_for_blocks(limits, [block_size], tokens),
+        "new_blocks": room_for_blocks(limits, block_sizes, tokens),
     }
-    inputs = sum(prod(shape_at(spec, axes)) * spec.dtype.itemsize for spec in vars(StepInputs.declared()).values())
+    declared = vars(StepInputs.declared(len(block_sizes))).values()
+    inputs = sum(prod(shape_at(spec, axes)) * spec.dtype.itemsize for spec in declared)
     parameters = (seqs + 1) * STATE_BYTES
     results = 8 * limits.decode_steps * limits.max_logits
-    tables = table_bytes(limits, [block_size])
+    tables = table_bytes(limits, block_sizes)
     device = {
         "a step's inputs": inputs,
         "block tables": tables,
@@ -93,7 +94,7 @@ def buffers_needed(
 
 
 def check_buffers(
-    limits: Limits, device: torch.device, free: int, host_free: int, *, block_size: int, **model: int
+    limits: Limits, device: torch.device, free: int, host_free: int, *, block_sizes: Sequence[int], **model: int
 ) -> int:
     """Check that the engine's buffers fit, and return the bytes that they take on the device.
 
@@ -102,7 +103,7 @@ def check_buffers(
         device: where it runs.
         free: bytes that are free there.
         host_free: bytes that are free on the host.
-        block_size: tokens in a block of the cache.
+        block_sizes: tokens in a block of each cache group.
         **model: its sizes, as of :func:`buffers_needed`.
 
     Raises:
@@ -111,7 +112,7 @@ def check_buffers(
     on_host = device.type == "cpu"
 
     def needed(limits: Limits) -> Needed:
-        return buffers_needed(limits, block_size=block_size, **model)
+        return buffers_needed(limits, block_sizes=block_sizes, **model)
 
     taken = needed(limits).total(on_host=on_host)
     for place, bytes_taken, there in (("device", taken[0], free), ("host", taken[1], host_free)):
