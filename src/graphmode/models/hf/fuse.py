@@ -36,7 +36,7 @@ _CHECK_TOKENS = 5
 
 
 def fuse(model: PreTrainedModel, max_model_len: int) -> int:
-    """Fuse the layers of a model that are recognised and give what they gave; log what is not and why.
+    """Fuse the layers of a model, if all are recognised and give what they gave; else log why not.
 
     Args:
         model: a decoder of transformers, on its device, with graphmode's attention.
@@ -64,11 +64,11 @@ def fuse(model: PreTrainedModel, max_model_len: int) -> int:
         merged = _merge(layer, index, rotations[0])
         positions = torch.arange(max_model_len - _CHECK_TOKENS, max_model_len, device=model.device).clamp(min=0)
         rotated = (replace(merged, attention=replace(merged.attention, rotation=each)) for each in rotations)
-        alike = next((each for each in rotated if _agrees(layer, each, text.rotary_emb, positions)), None)
-        if alike is None:
+        found = next((each for each in rotated if _agrees(layer, each, text.rotary_emb, positions)), None)
+        if found is None:
             log.info("layers are not fused: layer %d gives other results when it is", index)
             return 0
-        fused.append(alike)
+        fused.append(found)
     for layer, own in zip(text.layers, fused, strict=True):
         layer.forward = own
         if isinstance(own.mlp, MoE):
@@ -97,7 +97,7 @@ def _unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _why_not(model: Any, text: Any) -> str:
-    """Return why a model cannot be fused as far as its outermost parts say; empty if it can."""
+    """Return what in a model's outermost parts keeps it from being fused; empty if nothing does."""
     for name in ("layers", "norm", "rotary_emb", "embed_tokens"):
         if not isinstance(getattr(text, name, None), nn.Module):
             return f"the model has no {name}"
@@ -119,7 +119,7 @@ _OUTPUT_NORMS = frozenset({"post_self_attn_layernorm", "post_mlp_layernorm"})
 
 
 def _why_not_layer(layer: Any) -> str:
-    """Return why a layer's parts are not those of a fused one; empty if they are."""
+    """Return which parts of a layer differ from those of :mod:`graphmode.layers`; empty if none do."""
     names = {name for name, module in layer.named_children() if not isinstance(module, nn.Dropout)}
     if not _PARTS <= names <= _PARTS | _OUTPUT_NORMS:
         return f"its parts are {', '.join(sorted(names))}"
@@ -286,7 +286,7 @@ def _head_agrees(norm: Any, head: Any, fused: Head) -> bool:
 
 
 def close(own: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether results of the same computation differ by rounding alone, as far as their dtype can tell."""
+    """Return whether two results differ by no more than rounding in their dtype."""
     return bool((other.float() - own.float()).norm() <= _TOLERANCE[own.dtype] * own.float().norm())
 
 
