@@ -419,7 +419,9 @@ def test_help_does_not_wait_for_transformers() -> None:
 
 def test_sweep_prints_json_and_writes_a_page(tmp_path: Path) -> None:
     page = tmp_path / "models.md"
-    output = run("sweep", "--json", "--model-type", "llama", "--model-type", "mamba", "--markdown", str(page))
+    output = run(
+        "sweep", "--json", "--workers", "1", "--model-type", "llama", "--model-type", "mamba", "--markdown", str(page)
+    )
     found = {model["model_type"]: model["status"] for model in json.loads(output)["models"]}
     assert found == {"llama": "full", "mamba": "unsupported"}
     assert "| llama | LlamaForCausalLM | full |" in page.read_text()
