@@ -10,7 +10,7 @@ import torch
 from graphmode import LLM, SamplingParams
 from graphmode.engine.prompts import PromptReader
 from graphmode.engine.sequence import Sequence
-from graphmode.engine.step_inputs import StepInputs
+from graphmode.engine.step_inputs import StepInputs, VisionStepInputs
 from graphmode.engine.types import Batch, ScheduledSequence
 from graphmode.graph import GraphRunner, Input
 from graphmode.graph.trees import map_leaves
@@ -179,7 +179,9 @@ def test_generated_placeholders_are_text(folder: dict[str, Path]) -> None:
     assert batch is not None
     assert batch.num_tokens == 4
     assert llm.engine.runner.vision is not None
-    assert "visual" not in llm.engine.runner.vision.step_inputs(batch, torch.arange(4))
+    step = steps.host_step(llm.engine.runner, batch)
+    assert isinstance(step, VisionStepInputs)
+    assert step.visual is None
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
