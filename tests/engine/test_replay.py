@@ -272,3 +272,28 @@ def test_capture_on_a_cpu_costs_no_more_for_longer_sequences(fuse: str) -> None:
     for name in ("graph_bytes", "capture_peak_bytes"):
         short, long = (getattr(each, name) for each in stats)
         assert 0 < long <= 1.01 * short, name
+
+
+@pytest.mark.parametrize("query_len", QUERY_LENS)
+def test_a_launched_step_gives_each_sequence_its_tokens_and_their_log_probabilities(
+    device: str, harnesses: Callable[[str, int], Harness], query_len: int
+) -> None:
+    harness = harnesses(device, query_len)
+    limits = replace(harness.engine.limits, decode_query_len=query_len, decode_steps=1)
+    backend, buckets = harness.runner.graphs.backend, {"decode": (4,), "mixed": (TOKENS,)}
+    runner = StepRunner(harness.engine.loaded, harness.engine.caches, backend, limits, buckets, strict=True)
+    batch = harness.batch("decode", 3 * query_len)
+    for at, row in enumerate(batch.scheduled):
+        row.samples, row.scored = 1 + at % query_len, range(0)
+    results = []
+    for family in ("decode", "mixed"):
+        harness.generator.manual_seed(0)
+        harness.fill_cache(batch)
+        result = runner.launch(replace(batch, family=family)).result()
+        assert [len(tokens) for tokens in result.tokens] == [row.samples for row in batch.scheduled]
+        assert result.logprobs is not None
+        for tokens, logprobs in zip(result.tokens, result.logprobs, strict=True):
+            assert all(token in chosen for token, chosen in zip(tokens, logprobs, strict=True))
+        results.append(result.tokens)
+    assert results[0] == results[1]
+    assert runner.graphs.stats.replays == 2
