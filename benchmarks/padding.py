@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +16,11 @@ from typing import Annotated
 import torch
 import typer
 
-from graphmode import LLM
+from graphmode import LLM, SamplingParams
 from graphmode.engine.sampler import SamplingLevel
-from graphmode.engine.step_inputs import INPUTS
+from graphmode.engine.sequence import Sequence
+from graphmode.engine.step_inputs import StepInputs, step_inputs
+from graphmode.engine.types import Batch, ScheduledSequence
 from graphmode.graph import make_buckets
 from graphmode.observe.bench.results import Row, as_json, of_runs
 from graphmode.observe.bench.run import Plan, model_folder, resolve, shown_name
@@ -33,49 +36,50 @@ def bucket_of(size: int) -> int:
     return BUCKETS[bisect_left(BUCKETS, size)]
 
 
-def decode_inputs(llm: LLM, rows: int, size: int, steps: int) -> dict[str, torch.Tensor]:
-    """Return the inputs of a burst of decode steps: sequences after a prompt, and padding after them.
+def decode_steps(llm: LLM, rows: int, sizes: list[int], steps: int) -> list[StepInputs]:
+    """Return a burst of decode steps at each of some sizes: sequences after a prompt, and padding after them.
 
     Args:
         llm: the engine, which runs nothing else.
         rows: sequences.
-        size: rows with padding, the graph's.
+        sizes: rows with padding, the graphs'.
         steps: the decode steps that the sequences have room for.
     """
-    length, pool = PROMPT_TOKENS + 1, llm.engine.scheduler.blocks.pools[0]
-    block_size = llm.engine.cache_groups[0].block_size
-    blocks = -(-(length + steps) // block_size)
-    taken = pool.allocate(rows * blocks)
-    tables = torch.zeros(rows, -(-llm.engine.limits.max_model_len // block_size), dtype=torch.int32)
-    tables[:, :blocks] = torch.tensor(taken).view(rows, blocks)
-    pool.free(taken)
-    last = tables[:, (length - 1) // block_size].long()
-    real = {
-        "token_ids": torch.randint(llm.engine.loaded.shape.vocab_size, (rows,)),
-        "positions": torch.full((rows,), length - 1),
-        "slot_mapping": last * block_size + (length - 1) % block_size,
-        "query_lens": torch.ones(rows),
-        "kv_lens": torch.full((rows,), length),
-        "logits_indices": torch.arange(rows),
-        "slots": torch.arange(rows) + 1,
-        "limits": torch.full((rows,), length + steps),
-        "block_tables": tables,
-    }
-    padding = {spec.name: spec for spec in INPUTS}
-    inputs = {"token_sources": torch.full((size,), -1)}
-    for name, values in real.items():
-        spec = padding[name]
-        inputs[name] = torch.full((size, *values.shape[1:]), spec.padding, dtype=spec.dtype)
-        inputs[name][:rows] = values
-    return inputs
+    runner, blocks = llm.engine.runner, llm.engine.scheduler.blocks
+    length, params = PROMPT_TOKENS + 1, SamplingParams(temperature=0)
+    tokens = torch.randint(llm.engine.loaded.shape.vocab_size, (rows, length)).tolist()
+    sequences = [Sequence(str(row), tokens[row], params, 0, state_index=row + 1) for row in range(rows)]
+    for sequence in sequences:
+        blocks.begin(sequence, read_prefix=False)
+    blocks.extend([(sequence, length + steps) for sequence in sequences])
+    scheduled = tuple(ScheduledSequence(each, length - 1, 1, samples=1, steps=steps) for each in sequences)
+    # The first run brings the sequences' block tables to the device, which are no part of what is timed.
+    runner.launch(Batch("decode", scheduled, rows, tuple(sequences))).result()
+    step = step_inputs(Batch("decode", scheduled, rows), runner.tables)
+    for sequence in sequences:
+        blocks.release(sequence)
+    return [padded(runner.inputs, step, size) for size in sizes]
 
 
-def step_ms(llm: LLM, inputs: dict[str, torch.Tensor], steps: int) -> float:
+def padded(inputs: StepInputs, step: StepInputs, size: int) -> StepInputs:
+    """Return a decode step with padding up to ``size`` rows."""
+    wide = {}
+    for name, values in vars(step).items():
+        spec = getattr(inputs, name)
+        axes = {"tokens": size, "seqs": size, "logits": size}
+        if values is not None and axes.keys() & set(spec.shape):
+            shape = [axes.get(axis, length) for axis, length in zip(spec.shape, values.shape, strict=True)]
+            wide[name] = torch.full(shape, spec.padding, dtype=spec.dtype)
+            wide[name][tuple(map(slice, values.shape))] = values
+    return replace(step, **wide)
+
+
+def step_ms(llm: LLM, step: StepInputs, steps: int) -> float:
     """Return the time of a decode step in a burst of them, in milliseconds."""
     graphs = llm.engine.runner.graphs
     graphs.backend.synchronize()
     start = time.perf_counter()
-    graphs(family="decode", level=SamplingLevel.PLAIN, repeats=steps, **inputs)
+    graphs(family="decode", level=SamplingLevel.PLAIN, repeats=steps, step=step)
     graphs.backend.synchronize()
     return 1e3 * (time.perf_counter() - start) / steps
 
@@ -110,7 +114,7 @@ def main(
     typer.echo("rows  bucket  padding  bucket, ms a step  exact, ms a step  ratio")
     for rows in asked:
         graphs = {"bucket": bucket_of(rows), "exact": rows}
-        inputs = {mode: decode_inputs(llm, rows, size, steps) for mode, size in graphs.items()}
+        inputs = dict(zip(graphs, decode_steps(llm, rows, list(graphs.values()), steps), strict=True))
         times: dict[str, list[float]] = {mode: [] for mode in graphs}
         for _ in range(repeats + 1):
             for mode in graphs:
