@@ -16,7 +16,7 @@ from graphmode.models.hf.attention import ATTENTION_NAME
 from graphmode.models.hf.dry_run import cache_shapes
 from graphmode.models.hf.latent import keep_latents
 from graphmode.models.hf.sparse import use_indexers
-from tests.models.test_families import LATENT, PROMPTS, SMALL, SPARSE, continue_greedily
+from tests.models.test_families import LATENT, NEW_TOKENS, PROMPTS, SMALL, SPARSE, continue_greedily
 
 pytestmark = pytest.mark.versions
 
@@ -82,7 +82,7 @@ def test_memory_pressure_changes_no_token(
     prompts = [*PROMPTS, PROMPTS[-1], PROMPTS[-1][:25]]
     expected = [continue_greedily(model, prompt)[0] for prompt in prompts]
     block = 2 * 16 * elements * 4
-    params = SamplingParams(temperature=0, max_tokens=12)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
     for mode in ("none", "full", "piecewise"):
         llm = LLM(tmp_path, kv_cache_memory=6 * block, graph_mode=mode, strict=True, **OPTIONS)
         [group] = llm.engine.cache_groups
