@@ -198,7 +198,7 @@ def test_names_of_requests(llm: LLM) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_an_abort_ends_all_answers_that_have_not_ended_once(llm: LLM, steps: int) -> None:
     engine, params = llm.engine, SamplingParams(temperature=0, max_tokens=40, n=3)
-    name = engine.submit(Request([1, 2, 3], params))
+    name = engine.submit(Request([1, 2, 3], params, stream=False))
     for _ in range(steps):
         assert engine.step() == []
     engine.abort(name)

@@ -52,7 +52,7 @@ def engine(folder: Path, device: str, **options: object) -> Engine:
 
 
 def run_alone(engine: Engine, prompt: list[int], params: SamplingParams) -> RequestOutput:
-    engine.submit(Request(prompt, params))
+    engine.submit(Request(prompt, params, stream=False))
     outputs: list[RequestOutput] = []
     while engine.has_requests:
         outputs += engine.step()
@@ -79,7 +79,7 @@ def test_each_request_gets_what_it_gets_alone(
     outputs: dict[str, RequestOutput] = {}
     while len(submitted) < count or busy.has_requests:
         for prompt, params in requests[len(submitted) : len(submitted) + rng.choice([0, 0, 1, 4])]:
-            submitted.append(busy.submit(Request(prompt, params)))
+            submitted.append(busy.submit(Request(prompt, params, stream=False)))
         if submitted and rng.random() < 0.05:
             busy.abort(rng.choice(submitted))
         for output in busy.step():

@@ -37,7 +37,7 @@ class Request:
         prompt: the prompt's text, for the outputs alone.
         vision: the prompt's images and videos.
         request_id: a name that no other request has that has not ended; None: the engine gives it a number.
-        stream: whether every new token gets an output, which holds all so far; otherwise only the last one does.
+        stream: whether each new token gives an output, which holds all so far; where not, the last one alone does.
     """
 
     prompt_token_ids: SequenceOf[int]
@@ -45,7 +45,7 @@ class Request:
     prompt: str | None = None
     vision: VisionPrompt | None = None
     request_id: str | None = None
-    stream: bool = False
+    stream: bool = True
 
     @cached_property
     def token_range(self) -> tuple[int, int]:
