@@ -47,6 +47,7 @@ class BlockTables:
 
     def __init__(self, backend: Backend, limits: Limits, block_sizes: Sequence[int]) -> None:
         self.block_sizes = tuple(block_sizes)
+        self._sizes = np.array(block_sizes)
         seqs, groups = limits.max_num_seqs, len(self.block_sizes)
         blocks = -(-limits.max_model_len // min(self.block_sizes))
         self.tables = torch.zeros(groups, seqs + 1, blocks, dtype=torch.int32, device=backend.device)
@@ -71,13 +72,15 @@ class BlockTables:
         """
         self._known[[sequence.state_index for sequence in batch.admitted]] = 0
         changes = np.zeros((len(end_lens), len(self.block_sizes), 3), dtype=np.int32)
-        known, new, first = np.moveaxis(changes, 2, 0)
+        known, new, first = changes[..., 0], changes[..., 1], changes[..., 2]
         known[:] = self._known[state_indices]
-        new[:] = np.maximum(-(-end_lens[:, np.newaxis] // np.array(self.block_sizes)) - known, 0)
+        new[:] = np.maximum(-(-end_lens[:, np.newaxis] // self._sizes) - known, 0)
         new_blocks: list[int] = []
         room = self.room(batch.num_tokens)
-        for at, group in np.argwhere(new).tolist():
-            sequence, start, count = batch.scheduled[at].sequence, int(known[at, group]), int(new[at, group])
+        rows, groups = new.nonzero()
+        changed = np.stack([rows, groups, known[rows, groups], new[rows, groups]], axis=1)
+        for at, group, start, count in changed.tolist():
+            sequence = batch.scheduled[at].sequence
             blocks = sequence.block_tables[group][start : start + count]
             if len(new_blocks) + count <= room:
                 first[at, group] = len(new_blocks)

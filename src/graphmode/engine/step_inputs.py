@@ -97,11 +97,10 @@ class VisionStepInputs(StepInputs):
 def step_inputs(batch: Batch, tables: BlockTables) -> StepInputs:
     """Return the tensors of a batch at their true sizes, on the host. ``tables`` takes its changes as done."""
     scheduled = batch.scheduled
-    starts = np.array([each.start for each in scheduled])
-    query_lens = np.array([each.num_tokens for each in scheduled])
-    states = np.array([each.sequence.state_index for each in scheduled])
-    kv_lens, ends = starts + query_lens, np.cumsum(query_lens)
-    end_lens = kv_lens + np.array([each.steps - 1 for each in scheduled])
+    numbers = [(e.start, e.num_tokens, e.sequence.state_index, e.steps, e.samples) for e in scheduled]
+    starts, query_lens, states, steps, sampled = np.ascontiguousarray(np.array(numbers).T)
+    kv_lens, ends = starts + query_lens, query_lens.cumsum()
+    end_lens = kv_lens + steps - 1
     token_ids: list[int] = []
     sources = np.zeros(batch.num_tokens, dtype=np.int64)
     for each, end, state in zip(scheduled, ends.tolist(), states.tolist(), strict=True):
@@ -109,12 +108,11 @@ def step_inputs(batch: Batch, tables: BlockTables) -> StepInputs:
         if len(token_ids) < end:  # the last one is still in flight
             token_ids.append(0)
             sources[end - 1] = state
-    positions = np.arange(batch.num_tokens) + np.repeat(starts - (ends - query_lens), query_lens)
+    positions = np.arange(batch.num_tokens) + (starts - (ends - query_lens)).repeat(query_lens)
     changes, new_blocks = tables.take_new(batch, states, end_lens)
     # Each row of logits, by how many tokens it lies before the end of its sequence's.
     logits = np.array([len(rows) for rows in batch.logits])
-    before_end = np.repeat(np.cumsum(logits), logits) - np.arange(logits.sum())
-    samples = before_end <= np.repeat([each.samples for each in scheduled], logits)
+    before_end = logits.cumsum().repeat(logits) - np.arange(logits.sum())
     arrays = {
         "token_ids": np.array(token_ids),
         "token_sources": sources,
@@ -126,9 +124,9 @@ def step_inputs(batch: Batch, tables: BlockTables) -> StepInputs:
         "state_indices": states,
         "table_changes": changes,
         "new_blocks": new_blocks,
-        "logits_indices": np.repeat(ends, logits) - before_end,
-        "logits_positions": (np.repeat(kv_lens, logits) + 1 - before_end).astype(np.int32),
-        "logits_state_indices": np.where(samples, np.repeat(states, logits), 0),
+        "logits_indices": ends.repeat(logits) - before_end,
+        "logits_positions": (kv_lens.repeat(logits) + 1 - before_end).astype(np.int32),
+        "logits_state_indices": states.repeat(logits) * (before_end <= sampled.repeat(logits)),
     }
     if scored := batch.scored_tokens:
         firsts = (ends - kv_lens).tolist()
@@ -151,6 +149,6 @@ def _slot_mapping(
         tables = (each.sequence.block_tables[group][first : last + 1] for each, first, last in parts)
         blocks = np.fromiter(chain.from_iterable(tables), dtype=np.int64)
         counts = lasts - firsts + 1
-        places = positions // block_size + np.repeat(np.cumsum(counts) - counts - firsts, query_lens)
+        places = positions // block_size + (counts.cumsum() - counts - firsts).repeat(query_lens)
         slots[group] = blocks[places] * block_size + positions % block_size
     return slots
