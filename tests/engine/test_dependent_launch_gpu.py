@@ -13,6 +13,7 @@ from transformers import Qwen3Config
 from graphmode import LLM
 from graphmode.engine.sampler import SamplingLevel
 from graphmode.ops import (
+    HeadInputs,
     PagedBatch,
     Rotation,
     Scoring,
@@ -126,19 +127,19 @@ def kernels_of_a_layer(rows: int) -> tuple[Callable[[], None], int]:
     starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
     batch = PagedBatch(block_tables, starts, torch.ones(rows, dtype=torch.int32, device=device), 1)
     scoring = Scoring(0.1)
-    rotated = (None, None, 0.0, rotation, positions, *caches, slots)
+    inputs = HeadInputs(None, None, 0.0, rotation, positions, *caches, slots)
     temperature = torch.ones(rows, device=device)
 
     def few() -> None:
         new = skinny_norm_linear(x, scale, qkv_weight, None, 1e-6)
-        heads = rotate_and_attend(new, *rotated, batch, scoring)
+        heads = rotate_and_attend(new, inputs, batch, scoring)
         skinny_linear_add(x, heads.flatten(1), output)
         skinny_linear_add(x, skinny_norm_linear(x, scale, gate_up, None, 1e-6, gated=True), down)
         sample(logits, temperature, positions, positions)
 
     def many() -> None:
         rms_norm(x, scale, 1e-6)
-        queries = rotate_and_cache(qkv, *rotated)
+        queries = rotate_and_cache(qkv, inputs)
         paged_attention(queries, *caches, batch, scoring)
         silu_mul(pairs)
         sample(logits, temperature, positions, positions)

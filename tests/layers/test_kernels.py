@@ -94,15 +94,15 @@ def recorded(device: Device) -> Iterator[list[str]]:
         )
         put(linear, "split_k_linear", "split_k_linear", lambda x, weight: x.new_empty(2, len(x), len(weight)))
         put(linear, "prefill_swiglu", "prefill_swiglu", lambda x, weight: outputs(x, weight, True))
-        put(linear, "prefill_heads", "prefill_heads", lambda x, weight, *a: heads_like(x, len(weight), a[6]))
+        put(linear, "prefill_heads", "prefill_heads", lambda x, weight, *a: heads_like(x, len(weight), a[1].k_cache))
         put(linear, "silu_mul", "silu_mul", lambda x: rows_like(x, x.shape[1] // 2))
         for owner in (linear, decode):
-            put(owner, "rotate_and_cache", "rotate_and_cache", lambda q, *a: heads_like(q, q.shape[1], a[5]))
+            put(owner, "rotate_and_cache", "rotate_and_cache", lambda q, *a: heads_like(q, q.shape[1], a[0].k_cache))
         put(
             decode,
             "rotate_and_attend_triton",
             lambda hopper, **_: "rotate_and_attend." + ("hopper" if hopper else "triton"),
-            lambda q, *a, **_: heads_like(q, q.shape[1], a[5]),
+            lambda q, *a, **_: heads_like(q, q.shape[1], a[0].k_cache),
         )
         put(decode, "paged_attention", "paged_attention", lambda q, *args, **_: q)
         put(attention, "attend", "paged_attention", lambda q, *args: q)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from graphmode.ops import PagedBatch, Scoring, rotate_and_attend
 from graphmode.ops.attention.decode import rotate_and_attend_reference, rotate_and_attend_triton
 from graphmode.ops.attention.split_kv import plan_split_kv
-from graphmode.ops.rope import Rotation
+from graphmode.ops.rope import HeadInputs, Rotation
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -57,14 +57,14 @@ def make_inputs(
     norms = [random(head_dim), random(head_dim)] if normed else [None, None]
     return {
         "qkv": qkv,
-        "q_norm": norms[0],
-        "k_norm": norms[1],
-        "eps": 1e-6,
-        "rotation": Rotation(angles.cos().to(device), angles.sin().to(device)),
-        "positions": torch.tensor([length - 1 for length in kv_lens] + [0] * padding, device=device),
-        "k_cache": caches[0],
-        "v_cache": caches[1],
-        "slot_mapping": torch.tensor(slots, device=device),
+        "inputs": HeadInputs(
+            *norms,
+            1e-6,
+            Rotation(angles.cos().to(device), angles.sin().to(device)),
+            torch.tensor([length - 1 for length in kv_lens] + [0] * padding, device=device),
+            *caches,
+            torch.tensor(slots, device=device),
+        ),
         "batch": PagedBatch(
             tables.to(device),
             torch.arange(rows + 1, dtype=torch.int32, device=device),
@@ -74,6 +74,12 @@ def make_inputs(
     }
 
 
+def with_caches_apart(inputs: dict) -> dict:
+    """The same with a cache of its own."""
+    heads = inputs["inputs"]
+    return {**inputs, "inputs": heads._replace(k_cache=heads.k_cache.clone(), v_cache=heads.v_cache.clone())}
+
+
 def check(
     inputs: dict,
     *,
@@ -81,17 +87,18 @@ def check(
     spare: int | None = None,
     run: Callable[..., torch.Tensor] = rotate_and_attend_triton,
 ) -> None:
-    caches = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
+    apart = with_caches_apart(inputs)
     scoring = Scoring(0.3, window)
-    expected = rotate_and_attend_reference(**{**inputs, **caches}, scoring=scoring)
+    expected = rotate_and_attend_reference(**apart, scoring=scoring)
     kv_lens = inputs["batch"].kv_lens
-    plan = plan_split_kv(kv_lens, inputs["k_cache"].shape[2], window=window, spare=spare)
+    plan = plan_split_kv(kv_lens, inputs["inputs"].k_cache.shape[2], window=window, spare=spare)
     output = run(**inputs, scoring=scoring, plan=plan)
     tolerance = TOLERANCE[output.dtype]
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     assert not output[kv_lens == 0].any()
-    for name, cache in caches.items():
-        torch.testing.assert_close(inputs[name], cache, rtol=tolerance, atol=tolerance, equal_nan=True)
+    for name in ("k_cache", "v_cache"):
+        ours, theirs = (getattr(each["inputs"], name) for each in (inputs, apart))
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 @pytest.mark.usefixtures("nan_memory")
@@ -135,10 +142,11 @@ def test_any_lengths(kv_lens: list[int], padding: int, window: int | None, spare
 @pytest.mark.parametrize("half", [8, 5])
 def test_rotations_that_the_kernel_does_not_take_go_through_two(device: str, interleaved: bool, half: int) -> None:
     inputs = make_inputs([12, 3], head_dim=16, device=device)
-    cos, sin, _ = inputs["rotation"]
-    inputs["rotation"] = Rotation(cos[:, :half].contiguous(), sin[:, :half].contiguous(), interleaved)
-    caches = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
-    expected = rotate_and_attend_reference(**{**inputs, **caches}, scoring=Scoring(0.25))
+    cos, sin, _ = inputs["inputs"].rotation
+    rotation = Rotation(cos[:, :half].contiguous(), sin[:, :half].contiguous(), interleaved)
+    inputs["inputs"] = inputs["inputs"]._replace(rotation=rotation)
+    apart = with_caches_apart(inputs)
+    expected = rotate_and_attend_reference(**apart, scoring=Scoring(0.25))
     output = rotate_and_attend(**inputs, scoring=Scoring(0.25))
     torch.testing.assert_close(output[:2], expected[:2], rtol=1e-5, atol=1e-5)
 
@@ -146,8 +154,8 @@ def test_rotations_that_the_kernel_does_not_take_go_through_two(device: str, int
 @pytest.mark.parametrize("scoring", [Scoring(0.25, soft_cap=1.0), Scoring(0.25, sinks=torch.ones(4))])
 def test_scores_that_the_kernel_does_not_take_go_through_two(scoring: Scoring) -> None:
     inputs = make_inputs([12, 3], q_heads=4)
-    caches = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
-    expected = rotate_and_attend_reference(**{**inputs, **caches}, scoring=scoring)
+    apart = with_caches_apart(inputs)
+    expected = rotate_and_attend_reference(**apart, scoring=scoring)
     torch.testing.assert_close(rotate_and_attend(**inputs, scoring=scoring)[:2], expected[:2], rtol=1e-5, atol=1e-5)
 
 
@@ -161,6 +169,11 @@ def test_scores_that_the_kernel_does_not_take_go_through_two(scoring: Scoring) -
 )
 def test_refuses_what_does_not_fit(name: str, value: object, message: str) -> None:
     inputs = make_inputs([12, 3])
-    inputs[name] = inputs["batch"]._replace(max_query_len=value) if name == "batch" else value
+    if name == "qkv":
+        inputs[name] = value
+    elif name == "batch":
+        inputs[name] = inputs[name]._replace(max_query_len=value)
+    else:
+        inputs["inputs"] = inputs["inputs"]._replace(**{name: value})
     with pytest.raises(ValueError, match=message):
         rotate_and_attend(**inputs, scoring=Scoring(1.0))

@@ -14,13 +14,12 @@ from graphmode.ops.attention import decode_hopper
 from graphmode.ops.attention.decode import rotate_and_attend_triton
 from graphmode.ops.attention.split_kv import plan_split_kv
 from graphmode.ops.dispatch import choose
-from graphmode.ops.rope import heads_of
 from tests.ops.test_decode_attention import check, make_inputs
 
 
 def check_hopper(inputs: dict, *, window: int | None = None, spare: int | None = None) -> None:
-    qkv, rotation, caches = inputs["qkv"], inputs["rotation"], (inputs["k_cache"], inputs["v_cache"])
-    heads = heads_of(qkv.shape[1], rotation, *caches)
+    qkv = inputs["qkv"]
+    heads = inputs["inputs"].kind(qkv.shape[1])
     assert choose("rotate_and_attend", len(qkv), qkv, heads=heads) == "hopper"
     check(inputs, window=window, spare=spare, run=partial(rotate_and_attend_triton, hopper=True))
 
@@ -63,7 +62,7 @@ def test_splits_are_merged_again_and_again() -> None:
     """Layer after layer, by the same counters: long contexts in several splits among many short ones."""
     lengths = [4000, 3, 700] + [20] * 30 + [1999, 2000]
     inputs = make_inputs(lengths, head_dim=128, block_size=16, dtype=torch.bfloat16, device="cuda")
-    kv_lens, kv_heads = inputs["batch"].kv_lens, inputs["k_cache"].shape[2]
+    kv_lens, kv_heads = inputs["batch"].kv_lens, inputs["inputs"].k_cache.shape[2]
     plan = plan_split_kv(kv_lens, kv_heads)
     assert plan.split_seqs[:, 2].max() > 8
     run = partial(rotate_and_attend_triton, **inputs, scoring=Scoring(0.3), hopper=True)

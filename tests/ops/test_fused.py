@@ -159,7 +159,7 @@ def test_rotate_and_cache(
     caches = [random(3, 4, kv_heads, head_dim) for _ in range(2)]
     before = [cache.clone() for cache in caches]
     queries = getattr(rope, f"rotate_and_cache_{float_implementation}")(
-        qkv, q_norm, k_norm, 1e-6, rotation, positions, *caches, slots
+        qkv, rope.HeadInputs(q_norm, k_norm, 1e-6, rotation, positions, *caches, slots)
     )
     heads = qkv.view(tokens, -1, head_dim)
     close(queries, exact_heads(heads[:, :q_heads], q_norm, rotation, positions))

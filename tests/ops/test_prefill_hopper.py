@@ -9,7 +9,7 @@ import torch
 
 from graphmode.ops.dispatch import choose, wave_efficiency
 from graphmode.ops.linear.prefill import prefill_heads, prefill_swiglu
-from graphmode.ops.rope import Rotation, heads_of, rotate_and_cache_reference
+from graphmode.ops.rope import HeadInputs, Rotation, rotate_and_cache_reference
 from tests.ops.test_fused import close
 
 ROWS = [100, 1025, 3000]
@@ -70,8 +70,8 @@ def check_heads(
     if bias is not None:
         exact += bias.double()
     rest = (*norms, 1e-6, rotation, positions)
-    expected = rotate_and_cache_reference(exact.float(), *rest, *expected_caches, slots)
-    close(prefill_heads(x, weight, bias, *rest, *caches, slots), expected.double())
+    expected = rotate_and_cache_reference(exact.float(), HeadInputs(*rest, *expected_caches, slots))
+    close(prefill_heads(x, weight, bias, HeadInputs(*rest, *caches, slots)), expected.double())
     close(caches, expected_caches.double())
     untouched = torch.ones(caches.shape[1] * 16, dtype=torch.bool, device=device)
     untouched[slots[slots >= 0]] = False
@@ -103,11 +103,11 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match=r"weight has shape \[64, 8\], expected \[any, 7\]"):
         prefill_swiglu(torch.zeros(3, 7), weight)
     angles, cache, positions = torch.zeros(9, 8), torch.zeros(2, 4, 1, 16), torch.zeros(3, dtype=torch.int64)
-    rest = (None, None, 0.0, Rotation(angles, angles))
+    inputs = HeadInputs(None, None, 0.0, Rotation(angles, angles), positions, cache, cache, positions)
     with pytest.raises(ValueError, match=r"positions has shape \[3\], expected \[2\]"):
-        prefill_heads(x[:2], weight, None, *rest, positions, cache, cache, positions)
+        prefill_heads(x[:2], weight, None, inputs)
     with pytest.raises(ValueError, match="is 40, expected whole heads of 16 beside 1"):
-        prefill_heads(x, weight[:40], None, *rest, positions, cache, cache, positions)
+        prefill_heads(x, weight[:40], None, inputs)
 
 
 @pytest.mark.gpu
@@ -119,10 +119,14 @@ def test_rows_do_not_depend_on_each_other() -> None:
     assert torch.equal(prefill_swiglu(x, weight)[:700], clean[:700])
 
 
+def inputs_of(angles: torch.Tensor, cache: torch.Tensor) -> HeadInputs:
+    return HeadInputs(None, None, 0.0, Rotation(angles, angles), torch.empty(0), cache, cache, torch.empty(0))
+
+
 def test_what_lies_elsewhere_is_not_taken() -> None:
     weight, cache, angles = torch.zeros(768, 128), torch.zeros(4, 16, 2, 128), torch.zeros(9, 64)
     assert choose("norm_swiglu", 2000, weight) == "torch"
-    heads = heads_of(768, Rotation(angles, angles), cache, cache)
+    heads = inputs_of(angles, cache).kind(768)
     assert choose("norm_heads", 2000, weight, heads=heads) == "norm_linear"
 
 
@@ -133,7 +137,7 @@ def test_takes_what_keeps_the_device_busy() -> None:
     gate_up, qkv = (torch.empty(size, 1024, device="cuda", dtype=torch.bfloat16) for size in (6144, 4096))
     cache, angles = torch.empty(4, 16, 8, 128, device="cuda"), torch.empty(9, 64, device="cuda")
     count = torch.cuda.get_device_properties(0).multi_processor_count
-    heads = heads_of(4096, Rotation(angles, angles), cache, cache)
+    heads = inputs_of(angles, cache).kind(4096)
     # From 17 rows on: fewer take skinny GEMMs, up to 256 small-batch GEMMs of gate and up.
     for rows in (128 * tiles for tiles in (4, 8, 64)):
         full = [wave_efficiency(rows, size, count) >= 0.8 for size in (6144, 4096)]

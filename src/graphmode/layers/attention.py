@@ -12,6 +12,7 @@ from graphmode.graph import outside_graph
 from graphmode.layers.linear import Linear
 from graphmode.layers.residual import Norm, Residual
 from graphmode.ops import (
+    HeadInputs,
     PagedBatch,
     Rotation,
     Scoring,
@@ -220,14 +221,14 @@ class Attention:
         q_norm, k_norm = (None, None) if self.head_norms is None else (norm.weight for norm in self.head_norms)
         eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
         slots = batch.slot_mapping[cache.group]
-        rotated = (q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, slots)
+        inputs = HeadInputs(q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, slots)
         if batch.max_query_len == 1 and not batch.piecewise:
             plan = batch.split_kv_plan(cache.keys.shape[2], self.window)
             scoring = Scoring(self.scale, self.window)
             new = self.qkv.of_norm(x, self.norm)
-            heads = rotate_and_attend(new, *rotated, batch.paged(cache.group), scoring, plan)
+            heads = rotate_and_attend(new, inputs, batch.paged(cache.group), scoring, plan)
         else:
-            queries = self.qkv.heads_of_norm(x, self.norm, *rotated)
+            queries = self.qkv.heads_of_norm(x, self.norm, inputs)
             run = attend_outside_graph if batch.piecewise else attend
             heads = run(queries, cache, batch, self.scale, self.window, None, None)
         return heads.flatten(1)

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from graphmode.layers.residual import Norm, Residual
 from graphmode.ops import (
-    Rotation,
+    HeadInputs,
     prefill_heads,
     prefill_swiglu,
     rotate_and_cache,
@@ -30,7 +30,6 @@ from graphmode.ops import (
     split_k_linear,
 )
 from graphmode.ops.dispatch import NO_HEADS, Heads, Shape, choose
-from graphmode.ops.rope import heads_of
 
 
 @dataclass(frozen=True)
@@ -77,25 +76,11 @@ class Linear:
             return prefill_swiglu(h, self.weight)
         return silu_mul(linear(h, self.weight, self.bias))
 
-    def heads_of_norm(
-        self,
-        x: Residual,
-        norm: Norm,
-        q_norm: torch.Tensor | None,
-        k_norm: torch.Tensor | None,
-        eps: float,
-        rotation: Rotation,
-        positions: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> torch.Tensor:
+    def heads_of_norm(self, x: Residual, norm: Norm, inputs: HeadInputs) -> torch.Tensor:
         """Cache the keys and values of the norm, and return the queries; as :func:`~graphmode.ops.rotate_and_cache`."""
-        rest = (q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
-        heads = heads_of(len(self.weight), rotation, k_cache, v_cache)
-        if self._kernel("norm_heads", x.rows, heads) == "prefill":
-            return prefill_heads(x.normed(norm), self.weight, self.bias, *rest)
-        return rotate_and_cache(self.of_norm(x, norm), *rest)
+        if self._kernel("norm_heads", x.rows, inputs.kind(len(self.weight))) == "prefill":
+            return prefill_heads(x.normed(norm), self.weight, self.bias, inputs)
+        return rotate_and_cache(self.of_norm(x, norm), inputs)
 
     def add_to(self, x: Residual, h: torch.Tensor, norm: Norm | None) -> None:
         """Add ``h @ weight.T``, or its norm, to the residual stream. There is no bias."""

@@ -14,7 +14,7 @@ from graphmode.ops.moe.experts import gated_experts
 from graphmode.ops.moe.router import Routing, choose_experts
 from graphmode.ops.norm.rms_norm import add_rms_norm, rms_norm, silu_mul
 from graphmode.ops.norm.split_k_residual import add_split_k, add_split_k_and_norm
-from graphmode.ops.rope import Rotation, rotate_and_cache
+from graphmode.ops.rope import HeadInputs, Rotation, rotate_and_cache
 from graphmode.ops.sampling.adjust_logits import Adjustments, adjust_logits
 from graphmode.ops.sampling.bans import Bans, ban_tokens, no_bans, note_recent
 from graphmode.ops.sampling.filters import Filters
@@ -26,6 +26,7 @@ __all__ = [
     "Adjustments",
     "Bans",
     "Filters",
+    "HeadInputs",
     "LogProbabilities",
     "PagedBatch",
     "Rotation",

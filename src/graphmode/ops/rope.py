@@ -32,29 +32,76 @@ class Rotation(NamedTuple):
     interleaved: bool = False
 
 
-def rotate_and_cache(
-    qkv: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
-    """Normalise and rotate queries and keys, write keys and values into the paged cache, return the queries.
+class HeadInputs(NamedTuple):
+    """What projections to queries, keys and values meet: norms of heads, rotation, and the cache.
 
-    Args:
-        qkv: ``[tokens, (q_heads + 2 * kv_heads) * head_dim]``: queries, keys and values; contiguous.
-        q_norm: ``[head_dim]``: weight of the RMS norm of each query head; None for no norm. In ``qkv``'s dtype.
+    Attributes:
+        q_norm: ``[head_dim]``: weight of the RMS norm of each query head; None for no norm. In the projections' dtype.
         k_norm: the same for keys; None exactly where ``q_norm`` is.
         eps: of the norms.
         rotation: of queries and keys, after the norms.
         positions: int64 ``[tokens]``, inside the rotation's table.
-        k_cache: ``[num_blocks, block_size, kv_heads, head_dim]`` in ``qkv``'s dtype, contiguous.
+        k_cache: ``[num_blocks, block_size, kv_heads, head_dim]`` in the projections' dtype, contiguous.
         v_cache: as ``k_cache``.
         slot_mapping: int64 ``[tokens]``: where each token's key and value go; -1 writes nothing.
+    """
+
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    eps: float
+    rotation: Rotation
+    positions: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    slot_mapping: torch.Tensor
+
+    @property
+    def pointers(self) -> tuple[object, ...]:
+        """The same as kernels take it: the rotation as its tables of cosines and sines."""
+        return (*self[:3], self.rotation.cos, self.rotation.sin, *self[4:])
+
+    def sizes(self, size: int) -> tuple[int, int, int]:
+        """Return the query heads, the key/value heads and the elements of a head, of ``size`` projected elements."""
+        kv_heads, head_dim = self.k_cache.shape[2:]
+        return size // head_dim - 2 * kv_heads, kv_heads, head_dim
+
+    def kind(self, size: int) -> Heads:
+        """Return what of heads decides which kernel runs, for ``size`` projected elements of a token."""
+        q_heads, kv_heads, head_dim = self.sizes(size)
+        by_halves = not self.rotation.interleaved and 2 * self.rotation.cos.shape[1] == head_dim
+        return Heads(q_heads, kv_heads, head_dim, by_halves and self.k_cache.shape == self.v_cache.shape)
+
+    def require(self, x: torch.Tensor, size: int) -> None:
+        """Check them for tokens like ``x`` with ``size`` projected elements each.
+
+        Raises:
+            ValueError: a shape, dtype, layout or device does not fit.
+        """
+        q_norm, k_norm, _, rotation, positions, k_cache, v_cache, slot_mapping = self
+        require_cache("k_cache", k_cache, shape=(None, None, None, None), like=x)
+        require_cache("v_cache", v_cache, shape=k_cache.shape, like=x)
+        tokens, (kv_heads, head_dim) = x.shape[0], k_cache.shape[2:]
+        require_tensor("positions", positions, shape=(tokens,), dtypes=(torch.int64,), like=x)
+        require_tensor("slot_mapping", slot_mapping, shape=(tokens,), dtypes=(torch.int64,), like=x)
+        require_tensor("cos", rotation.cos, shape=(None, None), dtypes=(torch.float32,), like=x)
+        require_tensor("sin", rotation.sin, shape=rotation.cos.shape, dtypes=(torch.float32,), like=x)
+        half = rotation.cos.shape[1]
+        require(2 * half <= head_dim, "cos", f"for {half} pairs", f"at most half of head_dim={head_dim}")
+        q_size = size - 2 * kv_heads * head_dim
+        expected = f"whole heads of {head_dim} beside {kv_heads} of keys and of values"
+        require(q_size > 0 and q_size % head_dim == 0, "the size of queries, keys and values", size, expected)
+        require((q_norm is None) == (k_norm is None), "k_norm", k_norm, "a weight exactly where q_norm is one")
+        for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+            if norm is not None:
+                require_tensor(name, norm, shape=(head_dim,), dtypes=(x.dtype,), like=x)
+
+
+def rotate_and_cache(qkv: torch.Tensor, inputs: HeadInputs) -> torch.Tensor:
+    """Normalise and rotate queries and keys, write keys and values into the paged cache, return the queries.
+
+    Args:
+        qkv: ``[tokens, (q_heads + 2 * kv_heads) * head_dim]``: queries, keys and values; contiguous.
+        inputs: what they meet.
 
     Returns:
         ``[tokens, q_heads, head_dim]``.
@@ -64,69 +111,18 @@ def rotate_and_cache(
     """
     require_tensor("qkv", qkv, shape=(None, None), dtypes=FLOATS, like=qkv)
     require_contiguous(qkv=qkv)
-    require_heads(qkv, qkv.shape[1], q_norm, k_norm, rotation, positions, k_cache, v_cache, slot_mapping)
+    inputs.require(qkv, qkv.shape[1])
     on_host = runs_on_host(qkv)
     run = (
         rotate_and_cache_triton if runs_triton(qkv) else rotate_and_cache_cpu if on_host else rotate_and_cache_reference
     )
-    return run(qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
+    return run(qkv, inputs)
 
 
-def require_heads(
-    x: torch.Tensor,
-    size: int,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    """Check the arguments of :func:`rotate_and_cache` for tokens like ``x`` with ``size`` outputs of projections each.
-
-    Raises:
-        ValueError: a shape, dtype, layout or device does not fit.
-    """
-    require_cache("k_cache", k_cache, shape=(None, None, None, None), like=x)
-    require_cache("v_cache", v_cache, shape=k_cache.shape, like=x)
-    tokens, (kv_heads, head_dim) = x.shape[0], k_cache.shape[2:]
-    require_tensor("positions", positions, shape=(tokens,), dtypes=(torch.int64,), like=x)
-    require_tensor("slot_mapping", slot_mapping, shape=(tokens,), dtypes=(torch.int64,), like=x)
-    require_tensor("cos", rotation.cos, shape=(None, None), dtypes=(torch.float32,), like=x)
-    require_tensor("sin", rotation.sin, shape=rotation.cos.shape, dtypes=(torch.float32,), like=x)
-    half = rotation.cos.shape[1]
-    require(2 * half <= head_dim, "cos", f"for {half} pairs", f"at most half of head_dim={head_dim}")
-    q_size = size - 2 * kv_heads * head_dim
-    expected = f"whole heads of {head_dim} beside {kv_heads} of keys and of values"
-    require(q_size > 0 and q_size % head_dim == 0, "the size of queries, keys and values", size, expected)
-    require((q_norm is None) == (k_norm is None), "k_norm", k_norm, "a weight exactly where q_norm is one")
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None:
-            require_tensor(name, norm, shape=(head_dim,), dtypes=(x.dtype,), like=x)
-
-
-def heads_of(size: int, rotation: Rotation, k_cache: torch.Tensor, v_cache: torch.Tensor) -> Heads:
-    """Return what of heads decides which kernel runs, for ``size`` outputs of the projections."""
-    kv_heads, head_dim = k_cache.shape[2:]
-    by_halves = not rotation.interleaved and 2 * rotation.cos.shape[1] == head_dim
-    return Heads(size // head_dim - 2 * kv_heads, kv_heads, head_dim, by_halves and k_cache.shape == v_cache.shape)
-
-
-def rotate_and_cache_reference(
-    qkv: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
+def rotate_and_cache_reference(qkv: torch.Tensor, inputs: HeadInputs) -> torch.Tensor:
     """Run :func:`rotate_and_cache` in PyTorch."""
-    tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
-    q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping = inputs
+    tokens, (q_heads, kv_heads, head_dim) = len(qkv), inputs.sizes(qkv.shape[1])
     heads = qkv.view(tokens, q_heads + 2 * kv_heads, head_dim)
     cos = rotation.cos.index_select(0, positions).unsqueeze(1)
     sin = rotation.sin.index_select(0, positions).unsqueeze(1)
@@ -180,21 +176,11 @@ def _rotate_and_cache_on_cpu(
     )
 
 
-def rotate_and_cache_cpu(
-    qkv: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
+def rotate_and_cache_cpu(qkv: torch.Tensor, inputs: HeadInputs) -> torch.Tensor:
     """Run :func:`rotate_and_cache` by a loop on the CPU, in float32."""
-    tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
-    out = torch.empty(tokens, qkv.shape[1] // head_dim - 2 * kv_heads, head_dim)
-    _rotate_and_cache_on_cpu(qkv, q_norm, k_norm, eps, *rotation, positions, k_cache, v_cache, slot_mapping, out)
+    q_heads, _, head_dim = inputs.sizes(qkv.shape[1])
+    out = torch.empty(len(qkv), q_heads, head_dim)
+    _rotate_and_cache_on_cpu(qkv, *inputs[:3], *inputs.rotation, *inputs[4:], out)
     return out
 
 
@@ -211,43 +197,24 @@ def _rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
     return torch.cat([turned, rest], dim=-1)
 
 
-def rotate_and_cache_triton(
-    qkv: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
+def rotate_and_cache_triton(qkv: torch.Tensor, inputs: HeadInputs) -> torch.Tensor:
     """Run :func:`rotate_and_cache` in Triton: programs of one token and some of its heads."""
-    tokens, (kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
-    q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    tokens, (q_heads, kv_heads, head_dim) = len(qkv), inputs.sizes(qkv.shape[1])
     out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return out
-    half = rotation.cos.shape[1]
+    half = inputs.rotation.cos.shape[1]
     # Many small programs fill the device with few tokens; larger ones cost less each with many.
     block_h = next_power_of_2(min(kv_heads, 8 if tokens > 256 else 2))
     _rotate_and_cache_kernel[(tokens, -(-q_heads // block_h) + -(-kv_heads // block_h))](
         qkv,
-        q_norm,
-        k_norm,
-        eps,
-        rotation.cos,
-        rotation.sin,
-        positions,
-        k_cache,
-        v_cache,
-        slot_mapping,
+        *inputs.pointers,
         out,
         q_heads=q_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         half=half,
-        interleaved=rotation.interleaved,
+        interleaved=inputs.rotation.interleaved,
         block_h=block_h,
         block_half=next_power_of_2(half),
         block_rest=next_power_of_2(max(head_dim - 2 * half, 1)),

@@ -23,21 +23,14 @@ from graphmode.ops.attention.paged import paged_attention
 from graphmode.ops.attention.paged_reference import paged_attention_reference
 from graphmode.ops.attention.split_kv import SplitKVPlan, merge_splits, new_partials, plan_split_kv
 from graphmode.ops.dispatch import choose
-from graphmode.ops.rope import Rotation, heads_of, require_heads, rotate_and_cache, rotate_and_cache_reference
+from graphmode.ops.rope import HeadInputs, rotate_and_cache, rotate_and_cache_reference
 
 _TILE_BYTES = 16384
 
 
 def rotate_and_attend(
     qkv: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    inputs: HeadInputs,
     batch: PagedBatch,
     scoring: Scoring,
     plan: SplitKVPlan | None = None,
@@ -54,44 +47,30 @@ def rotate_and_attend(
     """
     require_tensor("qkv", qkv, shape=(None, None), dtypes=FLOATS, like=qkv)
     require_contiguous(qkv=qkv)
-    require_heads(qkv, qkv.shape[1], q_norm, k_norm, rotation, positions, k_cache, v_cache, slot_mapping)
+    inputs.require(qkv, qkv.shape[1])
     require(batch.max_query_len == 1, "max_query_len", batch.max_query_len, "1")
     batch.require(len(qkv), like=qkv)
-    heads = (qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
-    kernel = choose("rotate_and_attend", len(qkv), qkv, heads=heads_of(qkv.shape[1], rotation, k_cache, v_cache))
+    kernel = choose("rotate_and_attend", len(qkv), qkv, heads=inputs.kind(qkv.shape[1]))
     if kernel == "in two" or scoring.soft_cap is not None or scoring.sinks is not None:
-        return paged_attention(rotate_and_cache(*heads), k_cache, v_cache, batch, scoring, plan=plan)
-    return rotate_and_attend_triton(*heads, batch, scoring, plan, hopper=kernel == "hopper")
+        queries = rotate_and_cache(qkv, inputs)
+        return paged_attention(queries, inputs.k_cache, inputs.v_cache, batch, scoring, plan=plan)
+    return rotate_and_attend_triton(qkv, inputs, batch, scoring, plan, hopper=kernel == "hopper")
 
 
 def rotate_and_attend_reference(
     qkv: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    inputs: HeadInputs,
     batch: PagedBatch,
     scoring: Scoring,
 ) -> torch.Tensor:
     """Run :func:`rotate_and_attend` in PyTorch."""
-    heads = (qkv, q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
-    return paged_attention_reference(rotate_and_cache_reference(*heads), k_cache, v_cache, batch, scoring)
+    queries = rotate_and_cache_reference(qkv, inputs)
+    return paged_attention_reference(queries, inputs.k_cache, inputs.v_cache, batch, scoring)
 
 
 def rotate_and_attend_triton(
     qkv: torch.Tensor,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    inputs: HeadInputs,
     batch: PagedBatch,
     scoring: Scoring,
     plan: SplitKVPlan | None = None,
@@ -99,8 +78,7 @@ def rotate_and_attend_triton(
     hopper: bool = False,
 ) -> torch.Tensor:
     """Run :func:`rotate_and_attend` in Triton, for whole heads rotated by halves; on ``hopper`` by its own kernel."""
-    tokens, (block_size, kv_heads, head_dim) = qkv.shape[0], k_cache.shape[1:]
-    q_heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    tokens, (q_heads, kv_heads, head_dim) = len(qkv), inputs.sizes(qkv.shape[1])
     out = torch.empty((tokens, q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return out
@@ -117,15 +95,7 @@ def rotate_and_attend_triton(
         constants = _constants(group, head_dim, qkv.element_size())
     kernel[grid](
         qkv,
-        q_norm,
-        k_norm,
-        eps,
-        rotation.cos,
-        rotation.sin,
-        positions,
-        k_cache,
-        v_cache,
-        slot_mapping,
+        *inputs.pointers,
         batch.block_tables,
         batch.block_tables.stride(0),
         plan.splits,
@@ -135,7 +105,7 @@ def rotate_and_attend_triton(
         scoring.scale * math.log2(math.e),
         kv_heads=kv_heads,
         group=group,
-        block_size=block_size,
+        block_size=inputs.k_cache.shape[1],
         **constants,
         **launch_options(qkv.device),
     )

@@ -8,7 +8,7 @@ from graphmode.ops._checks import require
 from graphmode.ops.dispatch import choose
 from graphmode.ops.linear.common import linear_reference, require_linear
 from graphmode.ops.linear.prefill_hopper import prefill_heads_hopper, prefill_swiglu_hopper
-from graphmode.ops.rope import Rotation, heads_of, require_heads, rotate_and_cache_reference
+from graphmode.ops.rope import HeadInputs, rotate_and_cache_reference
 
 
 def prefill_swiglu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -34,14 +34,7 @@ def prefill_heads(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    inputs: HeadInputs,
 ) -> torch.Tensor:
     """Compute :func:`~graphmode.ops.rotate_and_cache` of ``x @ weight.T + bias``, which is not rounded in between.
 
@@ -49,14 +42,7 @@ def prefill_heads(
         x: ``[rows, width]``, float32, bfloat16 or float16, contiguous.
         weight: ``[(q_heads + 2 * kv_heads) * head_dim, width]`` in ``x``'s dtype, contiguous.
         bias: ``[(q_heads + 2 * kv_heads) * head_dim]`` in ``x``'s dtype; None for none.
-        q_norm: this and what follows as of :func:`~graphmode.ops.rotate_and_cache`.
-        k_norm: likewise.
-        eps: likewise.
-        rotation: likewise.
-        positions: likewise.
-        k_cache: likewise.
-        v_cache: likewise.
-        slot_mapping: likewise.
+        inputs: as of :func:`~graphmode.ops.rotate_and_cache`.
 
     Returns:
         The queries, ``[rows, q_heads, head_dim]``.
@@ -65,11 +51,9 @@ def prefill_heads(
         ValueError: a shape, dtype, layout or device does not fit.
     """
     require_linear("x", x, weight, bias)
-    rest = (rotation, positions, k_cache, v_cache, slot_mapping)
-    require_heads(x, weight.shape[0], q_norm, k_norm, *rest)
-    heads = heads_of(weight.shape[0], rotation, k_cache, v_cache)
-    on_hopper = choose("prefill_heads", len(x), weight, heads=heads) == "hopper"
-    return (prefill_heads_hopper if on_hopper else prefill_heads_reference)(x, weight, bias, q_norm, k_norm, eps, *rest)
+    inputs.require(x, weight.shape[0])
+    on_hopper = choose("prefill_heads", len(x), weight, heads=inputs.kind(weight.shape[0])) == "hopper"
+    return (prefill_heads_hopper if on_hopper else prefill_heads_reference)(x, weight, bias, inputs)
 
 
 def prefill_swiglu_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -81,16 +65,7 @@ def prefill_heads_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    inputs: HeadInputs,
 ) -> torch.Tensor:
     """Compute :func:`prefill_heads` in PyTorch."""
-    qkv = linear_reference(x, weight, bias)
-    rest = (q_norm, k_norm, eps, rotation, positions, k_cache, v_cache, slot_mapping)
-    return rotate_and_cache_reference(qkv, *rest).to(x.dtype)
+    return rotate_and_cache_reference(linear_reference(x, weight, bias), inputs).to(x.dtype)

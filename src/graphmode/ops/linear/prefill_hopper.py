@@ -29,7 +29,7 @@ from graphmode.ops._triton import (
     warpgroup_mma_wait,
 )
 from graphmode.ops.dispatch import PREFILL_OUTPUTS, PREFILL_ROWS, device_of
-from graphmode.ops.rope import Rotation
+from graphmode.ops.rope import HeadInputs
 
 _BLOCK_M = PREFILL_ROWS
 _BLOCK_N = PREFILL_OUTPUTS // 2  # a tile has two blocks of outputs: of gate and of up, or two heads
@@ -50,23 +50,14 @@ def prefill_heads_hopper(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
-    eps: float,
-    rotation: Rotation,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    inputs: HeadInputs,
 ) -> torch.Tensor:
     """Compute :func:`graphmode.ops.linear.prefill.prefill_heads`."""
-    kv_heads = k_cache.shape[2]
-    heads = weight.shape[0] // _HEAD_DIM
-    queries = torch.empty((x.shape[0], heads - 2 * kv_heads, _HEAD_DIM), dtype=x.dtype, device=x.device)
-    tensors = (
-        bias, q_norm, k_norm, rotation.cos, rotation.sin, positions, k_cache, v_cache, slot_mapping, queries, eps
-    )  # fmt: skip
-    _launch(_heads_kernel, x, weight, heads // 2, tensors, q_heads=heads - 2 * kv_heads, kv_heads=kv_heads)
+    q_heads, kv_heads, _ = inputs.sizes(weight.shape[0])
+    queries = torch.empty((x.shape[0], q_heads, _HEAD_DIM), dtype=x.dtype, device=x.device)
+    q_norm, k_norm, eps, *rest = inputs.pointers
+    tensors = (bias, q_norm, k_norm, *rest, queries, eps)
+    _launch(_heads_kernel, x, weight, (q_heads + 2 * kv_heads) // 2, tensors, q_heads=q_heads, kv_heads=kv_heads)
     return queries
 
 
