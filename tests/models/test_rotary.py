@@ -1,4 +1,4 @@
-"""Rotary embeddings that follow the length: fixed for an engine, so that no sequence hangs on another's length."""
+"""Rotary embeddings that follow the length are fixed for an engine: no sequence depends on another's length."""
 
 import json
 from pathlib import Path

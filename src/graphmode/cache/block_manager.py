@@ -36,9 +36,10 @@ class CachedSequence(Protocol):
 class BlockManager:
     """Gives sequences the blocks that their tokens need, of every cache group, and takes them back.
 
-    Blocks behind a window are given back before a step is scheduled, while the one before may still read them: whoever
-    gets them writes in a later step, which comes later on the device's stream. Only tokens that the host knows count,
-    so that a block can be found by other sequences before it is given back. It stays findable until it is needed.
+    Blocks behind a window are given back before a step is scheduled, while the one before may still read them: their
+    next owner writes them in a later step, which comes later on the device's stream. Only tokens that the host knows
+    count, so that a block can be found by other sequences before it is given back. It stays findable until it is
+    needed.
 
     Args:
         groups: the cache's.
@@ -145,7 +146,7 @@ class BlockManager:
                     table[behind] = [0] * (behind.stop - behind.start)
 
     def _known_prefix(self, sequence: CachedSequence) -> int:
-        """Return the tokens of the longest prefix of which all blocks are known that the token after it reads."""
+        """Return how long the longest prefix is whose blocks are all known, as far as the next token reads them."""
         tokens = len(sequence.token_ids) - 1
         for group, pool in self._each:
             if group.window is None:

@@ -99,7 +99,7 @@ class Engine:
         self._numbers = count()
         self._active: dict[str, ActiveRequest] = {}
         self._aborted: deque[ActiveRequest] = deque()
-        self._lock = Lock()  # of which requests there are
+        self._lock = Lock()  # held to change which requests there are
         self._stepping = Lock()
         log.info(
             "graph mode %s on %s, %s, KV cache of %s blocks",

@@ -180,7 +180,7 @@ class Scheduler:
         return len(made)
 
     def _repeat(self, rows: Collection[ScheduledSequence]) -> None:
-        """Let decode rows go on for several steps, as far as there are blocks; others are left as they are."""
+        """Let decode rows go on for several steps, where there are enough blocks; other rows keep one step."""
         steps = self.limits.decode_steps
         if steps == 1 or not all(_repeats(row) for row in rows):
             return

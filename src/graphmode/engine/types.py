@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from graphmode.engine.sequence import Sequence
@@ -83,12 +84,12 @@ class Batch:
     num_tokens: int
     admitted: tuple[Sequence, ...] = ()
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """How many steps it is."""
         return max(each.steps for each in self.scheduled)
 
-    @property
+    @cached_property
     def logits(self) -> list[range]:
         """Of each sequence its rows of logits. It samples from the last of them, as many as its ``samples``.
 
@@ -100,7 +101,7 @@ class Batch:
             rows.append(range(start, end))
         return rows
 
-    @property
+    @cached_property
     def scored_tokens(self) -> list[int]:
         """The prompt tokens that it scores: the successors of the scored positions."""
         return [each.sequence.prompt_token_ids[at + 1] for each in self.scheduled for at in each.scored]

@@ -66,7 +66,7 @@ class StepInFlight:
     def result(self) -> StepResult:
         """Wait for the batch and return what it made. To be called before two more are launched."""
         self.event.synchronize()
-        of_steps: list[list[int]] = self.tokens.tolist()
+        of_steps: list[list[int]] = self.tokens[:, : self.batch.logits[-1].stop].tolist()
         rows = [
             rows[len(rows) - each.samples :] for each, rows in zip(self.batch.scheduled, self.batch.logits, strict=True)
         ]

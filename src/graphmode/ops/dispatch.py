@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 
 
 class Device(NamedTuple):
-    """What of a device decides.
+    """What the choice of kernels depends on of a device.
 
     Attributes:
         abilities: of the table's third column.
@@ -265,7 +265,7 @@ def decide(operation: str, case: Case) -> Choice:
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    """Return what of a device decides."""
+    """Return what the choice of kernels depends on of a device."""
     like = torch.empty(0, device=device)
     abilities = {ANY: True, CPU: device.type == "cpu", TRITON: runs_triton(like), HOPPER: runs_hopper(like)}
     count = torch.cuda.get_device_properties(device).multi_processor_count if abilities[HOPPER] else 0

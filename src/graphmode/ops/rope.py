@@ -66,7 +66,7 @@ class HeadInputs(NamedTuple):
         return size // head_dim - 2 * kv_heads, kv_heads, head_dim
 
     def kind(self, size: int) -> Heads:
-        """Return what of heads decides which kernel runs, for ``size`` projected elements of a token."""
+        """Return what the choice of a kernel depends on, for ``size`` projected elements of a token."""
         q_heads, kv_heads, head_dim = self.sizes(size)
         by_halves = not self.rotation.interleaved and 2 * self.rotation.cos.shape[1] == head_dim
         return Heads(q_heads, kv_heads, head_dim, by_halves and self.k_cache.shape == self.v_cache.shape)
