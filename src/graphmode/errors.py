@@ -68,3 +68,31 @@ class ModelError(GraphModeError, ValueError):
 
 class VersionError(GraphModeError, ImportError):
     """A package is older than graphmode needs. The message names it, and the command that installs another."""
+
+
+class EngineDownError(EngineError):
+    """The server's engine cannot serve: it died, stands still, starts, or a step failed. The message says the cause.
+
+    Attributes:
+        retry_after: seconds until it may serve again; None where it will not.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class OverloadedError(GraphModeError, RuntimeError):
+    """The server's queue is full.
+
+    Attributes:
+        retry_after: seconds until there is room, by what was measured.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceededError(GraphModeError, TimeoutError):
+    """A request had not ended when its time was over, and was aborted."""
