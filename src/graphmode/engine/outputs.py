@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +16,31 @@ from graphmode.engine.checks import is_integer
 FinishReason = Literal["stop", "length", "abort"]
 TokenLogprobs = dict[int, tuple[float, int]] | npt.NDArray[np.float32]
 """Log-probability and rank of a token and of the most likely ones in its place, by token id; or the logits of all."""
+
+
+class NewTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one answer got in a step. The server's processes exchange it as it is: a list of its fields.
+
+    Attributes:
+        request_id: the name of the request.
+        index: the answer's number among those to the request.
+        token_ids: the new tokens.
+        logprobs: one for each of them; None where they were not asked for.
+        prompt_logprobs: for the prompt's tokens from the second on, with the first tokens of answer 0; None where they
+            were not asked for.
+        num_cached_tokens: tokens of the prompt whose keys and values were cached when the answer began.
+        finish_reason: why the answer ends with these tokens; None where it does not.
+        stop_reason: the token of ``stop_token_ids`` that ended it; None for any other end.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
