@@ -1,0 +1,205 @@
+"""What the server counts, and that the documentation says so."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+from graphmode.serve.metrics import FAILURES, METRICS, REJECTIONS, STEP_BOUNDS, SUCCESS, Histogram, Metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class FakeState:
+    phase: str = "ready"
+    cause: str | None = None
+    captured: int = 3
+    to_capture: int = 3
+    restarts: int = 0
+
+
+@dataclass
+class FakeEngine:
+    state: FakeState = field(default_factory=FakeState)
+
+
+@dataclass
+class FakeSnapshot:
+    stats: dict[str, Any]
+    incarnation: int = 0
+    running: int = 2
+    waiting: int = 1
+    blocks_used: int = 3
+    blocks_total: int = 12
+
+
+def stats(number: int, **more: Any) -> dict[str, Any]:
+    """What an engine process says after ``number`` steps."""
+    counts = [number, *[0] * len(STEP_BOUNDS)]
+    return {
+        "steps": number,
+        "replays": number,
+        "eager_steps": 0,
+        "misses": {"disabled": number // 2},
+        "rows": 3 * number,
+        "padded_rows": number,
+        "bucket_steps": {"decode": {8: number}},
+        "graphs": 3,
+        "captures": 3,
+        "capture_failures": [],
+        "capture_seconds": 1.5,
+        "graph_bytes": 4096,
+        "preemptions": number,
+        "prefix_queries": number,
+        "prefix_hits": 0,
+        "step_seconds": counts,
+        "step_seconds_sum": 0.5 * number,
+        **more,
+    }
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics("a model", FakeEngine())
+
+
+def values(metrics: Metrics) -> dict[str, float]:
+    """All samples by their names and labels, except for the model's."""
+    found = {}
+    for family in metrics.collect():
+        for sample in family.samples:
+            assert sample.labels.pop("model_name") == "a model"
+            found[" ".join([sample.name, *map("=".join, sorted(sample.labels.items()))])] = sample.value
+    return found
+
+
+def documented() -> list[tuple[str, str, str, str]]:
+    rows = re.findall(
+        r"^\| `([a-z0-9:_]+)` \| (\w+) \| (.*?) \| (.*) \|$", (ROOT / "docs/serving.md").read_text(), re.MULTILINE
+    )
+    return [tuple(row) for row in rows]
+
+
+def test_the_table_of_the_documentation_is_what_is_exposed(metrics: Metrics) -> None:
+    listed = [
+        (each.exposed, each.kind, ", ".join(f"`{label}`" for label in each.labels), each.help) for each in METRICS
+    ]
+    assert documented() == listed
+    text = metrics.exposition().decode()
+    assert re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE) == [(name, kind) for name, kind, *_ in listed]
+
+
+def test_every_series_has_a_value_once_the_engine_has_said_all(metrics: Metrics) -> None:
+    zeros = [0] * 17
+    metrics.engine_snapshot(FakeSnapshot(stats(5, replay_seconds=0.1, queue_seconds=zeros, queue_seconds_sum=0.0)))
+    metrics.response("GET", "/v1/models", 200)
+    families = {family.name: family for family in parse(metrics.exposition().decode())}
+    assert all(families[each.name].samples for each in METRICS)
+    labels = {each.name: {"model_name", *each.labels} for each in METRICS}
+    assert all(set(s.labels) - {"le"} == labels[name] for name, each in families.items() for s in each.samples)
+
+
+def test_without_an_engine_what_it_counts_is_left_out(metrics: Metrics) -> None:
+    metrics.engine.state.phase = "starting"  # type: ignore[misc]
+    found = values(metrics)
+    assert found["graphmode_engine_up"] == 0
+    assert not {"graphmode_steps_total", "vllm:num_requests_running", "graphmode_step_seconds_count"} & set(found)
+    assert found["graphmode_misses_total reason=disabled"] == 0, "a rate sees the first one"
+
+
+def test_a_request_that_ends_is_counted_and_timed(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    timing = metrics.request(7, 2)
+    assert values(metrics)["graphmode_requests_active"] == 1
+    with metrics.stream():
+        assert values(metrics)["graphmode_streams_open"] == 1
+        now += 0.05
+        timing.tokens(0, 1)
+        timing.tokens(1, 1)
+        now += 0.04
+        timing.tokens(0, 4)  # that came together: 10 ms each
+    now += 1
+    timing.ended("length")
+    found = values(metrics)
+    assert found["graphmode_requests_active"] == found["graphmode_streams_open"] == 0
+    assert found["vllm:prompt_tokens_total"] == 7
+    assert found["vllm:generation_tokens_total"] == 6
+    assert found["vllm:request_success_total finished_reason=length"] == 1
+    assert found["vllm:time_to_first_token_seconds_sum"] == pytest.approx(0.05)
+    assert found["vllm:time_to_first_token_seconds_count"] == 1
+    assert found["vllm:inter_token_latency_seconds_sum"] == pytest.approx(0.04)
+    assert found["vllm:inter_token_latency_seconds_count"] == 4
+    assert found["vllm:e2e_request_latency_seconds_sum"] == pytest.approx(1.09)
+    assert found["vllm:request_generation_tokens_sum"] == 6
+    assert found["vllm:request_params_n_sum"] == 2
+
+
+def test_failures_and_rejections_are_counted_by_cause(metrics: Metrics) -> None:
+    for reason in (*SUCCESS, *FAILURES):
+        metrics.request(1).ended(reason)
+    for reason in REJECTIONS:
+        metrics.rejected(reason)
+    found = values(metrics)
+    assert all(found[f"vllm:request_success_total finished_reason={reason}"] == 1 for reason in SUCCESS)
+    assert all(found[f"graphmode_requests_failed_total reason={reason}"] == 1 for reason in FAILURES)
+    assert all(found[f"graphmode_requests_rejected_total reason={reason}"] == 1 for reason in REJECTIONS)
+    assert found["vllm:e2e_request_latency_seconds_count"] == len(SUCCESS)
+
+
+def test_a_client_cannot_make_series_of_its_own(metrics: Metrics) -> None:
+    for number in range(50):
+        metrics.response(f"M{number}", "unmatched", 405)
+    assert values(metrics)["graphmode_http_responses_total method=other route=unmatched status=405"] == 50
+
+
+@given(st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=3), min_size=1, max_size=4))
+def test_counters_never_go_back_when_the_engine_restarts(processes: list[list[int]]) -> None:
+    """Each list is what one engine process counted; it begins at zero."""
+    metrics = Metrics("a model", FakeEngine())
+    seen: dict[str, float] = {}
+    for incarnation, steps in enumerate(processes):
+        for number in sorted(steps):
+            metrics.engine_snapshot(FakeSnapshot(stats(number), incarnation))
+            found = {key: value for key, value in values(metrics).items() if not key.startswith("graphmode_hit_rate")}
+            assert all(found[key] >= value for key, value in seen.items())
+            seen = found
+    total = sum(max(steps) for steps in processes)
+    assert seen["graphmode_steps_total"] == total
+    assert seen["graphmode_bucket_replays_total family=decode size=8"] == total
+    assert seen["graphmode_step_seconds_count"] == total
+    assert seen["graphmode_captures_total"] == 3 * len(processes)
+    assert seen["graphmode_graph_bytes"] == 4096
+
+
+def test_capture_failures_are_counted_and_the_hit_rate_is_their_consequence(metrics: Metrics) -> None:
+    failed = [{"message": "no room"}, {"message": "no room"}]
+    metrics.engine_snapshot(FakeSnapshot(stats(10, capture_failures=failed)))
+    found = values(metrics)
+    assert found["graphmode_capture_failures_total"] == 2
+    assert found["graphmode_hit_rate"] == 0.5
+    assert found["vllm:kv_cache_usage_perc"] == 0.25
+
+
+@given(st.lists(st.floats(0, 20), min_size=1), st.floats(0.01, 1))
+def test_a_quantile_lies_in_the_bucket_of_the_observation(observed: list[float], share: float) -> None:
+    histogram = Histogram(STEP_BOUNDS)
+    for each in observed:
+        histogram.observe(each)
+    assert histogram.total == pytest.approx(sum(observed))
+    exact = sorted(observed)[max(0, -int(-share * len(observed) // 1) - 1)]
+    found = histogram.buckets.quantile(share)
+    assert found is not None
+    upper = next((bound for bound in STEP_BOUNDS if bound >= exact), STEP_BOUNDS[-1])
+    lower = max((bound for bound in STEP_BOUNDS if bound < upper), default=0.0)
+    assert min(lower, STEP_BOUNDS[-1]) <= found <= upper
+
+
+def test_no_observation_has_no_quantile() -> None:
+    assert Histogram(STEP_BOUNDS).buckets.quantile(0.5) is None
