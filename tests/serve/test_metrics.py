@@ -32,36 +32,42 @@ class FakeEngine:
 @dataclass
 class FakeSnapshot:
     stats: dict[str, Any]
-    incarnation: int = 0
+    steps: int = 0
     running: int = 2
     waiting: int = 1
-    blocks_used: int = 3
-    blocks_total: int = 12
+    kv_blocks_used: list[int] = field(default_factory=lambda: [3, 1])
+    kv_blocks_total: list[int] = field(default_factory=lambda: [12, 12])
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    failed_steps: int = 0
+    replays: dict[str, int] = field(default_factory=dict)
+    step_seconds: list[int] = field(default_factory=list)
+    step_seconds_sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.replays = {"decode:8": self.steps}
+        self.step_seconds = [self.steps, *[0] * len(STEP_BOUNDS)]
+        self.step_seconds_sum = 0.5 * self.steps
 
 
-def stats(number: int, **more: Any) -> dict[str, Any]:
+def snapshot(number: int, **more: Any) -> FakeSnapshot:
     """What an engine process says after ``number`` steps."""
-    counts = [number, *[0] * len(STEP_BOUNDS)]
-    return {
+    stats = {
         "steps": number,
         "replays": number,
         "eager_steps": 0,
         "misses": {"disabled": number // 2},
         "rows": 3 * number,
         "padded_rows": number,
-        "bucket_steps": {"decode": {8: number}},
         "graphs": 3,
         "captures": 3,
         "capture_failures": [],
         "capture_seconds": 1.5,
         "graph_bytes": 4096,
         "preemptions": number,
-        "prefix_queries": number,
-        "prefix_hits": 0,
-        "step_seconds": counts,
-        "step_seconds_sum": 0.5 * number,
         **more,
     }
+    return FakeSnapshot(stats, number)
 
 
 @pytest.fixture
@@ -97,7 +103,7 @@ def test_the_table_of_the_documentation_is_what_is_exposed(metrics: Metrics) -> 
 
 def test_every_series_has_a_value_once_the_engine_has_said_all(metrics: Metrics) -> None:
     zeros = [0] * 17
-    metrics.engine_snapshot(FakeSnapshot(stats(5, replay_seconds=0.1, queue_seconds=zeros, queue_seconds_sum=0.0)))
+    metrics.engine_snapshot(snapshot(5, replay_seconds=0.1, queue_seconds=zeros, queue_seconds_sum=0.0))
     metrics.response("GET", "/v1/models", 200)
     families = {family.name: family for family in parse(metrics.exposition().decode())}
     assert all(families[each.name].samples for each in METRICS)
@@ -111,6 +117,16 @@ def test_without_an_engine_what_it_counts_is_left_out(metrics: Metrics) -> None:
     assert found["graphmode_engine_up"] == 0
     assert not {"graphmode_steps_total", "vllm:num_requests_running", "graphmode_step_seconds_count"} & set(found)
     assert found["graphmode_misses_total reason=disabled"] == 0, "a rate sees the first one"
+
+
+def test_of_an_engine_that_died_what_it_counted_stays_and_what_it_held_goes(metrics: Metrics) -> None:
+    metrics.engine_snapshot(snapshot(5))
+    assert values(metrics)["vllm:num_requests_running"] == 2
+    metrics.engine.state.phase = "dead"  # type: ignore[misc]
+    found = values(metrics)
+    assert found["graphmode_engine_up"] == 0
+    assert found["graphmode_steps_total"] == 5
+    assert not {"vllm:num_requests_running", "vllm:kv_cache_usage_perc", "graphmode_graphs"} & set(found)
 
 
 def test_a_request_that_ends_is_counted_and_timed(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,9 +180,10 @@ def test_counters_never_go_back_when_the_engine_restarts(processes: list[list[in
     """Each list is what one engine process counted; it begins at zero."""
     metrics = Metrics("a model", FakeEngine())
     seen: dict[str, float] = {}
-    for incarnation, steps in enumerate(processes):
+    for restarts, steps in enumerate(processes):
+        metrics.engine.state.restarts = restarts  # type: ignore[misc]
         for number in sorted(steps):
-            metrics.engine_snapshot(FakeSnapshot(stats(number), incarnation))
+            metrics.engine_snapshot(snapshot(number))
             found = {key: value for key, value in values(metrics).items() if not key.startswith("graphmode_hit_rate")}
             assert all(found[key] >= value for key, value in seen.items())
             seen = found
@@ -180,7 +197,7 @@ def test_counters_never_go_back_when_the_engine_restarts(processes: list[list[in
 
 def test_capture_failures_are_counted_and_the_hit_rate_is_their_consequence(metrics: Metrics) -> None:
     failed = [{"message": "no room"}, {"message": "no room"}]
-    metrics.engine_snapshot(FakeSnapshot(stats(10, capture_failures=failed)))
+    metrics.engine_snapshot(snapshot(10, capture_failures=failed))
     found = values(metrics)
     assert found["graphmode_capture_failures_total"] == 2
     assert found["graphmode_hit_rate"] == 0.5

@@ -26,23 +26,19 @@ from graphmode.graph import Reason
 
 
 class Snapshot(Protocol):
-    """What an engine process says of itself, some times a second.
+    """What an engine process says of itself: see :class:`~graphmode.serve.messages.EngineSnapshot`."""
 
-    Attributes:
-        incarnation: which engine process it is: the number of restarts before it.
-        stats: its :class:`~graphmode.engine.stats.EngineStats` as plain values, counted since it started.
-        running: sequences that it computes.
-        waiting: sequences that wait for room.
-        blocks_used: blocks of the KV cache that sequences hold.
-        blocks_total: all of them.
-    """
-
-    incarnation: int
     stats: dict[str, Any]
     running: int
     waiting: int
-    blocks_used: int
-    blocks_total: int
+    kv_blocks_used: list[int]
+    kv_blocks_total: list[int]
+    prefix_queries: int
+    prefix_hits: int
+    failed_steps: int
+    replays: dict[str, int]
+    step_seconds: list[int]
+    step_seconds_sum: float
 
 
 class State(Protocol):
@@ -275,8 +271,10 @@ class Metrics(Collector):
         self.model_name = model_name
         self.engine = engine
         self.requests = _Requests()
-        self.snapshot: Snapshot | None = None
-        self._before: dict[str, Any] = {}  # what engine processes counted that are no more
+        self._snapshot: Snapshot | None = None
+        self._restarts = 0  # before the engine process of the snapshot
+        self._counted: dict[str, Any] = {}  # what that process has counted
+        self._before: dict[str, Any] = {}  # what those before it had counted, which are no more
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -304,20 +302,25 @@ class Metrics(Collector):
 
     def engine_snapshot(self, snapshot: Snapshot) -> None:
         """Take in what an engine process says of itself. A new process begins at zero; the sums here go on."""
-        if self.snapshot is not None and snapshot.incarnation != self.snapshot.incarnation:
-            self._before = {name: self.counted(name) for name in _ENGINE_COUNTERS}
-        self.snapshot = snapshot
+        if self.engine.state.restarts != self._restarts:
+            self._before = {name: self.counted(name) for name in {**self._before, **self._counted}}
+            self._restarts = self.engine.state.restarts
+        self._snapshot, self._counted = snapshot, _counters(snapshot)
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """The last that the engine process said; None before its first word, and once it has died."""
+        state = self.engine.state
+        alive = state.phase in ("ready", "stalled", "stopping") and state.restarts == self._restarts
+        return self._snapshot if alive else None
 
     def said(self, name: str) -> Any:
-        """Return what the engine process says now under ``name``; None if it says nothing or there is none."""
+        """Return what the engine's stats say now under ``name``; None if there are none."""
         return None if self.snapshot is None else self.snapshot.stats.get(name)
 
     def counted(self, name: str) -> Any:
         """Return what all engine processes have counted under ``name``: a number, numbers by key, or a list of them."""
-        value = self.said(name)
-        if name == "capture_failures" and value is not None:
-            value = len(value)
-        return _sum(self._before.get(name), value)
+        return _sum(self._before.get(name), self._counted.get(name))
 
     def histogram(self, name: str, bounds: Sequence[float]) -> Buckets | None:
         """Return the histogram that engine processes have counted under ``name``, with its sum under ``name_sum``."""
@@ -347,9 +350,11 @@ class Metrics(Collector):
 
     @property
     def kv_cache_usage(self) -> float | None:
-        """Share of the KV cache's blocks that sequences hold; None without an engine."""
+        """Share of the KV cache's blocks that sequences hold, of the fullest cache group; None without an engine."""
         now = self.snapshot
-        return None if now is None else now.blocks_used / now.blocks_total
+        if now is None:
+            return None
+        return max(used / total for used, total in zip(now.kv_blocks_used, now.kv_blocks_total, strict=True))
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics with their values now."""
@@ -362,6 +367,26 @@ class Metrics(Collector):
         There is no OpenMetrics: prometheus-client writes colons as underscores there, and vLLM's names have them.
         """
         return generate_latest(self.registry)
+
+
+_OF_STATS = (
+    *("steps", "replays", "eager_steps", "misses", "rows", "padded_rows", "captures", "capture_seconds"),
+    *("replay_seconds", "preemptions", "decode_steps", "decode_seconds", "queue_seconds", "queue_seconds_sum"),
+)
+
+
+def _counters(snapshot: Snapshot) -> dict[str, Any]:
+    """Return what an engine process has counted since it started."""
+    stats = snapshot.stats
+    return {name: stats[name] for name in _OF_STATS if stats.get(name) is not None} | {
+        "capture_failures": len(stats["capture_failures"]),
+        "bucket_replays": snapshot.replays,
+        "prefix_queries": snapshot.prefix_queries,
+        "prefix_hits": snapshot.prefix_hits,
+        "failed_steps": snapshot.failed_steps,
+        "step_seconds": snapshot.step_seconds,
+        "step_seconds_sum": snapshot.step_seconds_sum,
+    }
 
 
 def _sum(one: Any, other: Any) -> Any:
@@ -383,16 +408,10 @@ def _said(name: str) -> Callable[[Metrics], Value]:
     return lambda metrics: metrics.said(name)
 
 
-def _replayed(metrics: Metrics) -> Value:
-    families = metrics.counted("bucket_steps")
-    return families and {(family, size): steps for family, by in families.items() for size, steps in by.items()}
+def _bucket_replays(metrics: Metrics) -> Value:
+    counted = metrics.counted("bucket_replays")
+    return counted and {tuple(key.split(":", 1)): steps for key, steps in counted.items()}
 
-
-_ENGINE_COUNTERS = (
-    *("steps", "replays", "eager_steps", "misses", "rows", "padded_rows", "captures", "capture_failures"),
-    *("capture_seconds", "replay_seconds", "bucket_steps", "preemptions", "prefix_queries", "prefix_hits"),
-    *("step_seconds", "step_seconds_sum", "queue_seconds", "queue_seconds_sum"),
-)
 
 METRICS: tuple[Series, ...] = (
     # As vLLM has them.
@@ -411,7 +430,7 @@ METRICS: tuple[Series, ...] = (
     Series(
         "vllm:kv_cache_usage_perc",
         "gauge",
-        "Share of the KV cache's blocks in use: 1 is all.",
+        "Share of the KV cache's blocks in use, of the fullest cache group: 1 is all.",
         lambda metrics: metrics.kv_cache_usage,
     ),
     Series(
@@ -540,14 +559,20 @@ METRICS: tuple[Series, ...] = (
         "graphmode_bucket_replays",
         "counter",
         "Replays by the captured size that served them.",
-        _replayed,
+        _bucket_replays,
         ("family", "size"),
     ),
     Series(
         "graphmode_step_seconds",
         "histogram",
-        "Wall time of a decode step.",
+        "Wall time of a step: scheduling, launch, and the wait for the step before.",
         lambda metrics: metrics.histogram("step_seconds", STEP_BOUNDS),
+    ),
+    Series(
+        "graphmode_failed_steps",
+        "counter",
+        "Steps that raised, which ends the requests that run.",
+        _counted("failed_steps"),
     ),
     Series("graphmode_replay_seconds", "counter", "Time in replays, where it is measured.", _counted("replay_seconds")),
     Series("graphmode_graphs", "gauge", "Graphs that the engine holds.", _said("graphs")),
