@@ -7,13 +7,22 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # together; the one that is done first takes over some of the other's.
 PYTEST := -m pytest $(if $(shell command -v nvidia-smi 2>/dev/null),,--numprocesses 2 --dist worksteal)
 
-.PHONY: demo test test-oldest test-latest test-real test-operators test-sweep test-soak test-properties lint format docs lock clean
+.PHONY: demo test programs test-oldest test-latest test-real test-operators test-sweep test-soak test-properties lint format docs lock clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready programs
 	$(BIN)/python $(PYTEST)
+
+# What tests run besides Python: promtool of Debian's package prometheus, and a browser. Without them some tests are skipped.
+programs:
+	@missing=$$(command -v promtool > /dev/null || echo prometheus; command -v chromium > /dev/null || echo chromium); \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $$missing; \
+	fi; \
+	command -v promtool > /dev/null && command -v chromium > /dev/null || \
+		echo "tests of alerts or of the dashboard are skipped: install" $$missing "(Debian's names) to run them"
 
 # What depends on transformers, with the oldest version that is supported and all else as in .venv.
 test-oldest: .venv-oldest/.ready
