@@ -311,6 +311,15 @@ def test_a_hidden_special_token_parts_no_word_but_is_found() -> None:
     assert answer("byte fallback", prompt, tokens, stop=["stop"], skip_special_tokens=False).text == "st<|sep|>opb"
 
 
+def test_special_tokens_that_are_kept_are_shown_and_the_others_are_not() -> None:
+    prompt, tokens = ids("byte fallback", "▁The"), ids("byte fallback", "<s>", "st", "<|sep|>", "op")
+    detokenizer = of_kind("byte fallback")[1]
+    shown = AnswerText(detokenizer.keeping(["<|sep|>"]), prompt)
+    feed(shown, [[token] for token in tokens])
+    assert shown.text == "st<|sep|>op"
+    assert answer("byte fallback", prompt, tokens).text == "stop"
+
+
 @pytest.mark.parametrize("kind", MAKE)
 @pytest.mark.parametrize(("burst", "stop"), [(1, []), (1, ["never"]), (8, ["never", "<|sep|>"]), (4096, [])])
 def test_the_work_for_a_text_is_linear_in_its_tokens(kind: str, burst: int, stop: list[str]) -> None:

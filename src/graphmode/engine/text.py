@@ -7,6 +7,7 @@ changes nothing. The text is that of prompt and answer together less that of the
 from __future__ import annotations
 
 import codecs
+import copy
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -101,6 +102,12 @@ class Detokenizer:
             raise ModelError(
                 f"{name}: its tokenizer ({type(tokenizer).__name__}) does not work: {type(error).__name__}: {error}"
             ) from error
+
+    def keeping(self, texts: Collection[str]) -> Detokenizer:
+        """Return one that never leaves out the special tokens with these texts."""
+        other = copy.copy(self)
+        other.special = {token: text for token, text in self.special.items() if text not in texts}
+        return other
 
     def names_special(self, text: str) -> bool:
         """Return whether a text holds that of a special token."""
