@@ -14,7 +14,7 @@ def milliseconds_a_step(llm: LLM, batch: int) -> float:
     """Return the mean wall time of a decode step over a run of ``batch`` requests."""
     params = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
     llm.generate([PROMPT] * batch, params)  # warm
-    llm.engine.reset_stats()
+    llm.engine.core.reset_stats()
     llm.generate([PROMPT] * batch, params)
     milliseconds = llm.stats.decode_ms_per_step
     assert milliseconds is not None
@@ -26,7 +26,7 @@ def main() -> None:
     disable_progress_bar()
     graph = LLM(progress=sys.stderr.isatty())
     eager = LLM(enforce_eager=True)
-    print(f"The bundled model on {graph.engine.device}, every step one replay of a captured graph:\n")
+    print(f"The bundled model on {graph.engine.core.device}, every step one replay of a captured graph:\n")
     params = SamplingParams(temperature=0.7, seed=4, max_tokens=120)
     print(PROMPT, end="")
     shown = 0

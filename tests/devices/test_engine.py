@@ -102,4 +102,4 @@ def test_a_device_that_runs_out_of_graphs_generates_the_same_tokens(
     llm = LLM(tiny, device=backend, dtype="bfloat16", max_num_seqs=4, max_num_batched_tokens=16, graph_mode="piecewise")
     assert [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS)] == expected  # type: ignore[arg-type]
     assert llm.stats.graphs <= 11
-    assert llm.engine.runner.graphs.stats.out_of_graphs
+    assert llm.engine.core.runner.graphs.stats.out_of_graphs

@@ -41,9 +41,9 @@ class Scripted:
         tokenizer.save_pretrained(folder)
         options = {"enforce_eager": True, "max_num_seqs": 4, "max_num_batched_tokens": 32, "decode_steps": 8}
         self.llm = LLM(folder, device="cpu", **options)
-        self.tokenizer = self.llm.engine.loaded.tokenizer
+        self.tokenizer = self.llm.engine.core.loaded.tokenizer
         self.script: Script = {}
-        scheduler = self.llm.engine.scheduler
+        scheduler = self.llm.engine.core.scheduler
         update = scheduler.update
 
         def scripted(batch: Any, tokens: list[list[int]], eos_token_ids: frozenset[int]) -> Any:
@@ -62,7 +62,7 @@ class Scripted:
     def answer(self, prompt: list[int], tokens: list[int], decode_steps: int = 1, **options: Any) -> CompletionOutput:
         """Return what generate gives, which is what stream ends with."""
         self.script = {tuple(prompt): tokens}
-        scheduler = self.llm.engine.scheduler
+        scheduler = self.llm.engine.core.scheduler
         scheduler.limits = replace(scheduler.limits, decode_steps=decode_steps)
         params = SamplingParams(temperature=0, **{"max_tokens": len(tokens), **options})
         (generated,) = self.llm.generate([{"prompt_token_ids": prompt}], params)

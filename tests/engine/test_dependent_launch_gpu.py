@@ -195,8 +195,8 @@ def test_a_decode_step_has_a_programmatic_edge_before_each_kernel_of_its_layers(
 ) -> None:
     if not early:
         monkeypatch.setattr(_triton, "launches_early", lambda device: False)
-    assert llm.engine.fused_layers == LAYERS
-    runner = llm.engine.runner
+    assert llm.engine.core.fused_layers == LAYERS
+    runner = llm.engine.core.runner
     step = runner.padding({"tokens": 1, "seqs": 1, "logits": 1, "scored": 1, "new_blocks": 1})
     names, edges = captured(driver, lambda: runner.forward("decode", SamplingLevel.PLAIN, step))
     into = [edge for edge in edges if edge.after in THEIR_NAMES]

@@ -44,8 +44,8 @@ def nothing_is_left(llm: LLM) -> Iterator[None]:
     while llm.engine.has_requests:
         llm.engine.step()
     llm.engine.step()
-    assert not llm.engine.scheduler.has_work
-    assert llm.engine.scheduler.blocks.num_free == (9,)
+    assert not llm.engine.core.scheduler.has_work
+    assert llm.engine.core.scheduler.blocks.num_free == (9,)
 
 
 def tokens(output: RequestOutput) -> list[int]:
@@ -126,7 +126,7 @@ def test_eight_threads_of_fifty_requests_with_aborts_between(llm: LLM, alone: li
 
 
 def test_an_error_in_a_step_reaches_all_that_wait_and_the_engine_goes_on(llm: LLM, alone: list[list[int]]) -> None:
-    launch, together = llm.engine.runner.launch, threading.Barrier(4)
+    launch, together = llm.engine.core.runner.launch, threading.Barrier(4)
 
     def fails(batch: Any) -> Any:
         if len(batch.scheduled) == 4:  # one row for each thread: all of them wait
@@ -142,11 +142,11 @@ def test_an_error_in_a_step_reaches_all_that_wait_and_the_engine_goes_on(llm: LL
             llm.generate(PROMPTS[thread][:5], params)
         errors.append(caught.value)
 
-    llm.engine.runner.launch = fails  # type: ignore[method-assign]
+    llm.engine.core.runner.launch = fails  # type: ignore[method-assign]
     try:
         run_in_threads(4, work)
     finally:
-        llm.engine.runner.launch = launch  # type: ignore[method-assign]
+        llm.engine.core.runner.launch = launch  # type: ignore[method-assign]
     assert sorted(type(error).__name__ for error in errors) == ["EngineError"] * 3 + ["RuntimeError"]
     assert not llm.engine.has_requests
     assert [tokens(output) for output in llm.generate(PROMPTS, PARAMS)] == alone
@@ -163,19 +163,19 @@ def test_outputs_that_somebody_else_took_are_an_error_and_no_loop(llm: LLM) -> N
 
 def test_requests_that_the_scheduler_does_not_have_are_an_error_and_no_loop(llm: LLM) -> None:
     llm.engine.submit(Request(PROMPTS[0], PARAMS[0]))
-    llm.engine.scheduler._sources.clear()
+    llm.engine.core.scheduler._sources.clear()
     with pytest.raises(EngineError, match="1 requests have not ended"):
         llm.engine.step()
 
 
 def test_generating_inside_of_a_step_is_refused(llm: LLM) -> None:
-    launch = llm.engine.runner.launch
-    llm.engine.runner.launch = lambda batch: llm.generate(PROMPTS[0], PARAMS[0])  # type: ignore[assignment]
+    launch = llm.engine.core.runner.launch
+    llm.engine.core.runner.launch = lambda batch: llm.generate(PROMPTS[0], PARAMS[0])  # type: ignore[assignment]
     try:
         with pytest.raises(EngineError, match="inside a step"):
             llm.generate(PROMPTS[0], PARAMS[0])
     finally:
-        llm.engine.runner.launch = launch  # type: ignore[method-assign]
+        llm.engine.core.runner.launch = launch  # type: ignore[method-assign]
 
 
 def test_names_of_requests(llm: LLM) -> None:
@@ -281,8 +281,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.llm.engine.has_requests
         assert self.ended == set(getattr(self, "asked", ()))
         self.llm.engine.step()
-        assert not self.llm.engine.scheduler.has_work
-        assert self.llm.engine.scheduler.blocks.num_free == (9,)
+        assert not self.llm.engine.core.scheduler.has_work
+        assert self.llm.engine.core.scheduler.blocks.num_free == (9,)
 
 
 def test_any_order_of_submit_abort_and_step(llm: LLM, alone: list[list[int]]) -> None:

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graphmode import LLM, SamplingParams
-from graphmode.engine.requests import ActiveRequest, Request
+from graphmode.engine.core import _Submitted
+from graphmode.engine.requests import Request
 from graphmode.errors import InputError
 from tests.engine.conftest import PASSAGE
 
@@ -51,12 +52,12 @@ def test_64_prompts_together_are_token_for_token_transformers_one_by_one(
     else:
         assert stats.hit_rate == 1.0
         assert stats.eager_steps == 0
-        decode, mixed = (len(llm.engine.runner.graphs.policy.buckets[name]) for name in ("decode", "mixed"))
-        pieces = 1 + len(llm.engine.loaded.shape.caches)
+        decode, mixed = (len(llm.engine.core.runner.graphs.policy.buckets[name]) for name in ("decode", "mixed"))
+        pieces = 1 + len(llm.engine.core.loaded.shape.caches)
         assert stats.graphs == (
             decode * (pieces if mode == "piecewise" else 1) + mixed * (1 if mode == "full" else pieces)
         )
-    assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
+    assert llm.engine.core.scheduler.blocks.num_free == llm.engine.core.num_blocks
 
 
 @pytest.mark.parametrize("options", [{"graph_sizes": [1, 5]}, {"max_graph_tokens": 9}, {"max_padding_ratio": 0.1}])
@@ -121,8 +122,8 @@ def test_a_stream_that_is_left_gives_its_blocks_back(tiny: Path) -> None:
     (last,) = llm.engine.step()
     assert (last.finished, last.outputs[0].finish_reason) == (True, "abort")
     assert not llm.engine.has_requests
-    assert not llm.engine.scheduler.has_work
-    assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
+    assert not llm.engine.core.scheduler.has_work
+    assert llm.engine.core.scheduler.blocks.num_free == llm.engine.core.num_blocks
 
 
 def test_what_exists_is_out_of_the_collectors_way_while_tokens_are_made_and_no_longer(tiny: Path) -> None:
@@ -151,8 +152,8 @@ def test_limits_end_a_sequence_with_its_reason(tiny: Path) -> None:
     assert len(output.outputs[0].token_ids) == 5
     assert output.outputs[0].finish_reason == "length"
     token = output.outputs[0].token_ids[2]
-    llm.engine.loaded.__dict__["shape"] = type(llm.engine.loaded.shape)(
-        **{**vars(llm.engine.loaded.shape), "eos_token_ids": frozenset({token})}
+    llm.engine.core.loaded.__dict__["shape"] = type(llm.engine.core.loaded.shape)(
+        **{**vars(llm.engine.core.loaded.shape), "eos_token_ids": frozenset({token})}
     )
     (stopped,) = llm.generate(long, SamplingParams(temperature=0, max_tokens=100))
     first = output.outputs[0].token_ids.index(token)
@@ -171,21 +172,21 @@ def test_steps_start_before_the_last_request_is_queued_and_give_what_all_queued_
     engine = LLM(tiny, **options).engine
     for prompt, each in zip(prompts, params, strict=True):
         engine.submit(Request(prompt["prompt_token_ids"], each))
-    for request in engine._active.values():
-        engine.scheduler.waiting.update(dict.fromkeys(request.sequences()))
-    engine.scheduler._sources.clear()
+    for request in engine.core._active.values():
+        engine.core.scheduler.waiting.update(dict.fromkeys(request.begin()))
+    engine.core.scheduler._sources.clear()
     queued = {}
     while engine.has_requests:
         queued |= {output.request_id: output.outputs for output in engine.step()}
     llm = LLM(tiny, **options)
-    begin, steps_before = ActiveRequest._begin, []
+    make, steps_before = _Submitted.make, []
 
-    def begun(request: ActiveRequest) -> None:
-        if not request.answers:
+    def made(request: _Submitted) -> None:
+        if not request.sequences:
             steps_before.append(llm.stats.steps)
-        begin(request)
+        make(request)
 
-    monkeypatch.setattr(ActiveRequest, "_begin", begun)
+    monkeypatch.setattr(_Submitted, "make", made)
     outputs = llm.generate(prompts, params)
     assert [output.request_id for output in outputs] == list(map(str, range(20)))
     assert {output.request_id: output.outputs for output in outputs} == queued
@@ -214,8 +215,8 @@ def test_a_generate_that_is_interrupted_leaves_nothing_behind(tiny: Path, steps:
     llm.engine.step = step  # type: ignore[method-assign]
     assert all(output.outputs[0].finish_reason == "abort" for output in llm.engine.step())
     assert not llm.engine.has_requests
-    assert not llm.engine.scheduler.has_work
-    assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
+    assert not llm.engine.core.scheduler.has_work
+    assert llm.engine.core.scheduler.blocks.num_free == llm.engine.core.num_blocks
     again = llm.generate(prompts[::-1], params)
     expected = LLM(tiny, **options).generate(prompts[::-1], params)
     assert [output.outputs[0].token_ids for output in again] == [output.outputs[0].token_ids for output in expected]
@@ -252,7 +253,7 @@ def test_preemption_and_eviction_change_no_token(tiny: Path, device: str, decode
     assert together == alone
     assert llm.stats.preemptions > 0
     assert llm.stats.hit_rate == 1.0
-    assert llm.engine.scheduler.blocks.num_free == (12,)
+    assert llm.engine.core.scheduler.blocks.num_free == (12,)
 
 
 def test_a_chat_with_its_prefix_cached_equals_the_uncached_one(bundled: Path, device: str) -> None:
@@ -265,7 +266,7 @@ def test_a_chat_with_its_prefix_cached_equals_the_uncached_one(bundled: Path, de
             (output,) = llm.generate(said + turn, SamplingParams(temperature=0, max_tokens=40))
             answers[caching].append(output.outputs[0].token_ids)
             said += turn + output.outputs[0].text
-        computed[caching] = llm.engine.runner.graphs.stats.rows
+        computed[caching] = llm.engine.core.runner.graphs.stats.rows
     assert answers[True] == answers[False]
     assert computed[True] < computed[False] / 2
 
@@ -290,7 +291,7 @@ def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path
     llm = LLM(bundled, device="cpu", max_num_seqs=2, decode_steps=decode_steps)
     prompt, plain = "JULIET.\nO Romeo, Romeo", SamplingParams(temperature=0, max_tokens=40)
     whole = llm.generate(prompt, plain)[0].outputs[0]
-    text, tokenizer = whole.text, llm.engine.loaded.tokenizer
+    text, tokenizer = whole.text, llm.engine.core.loaded.tokenizer
     assert tokenizer is not None
     for stop in (text[10:13], text[17], text[5:25]):
         at = text.index(stop)
@@ -305,7 +306,7 @@ def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path
         streamed = [output.outputs[0].text for output in llm.stream(prompt, params)]
         assert streamed[-1] == text[:at]
         assert all(text[:at].startswith(part) for part in streamed)
-    assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
+    assert llm.engine.core.scheduler.blocks.num_free == llm.engine.core.num_blocks
 
 
 def test_a_burst_ends_at_the_token_that_one_step_at_a_time_ends_at(bundled: Path) -> None:
@@ -360,7 +361,7 @@ def test_filtered_rows_stand_beside_plain_ones_and_change_none(tiny: Path, devic
     together = [output.outputs[0].token_ids for output in llm.generate(prompts, mixed)]
     assert together == [greedy[n] if n % 3 else alone[n] for n in range(8)], "top_k=1 is greedy"
     assert llm.stats.misses.keys() == {"not_captured_yet"}
-    llm.engine.reset_stats()
+    llm.engine.core.reset_stats()
     assert [output.outputs[0].token_ids for output in llm.generate(prompts, mixed)] == together
     assert llm.stats.hit_rate == 1.0
 

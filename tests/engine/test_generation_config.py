@@ -61,7 +61,7 @@ def test_it_can_be_left_out_or_come_from_another_folder(folder: Path, tmp_path: 
     for other in (tmp_path / "other", str(tmp_path / "other")):
         model = llm(folder, generation_config=other)
         assert model.get_default_sampling_params() == SamplingParams(temperature=0.3)
-        assert model.engine.loaded.shape.eos_token_ids == {11}
+        assert model.engine.core.loaded.shape.eos_token_ids == {11}
 
 
 @pytest.mark.parametrize("value", ["", "Auto", "/no/such/folder", 5, None])
@@ -110,7 +110,7 @@ def test_values_that_are_not_allowed_are_reported_and_left_out(
     assert words in caplog.text
     assert "left out" in caplog.text
     assert model.get_default_sampling_params().top_k == (3 if isinstance(held, dict) and held.get("top_k") == 3 else 0)
-    assert model.engine.loaded.shape.eos_token_ids == ({7} if words == "eos_token_id is 1.5" else set())
+    assert model.engine.core.loaded.shape.eos_token_ids == ({7} if words == "eos_token_id is 1.5" else set())
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_limits_pass_where_their_buffers_fit_and_nowhere_else(
 
 def test_what_is_counted_is_what_an_engine_allocates(tiny: Path) -> None:
     llm = LLM(tiny, device="cpu", graph_sizes=[32], max_num_seqs=32, max_num_batched_tokens=32)
-    runner, needed = llm.engine.runner, buffers_needed(llm.engine.limits, block_sizes=[16])
+    runner, needed = llm.engine.core.runner, buffers_needed(llm.engine.core.limits, block_sizes=[16])
     assert runner.graphs._buffers.arena.nbytes == pytest.approx(needed.device["a step's inputs"], rel=0.2, abs=4096)
     assert runner._log.nbytes == needed.device["sampled tokens"]
     assert runner.sampler._on_device.nbytes == needed.device["sampling parameters"]
@@ -149,7 +149,7 @@ def test_an_engine_lowers_its_length_and_says_so_once(tiny: Path, caplog: pytest
     options = {"device": "cpu", "kv_cache_memory": 3 * block, "enforce_eager": True, "dtype": "float32"}
     with caplog.at_level(logging.WARNING):
         llm = LLM(tiny, **options)
-    assert llm.engine.limits.max_model_len == 48
+    assert llm.engine.core.limits.max_model_len == 48
     [said] = [record.getMessage() for record in caplog.records if "max_model_len" in record.getMessage()]
     assert "lowered to 48" in said
     assert "KV cache" in said

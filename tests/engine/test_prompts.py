@@ -33,7 +33,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 def test_raw_images_are_prepared_by_transformers_own_processor(llm: LLM) -> None:
     pil = pytest.importorskip("PIL.Image")
-    processor = prompts.AutoImageProcessor.from_pretrained(llm.engine.model)
+    processor = prompts.AutoImageProcessor.from_pretrained(llm.engine.core.model)
     generator = torch.Generator().manual_seed(0)
     images = [
         pil.fromarray(torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).numpy())
@@ -45,7 +45,7 @@ def test_raw_images_are_prepared_by_transformers_own_processor(llm: LLM) -> None
     prepared = processor(images=images, return_tensors="pt")
     units = (prepared["image_grid_thw"].prod(-1) // 4).tolist()
     assert [output.prompt_token_ids.count(token) for token in (IMAGE, VISION_START)] == [sum(units), 2]
-    short = llm.engine.loaded.tokenizer(text)["input_ids"]  # type: ignore[misc]
+    short = llm.engine.core.loaded.tokenizer(text)["input_ids"]  # type: ignore[misc]
     for prompt in (
         {"prompt_token_ids": short, "multi_modal_data": {"image": images}},
         {"prompt_token_ids": output.prompt_token_ids, "multi_modal_data": {"image": tuple(images)}},
@@ -99,7 +99,7 @@ def test_a_picture_gives_the_same_answer_in_any_form(llm: LLM, tmp_path: Path) -
 def test_frames_reach_the_processor_as_one_array_of_rgb(llm: LLM) -> None:
     """Grey frames as well; and of a list, what are videos of their own is told from frames."""
     pytest.importorskip("PIL")
-    reader = prompts.PromptReader(llm.engine.loaded)
+    reader = prompts.PromptReader(llm.engine.core.loaded)
     seen: list[Any] = []
 
     def processor(text: list[str], images: Any, videos: list[Any], return_tensors: str, **options: Any) -> Any:
@@ -126,8 +126,11 @@ def test_frames_reach_the_processor_as_one_array_of_rgb(llm: LLM) -> None:
 
 def test_limits_of_media_are_options_of_the_engine(llm: LLM) -> None:
     limits = {"limit_mm_per_prompt": {"image": 1, "video": {"count": 0}, "audio": 0}, "max_image_pixels": 600}
-    strict = LLM(llm.engine.model, device="cpu", enforce_eager=True, max_num_seqs=2, max_model_len=64, **limits)
-    assert (strict.engine.options.max_images_per_prompt, strict.engine.options.max_videos_per_prompt) == (1, 0)
+    strict = LLM(llm.engine.core.model, device="cpu", enforce_eager=True, max_num_seqs=2, max_model_len=64, **limits)
+    assert (strict.engine.core.options.max_images_per_prompt, strict.engine.core.options.max_videos_per_prompt) == (
+        1,
+        0,
+    )
     assert strict.generate(raw(ARRAY), GREEDY)[0].finished
     for prompt, words in (
         (raw([ARRAY, ARRAY]), "2 images; it may have 1"),
@@ -145,14 +148,14 @@ def test_limits_of_media_are_options_of_the_engine(llm: LLM) -> None:
         ("max_image_pixels", 0),
     ):
         with pytest.raises(InputError, match=r"limit_mm_per_prompt|max_images_per_prompt|max_image_pixels"):
-            LLM(llm.engine.model, **{name: value})
+            LLM(llm.engine.core.model, **{name: value})
 
 
 @pytest.mark.parametrize(("media", "package"), [("image", "PIL"), ("video", "torchvision")])
 def test_what_is_not_installed_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch, media: str, package: str) -> None:
     found = prompts.importlib.util.find_spec
     monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: None if name == package else found("json"))
-    reader = prompts.PromptReader(llm.engine.loaded)
+    reader = prompts.PromptReader(llm.engine.core.loaded)
     with pytest.raises(InputError, match=f"{package}, which is not installed; pip install"):
         reader.read({"prompt": PLACEHOLDER, "multi_modal_data": {media: [object()]}})
 
@@ -271,11 +274,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("prompt", "words"), BAD.values(), ids=BAD)
 def test_a_bad_prompt_is_refused_before_any_work(llm: LLM, prompt: dict[str, Any], words: str) -> None:
-    llm.engine.reset_stats()
+    llm.engine.core.reset_stats()
     with pytest.raises(InputError, match=words):
         llm.generate([{"prompt_token_ids": [1]}, prompt], GREEDY)
     assert llm.stats.steps == llm.stats.vision_runs == 0
-    assert not llm.engine.scheduler.has_work
+    assert not llm.engine.core.scheduler.has_work
 
 
 def test_a_text_model_refuses_images(tiny: Path) -> None:

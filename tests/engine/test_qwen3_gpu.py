@@ -40,7 +40,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 
 def test_logits_are_as_close_to_float32_as_transformers_own_bf16(llm: LLM) -> None:
-    engine = llm.engine
+    engine = llm.engine.core
     config = deepcopy(engine.loaded.model.config)
     exact = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     exact.load_state_dict({name: value.float() for name, value in engine.loaded.model.state_dict().items()})
@@ -71,7 +71,7 @@ def test_logits_are_as_close_to_float32_as_transformers_own_bf16(llm: LLM) -> No
 
 
 def test_64_requests_run_with_every_step_a_hit(llm: LLM) -> None:
-    llm.engine.reset_stats()
+    llm.engine.core.reset_stats()
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(1, 400, (64,), generator=generator).tolist()
     prompts = [

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from graphmode.engine.config import EngineOptions
-from graphmode.engine.engine import Engine
+from graphmode.engine.core import EngineCore
 from graphmode.engine.llm import LLM
 from graphmode.engine.sampler import SamplingLevel
 from graphmode.engine.sampling_params import SamplingParams
@@ -44,7 +44,7 @@ class Harness:
         options = EngineOptions(
             device=device, dtype="float32", max_num_seqs=SEQS, max_num_batched_tokens=TOKENS, max_model_len=128
         )
-        self.engine = Engine(folder, options)
+        self.engine = EngineCore(folder, options)
         self.query_len = query_len
         limits = replace(self.engine.limits, decode_query_len=query_len, decode_steps=1)
         backend = self.engine.runner.graphs.backend

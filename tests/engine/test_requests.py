@@ -78,13 +78,13 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("prompts", "words"), BAD_PROMPTS)
 def test_prompts_that_are_none_are_refused_before_any_work(without_text: LLM, prompts: Any, words: str) -> None:
-    without_text.engine.reset_stats()
+    without_text.engine.core.reset_stats()
     with pytest.raises(InputError, match=words):
         without_text.generate(prompts, GREEDY)
     with pytest.raises(InputError):  # at once, not when the first output is asked for
         without_text.stream(prompts, GREEDY)
     assert without_text.stats.steps == 0
-    assert not without_text.engine.scheduler.has_work
+    assert not without_text.engine.core.scheduler.has_work
 
 
 @pytest.mark.parametrize(

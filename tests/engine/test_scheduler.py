@@ -204,7 +204,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert at == len(row.sequence.prompt_logprobs), "a token of the prompt is scored twice, or never"
                     row.sequence.prompt_logprobs.append({})
             for sequence in self.sequences:
-                assert len(sequence.token_ids) - lengths[sequence] == changed.get(sequence, 0)
+                assert sequence.token_ids[lengths[sequence] :] == changed.get(sequence, [])
         elif batch is None:
             assert not self.scheduler.has_work
 

@@ -54,7 +54,7 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
 
 def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
     """The logits after a prompt that is one step, eagerly."""
-    engine = llm.engine
+    engine = llm.engine.core
     token_ids, vision = PromptReader(engine.loaded).read(prompt)  # type: ignore[arg-type]
     sequence = Sequence("0", token_ids, GREEDY, 0, vision, state_index=1)
     engine.scheduler.blocks.begin(sequence, read_prefix=False)
@@ -101,11 +101,11 @@ def test_a_second_run_is_all_hits_and_text_reads_no_features(folder: dict[str, P
     assert llm.stats.hit_rate == 1.0, "text alone needs no graph that is not there from the start"
     prompts = [make_prompt(model_type, parts, seed) for seed, parts in enumerate(LAYOUTS.values())]
     first = tokens(llm.generate(prompts, GREEDY))
-    llm.engine.reset_stats()
+    llm.engine.core.reset_stats()
     assert tokens(llm.generate(prompts, GREEDY)) == first
     assert llm.stats.hit_rate == 1.0
     assert llm.stats.vision_runs == 0, "the features of the first run are still there"
-    vision = llm.engine.runner.vision
+    vision = llm.engine.core.runner.vision
     assert vision is not None
     vision._kept.clear()
     llm.generate(prompts, GREEDY)
@@ -145,7 +145,7 @@ def test_a_burst_never_repeats_an_image(tmp_path: Path, enforce_eager: bool, bud
     sizes = {} if enforce_eager else {"graph_sizes": sorted({rows, budget}), "strict": True}
     options = {"max_num_seqs": rows, "max_num_batched_tokens": budget, "decode_steps": 8, **sizes}
     llm = LLM(tmp_path, enforce_eager=enforce_eager, **{**OPTIONS, **options})
-    scheduler = llm.engine.scheduler
+    scheduler = llm.engine.core.scheduler
     for decode_steps in (8, *range(1, 9)):  # the first run finds nothing cached
         scheduler.limits = replace(scheduler.limits, decode_steps=decode_steps)
         made = tokens(llm.generate(prompts, GREEDY)) + tokens(llm.generate(ends, GREEDY))
@@ -160,13 +160,13 @@ def test_preemption_and_eviction_change_no_token(folder: dict[str, Path], kept_b
     params = SamplingParams(temperature=0, max_tokens=30)
     each = 3 * 2 * 16 * 2 * 16 * 4  # layers, keys and values, tokens, heads, head_dim, bytes
     llm = LLM(folder["qwen3_vl"], kv_cache_memory=9 * each, **{**GRAPHS, "max_model_len": 96})
-    assert llm.engine.runner.vision is not None
-    llm.engine.runner.vision._max_bytes = kept_bytes
+    assert llm.engine.core.runner.vision is not None
+    llm.engine.core.runner.vision._max_bytes = kept_bytes
     roomy = LLM(folder["qwen3_vl"], enable_prefix_caching=False, **{**EAGER, "max_model_len": 96})
     alone = [tokens(roomy.generate([prompt], params))[0] for prompt in prompts]
     assert tokens(llm.generate(prompts, params)) == alone
     assert llm.stats.preemptions > 0
-    assert llm.engine.scheduler.blocks.num_free == (9,)
+    assert llm.engine.core.scheduler.blocks.num_free == (9,)
 
 
 def test_generated_placeholders_are_text(folder: dict[str, Path]) -> None:
@@ -174,12 +174,12 @@ def test_generated_placeholders_are_text(folder: dict[str, Path]) -> None:
     llm = LLM(folder["qwen3_vl"], **GRAPHS)
     sequence = Sequence("0", [1, 2, 3], GREEDY, 0)
     sequence.token_ids.append(IMAGE)
-    llm.engine.scheduler.add(iter([sequence]))
-    batch = llm.engine.scheduler.schedule()
+    llm.engine.core.scheduler.add(iter([sequence]))
+    batch = llm.engine.core.scheduler.schedule()
     assert batch is not None
     assert batch.num_tokens == 4
-    assert llm.engine.runner.vision is not None
-    step = steps.host_step(llm.engine.runner, batch)
+    assert llm.engine.core.runner.vision is not None
+    step = steps.host_step(llm.engine.core.runner, batch)
     assert isinstance(step, VisionStepInputs)
     assert step.visual is None
 
@@ -194,9 +194,9 @@ def test_cached_prefixes_tell_images_apart(folder: dict[str, Path], model_type: 
     plain = LLM(folder[model_type], enable_prefix_caching=False, **GRAPHS)
     computed = []
     for each in (prompt, other, prompt, shape, other):
-        before = cached.engine.runner.graphs.stats.rows
+        before = cached.engine.core.runner.graphs.stats.rows
         assert tokens(cached.generate([each], GREEDY)) == tokens(plain.generate([each], GREEDY))
-        computed.append(cached.engine.runner.graphs.stats.rows - before)
+        computed.append(cached.engine.core.runner.graphs.stats.rows - before)
     length = len(prompt["prompt_token_ids"])
     # One step more than the tokens is computed for what ends a sequence known a step late; 16 tokens are a block.
     full, shared = computed[0], length // 16 * 16
@@ -224,7 +224,7 @@ def test_streams_take_images_and_leave_nothing_behind(folder: dict[str, Path]) -
     assert last.outputs[0].token_ids == whole.outputs[0].token_ids
     assert last.prompt_token_ids == prompt["prompt_token_ids"]
     assert last.prompt is None
-    assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
+    assert llm.engine.core.scheduler.blocks.num_free == llm.engine.core.num_blocks
 
 
 def test_images_larger_than_any_graph_run_eagerly_and_are_counted(folder: dict[str, Path]) -> None:
@@ -240,7 +240,7 @@ def test_images_larger_than_any_graph_run_eagerly_and_are_counted(folder: dict[s
 def test_what_padding_holds_changes_no_bit_of_a_step_with_images(folder: dict[str, Path], model_type: str) -> None:
     """Padding tokens may claim to stand for images, whose rows hold NaN; a replay is bitwise the eager run."""
     llm = LLM(folder[model_type], **GRAPHS)
-    engine, runner = llm.engine, llm.engine.runner
+    engine, runner = llm.engine.core, llm.engine.core.runner
     assert runner.vision is not None
     token_ids, vision = PromptReader(engine.loaded).read(make_prompt(model_type, LAYOUTS["image"], 0))
     sequence = Sequence("0", token_ids, GREEDY, 0, vision, state_index=1)
@@ -294,8 +294,8 @@ def test_images_on_a_gpu_are_as_exact_as_transformers_bf16(tmp_path: Path, model
         print(f"relative error to float32: ours {error}, transformers' bf16 {their_error}")
         assert error <= 2 * their_error + 0.01
     first = tokens(llm.generate(prompts, GREEDY))
-    llm.engine.reset_stats()
-    llm.engine.runner.vision._kept.clear()  # type: ignore[union-attr]
+    llm.engine.core.reset_stats()
+    llm.engine.core.runner.vision._kept.clear()  # type: ignore[union-attr]
     torch.cuda.set_sync_debug_mode("error")
     try:
         assert tokens(llm.generate(prompts, GREEDY)) == first

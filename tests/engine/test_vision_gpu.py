@@ -71,7 +71,7 @@ def test_images_are_as_exact_as_transformers_own_bf16_with_every_step_a_hit(tmp_
     torch.manual_seed(0)
     options = {"max_num_seqs": 8, "max_num_batched_tokens": 1024, "max_model_len": 2048, "strict": True}
     llm = LLM(tmp_path, load_format="dummy", dtype="bfloat16", enable_prefix_caching=False, **options)
-    state = llm.engine.loaded.model.state_dict()
+    state = llm.engine.core.loaded.model.state_dict()
     errors: dict[str, list[float]] = {"ours": [], "theirs": []}
     logits: dict[torch.dtype, list[torch.Tensor]] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -88,8 +88,8 @@ def test_images_are_as_exact_as_transformers_own_bf16_with_every_step_a_hit(tmp_
     assert all(ours <= 1.5 * theirs for ours, theirs in zip(errors["ours"], errors["theirs"], strict=True))
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     first = tokens(llm.generate(prompts, params))
-    llm.engine.runner.vision._kept.clear()  # type: ignore[union-attr]
-    llm.engine.reset_stats()
+    llm.engine.core.runner.vision._kept.clear()  # type: ignore[union-attr]
+    llm.engine.core.reset_stats()
     assert tokens(llm.generate(prompts, params)) == first
     print(llm.stats)
     assert llm.stats.hit_rate == 1.0

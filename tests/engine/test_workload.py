@@ -86,17 +86,17 @@ def test_each_request_gets_what_it_gets_alone(
             assert output.finished
             assert output.request_id not in outputs
             outputs[output.request_id] = output
-    stats = busy.stats
+    stats = busy.core.stats
     if mode == "full":
         assert stats.replays == stats.steps
         # Graphs of more than plain sampling are captured when a size first needs one.
-        keys = [key for key in busy.runner.graphs.keys if dict(key.variant)["level"] > SamplingLevel.PLAIN]
+        keys = [key for key in busy.core.runner.graphs.keys if dict(key.variant)["level"] > SamplingLevel.PLAIN]
         assert stats.misses.keys() == {"not_captured_yet"}
         assert stats.misses["not_captured_yet"] <= len(keys)
     assert stats.preemptions > 0
     assert sum(output.num_cached_tokens > 0 for output in outputs.values()) > count / 10
     assert sum(output.outputs[0].finish_reason == "abort" for output in outputs.values()) > count / 50
-    assert busy.scheduler.blocks.num_free == (11,)
+    assert busy.core.scheduler.blocks.num_free == (11,)
 
     for request_id, (prompt, params), expected in zip(submitted, requests, alone(tiny, device, count), strict=True):
         output, (answer,), (whole,) = outputs[request_id], outputs[request_id].outputs, expected.outputs

@@ -68,7 +68,7 @@ def test_compiled_layers_give_the_same_tokens_in_every_mode(tmp_path: Path) -> N
     compiled_before, programs = counters["stats"]["unique_graphs"], len(compiled._programs)
     for mode in ("none", "full", "piecewise"):
         llm = LLM(folder, fuse="compile", graph_mode=mode, **OPTIONS)
-        assert llm.engine.compiled_layers == 2
+        assert llm.engine.core.compiled_layers == 2
         assert tokens(llm) == expected
         assert llm.stats.hit_rate == (mode != "none")
     # One half up to attention and one from there on, for one token and for any number; nothing later, for any size.
@@ -84,7 +84,7 @@ def test_compiled_layers_are_captured_on_a_gpu(family: str, tmp_path: Path) -> N
     expected = tokens(LLM(folder, fuse="none", graph_mode="none", **options))
     for mode in ("full", "piecewise"):
         llm = LLM(folder, fuse="compile", graph_mode=mode, graph_sizes=[1, 4, 24], **options)
-        assert llm.engine.compiled_layers == 2
+        assert llm.engine.core.compiled_layers == 2
         compiled_before = counters["stats"]["unique_graphs"]
         assert tokens(llm) == expected
         assert llm.stats.hit_rate == 1
@@ -96,7 +96,7 @@ def test_compiled_layers_are_captured_on_a_gpu(family: str, tmp_path: Path) -> N
 def test_layers_are_cut_at_attention(family: str, tmp_path: Path) -> None:
     folder = save(family, tmp_path)
     llm = LLM(folder, fuse="compile", graph_sizes=[1, 24], **OPTIONS)
-    assert llm.engine.compiled_layers == 2
+    assert llm.engine.core.compiled_layers == 2
     assert tokens(llm) == tokens(LLM(folder, fuse="none", graph_mode="none", **OPTIONS))
 
 
@@ -104,7 +104,7 @@ def test_layers_are_cut_at_attention(family: str, tmp_path: Path) -> None:
 def test_padding_reaches_no_token_by_experts(tmp_path: Path) -> None:
     """In bfloat16: torch cannot trace the grouped product of float32."""
     llm = LLM(save("gpt_oss", tmp_path), fuse="compile", graph_mode="none", **{**OPTIONS, "dtype": "bfloat16"})
-    engine = llm.engine
+    engine = llm.engine.core
     assert engine.compiled_layers == 2
     results = []
     with torch.inference_mode():
@@ -120,7 +120,7 @@ def test_padding_reaches_no_token_by_experts(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("uncompiled")
 def test_the_runner_sees_the_memory_of_weights(tmp_path: Path) -> None:
     llm = LLM(save("olmo2", tmp_path), fuse="compile", graph_sizes=[1, 24], **OPTIONS)
-    norm = llm.engine.loaded.model.model.layers[1].post_attention_layernorm.weight
+    norm = llm.engine.core.loaded.model.model.layers[1].post_attention_layernorm.weight
     norm.data = norm.data.clone()
     with pytest.raises(StaleAddressError, match="compiled"):
         tokens(llm)

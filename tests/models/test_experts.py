@@ -23,7 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 
 from graphmode import LLM, SamplingParams
 from graphmode.engine.config import EngineOptions
-from graphmode.engine.engine import Engine
+from graphmode.engine.core import EngineCore
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.types import Batch, ScheduledSequence
 from graphmode.errors import ModelError
@@ -222,7 +222,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_routers_of_fused_models_are_fused(folder: Path) -> None:
-    engine = Engine(folder, EngineOptions(device="cpu", dtype="float32", graph_mode="none"))
+    engine = EngineCore(folder, EngineOptions(device="cpu", dtype="float32", graph_mode="none"))
     routers = [each for each in engine.loaded.model.modules() if type(each).__name__.lower().endswith("topkrouter")]
     assert routers
     assert all(isinstance(each.forward, Router) for each in routers)
@@ -328,7 +328,7 @@ def test_whole_models_give_the_tokens_of_transformers(folder: Path) -> None:
 def engine_logits(folder: Path, device: str, dtype: str, prompt: list[int]) -> torch.Tensor:
     """Logits of every position of a prompt, in a step that holds padding too."""
     options = EngineOptions(device=device, dtype=dtype, max_num_seqs=2)  # type: ignore[arg-type]
-    engine, length = Engine(folder, options), len(prompt)
+    engine, length = EngineCore(folder, options), len(prompt)
     sequence = Sequence("0", prompt, SamplingParams(), 0, state_index=1, block_tables=[list(range(8))])
     batch = Batch("mixed", (ScheduledSequence(sequence, 0, length, samples=length),), length, (sequence,))
     sizes = {"tokens": length + 3, "seqs": 2, "logits": length, "new_blocks": 8}

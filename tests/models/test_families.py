@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from graphmode import LLM, SamplingParams
-from graphmode.engine.engine import Engine
+from graphmode.engine.core import EngineCore
 from graphmode.engine.sequence import Sequence
 from graphmode.engine.types import Batch, ScheduledSequence
 from tests import steps
@@ -137,7 +137,7 @@ def continue_greedily(model: PreTrainedModel, prompt: list[int]) -> tuple[list[i
     return tokens[len(prompt) :], logits[len(prompt) - 1 :]
 
 
-def compute_logits(engine: Engine, tokens: list[int], prompt_len: int) -> torch.Tensor:
+def compute_logits(engine: EngineCore, tokens: list[int], prompt_len: int) -> torch.Tensor:
     """The engine's logits for every token after the prompt: the prompt as one mixed step, the rest by decode steps."""
     sequence = Sequence("0", tokens, SamplingParams(temperature=0), 0, state_index=1)
     engine.scheduler.blocks.begin(sequence, read_prefix=False)
@@ -171,7 +171,7 @@ def test_family_is_token_for_token_transformers(folder: Path) -> None:
         assert [output.outputs[0].token_ids for output in outputs] == [tokens for tokens, _ in expected]
         assert llm.stats.hit_rate == (graph_mode != "none")
     for prompt, (tokens, logits) in zip(PROMPTS, expected, strict=True):
-        ours = compute_logits(llm.engine, [*prompt, *tokens[:-1]], len(prompt))
+        ours = compute_logits(llm.engine.core, [*prompt, *tokens[:-1]], len(prompt))
         torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)
 
 
@@ -194,6 +194,6 @@ def test_family_on_a_gpu_is_as_exact_as_transformers_bf16(folder: Path) -> None:
     with torch.inference_mode():
         reference = exact(torch.tensor([prompt], device="cuda"), use_cache=False).logits[0, -1]
         bf16 = theirs(torch.tensor([prompt], device="cuda"), use_cache=False).logits[0, -1].float()
-    ours = compute_logits(llm.engine, prompt, len(prompt))[-1].float()
+    ours = compute_logits(llm.engine.core, prompt, len(prompt))[-1].float()
     error, their_error = (float((logits - reference).norm() / reference.norm()) for logits in (ours, bf16))
     assert error <= 2 * their_error + 0.01, (error, their_error)

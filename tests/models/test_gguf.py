@@ -82,8 +82,8 @@ def test_its_tokens_are_those_of_transformers_and_its_tokenizer_is_whole(
     assert "dequantized to float32" in caplog.text
     tokenizer = llm.get_tokenizer()
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (*WORDS[1:3], WORDS[0])
-    assert llm.engine.loaded.shape.eos_token_ids == {2}
-    assert llm.engine.loaded.shape.max_positions == 128
+    assert llm.engine.core.loaded.shape.eos_token_ids == {2}
+    assert llm.engine.core.loaded.shape.max_positions == 128
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "in the hat"}], tokenize=False)
     assert prompt == "<|im_start|>in the hat<|im_end|><|im_start|>"
     (ours,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12))

@@ -85,11 +85,11 @@ def test_memory_pressure_changes_no_token(
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
     for mode in ("none", "full", "piecewise"):
         llm = LLM(tmp_path, kv_cache_memory=6 * block, graph_mode=mode, strict=True, **OPTIONS)
-        [group] = llm.engine.cache_groups
+        [group] = llm.engine.core.cache_groups
         assert (group.kind, group.block_bytes) == ("latent", block)
         held = {
             part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
-            for cache in llm.engine.caches
+            for cache in llm.engine.core.caches
             for part in (cache.keys, cache.values, cache.index_keys)
             if part is not None
         }

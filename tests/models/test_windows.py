@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from graphmode import LLM, SamplingParams
 from graphmode.cache.allocate import needed_bytes
-from graphmode.engine.engine import Engine
+from graphmode.engine.core import EngineCore
 from graphmode.engine.memory import buffers_needed
 from tests.models.test_families import ALL_EXPERTS, SMALL
 
@@ -59,7 +59,7 @@ def test_tokens_beyond_several_windows_are_those_of_transformers(tmp_path: Path,
     assert len({token for tokens in expected for token in tokens}) > 10, "the largest logits say little here"
     given = {"device": "cpu", "dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 256}
     steps = {"decode_steps": 4, "strict": True}
-    groups = LLM(tmp_path, enforce_eager=True, **given).engine.cache_groups
+    groups = LLM(tmp_path, enforce_eager=True, **given).engine.core.cache_groups
     assert [group.window for group in groups] == [WINDOW] + [None] * (model != "like Mistral")
     small = int(1.5 * needed_bytes(groups, 200, 32, 4))
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
@@ -74,7 +74,7 @@ def test_tokens_beyond_several_windows_are_those_of_transformers(tmp_path: Path,
                 assert any(output.num_cached_tokens > 0 for output in outputs) or not (caching and again)
                 assert caching or not any(output.num_cached_tokens for output in outputs)
             assert (llm.stats.preemptions > 0) == (memory is not None)
-            assert llm.engine.scheduler.blocks.num_free == llm.engine.num_blocks
+            assert llm.engine.core.scheduler.blocks.num_free == llm.engine.core.num_blocks
 
 
 def test_a_sequence_holds_what_its_windows_need(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_sequence_holds_what_its_windows_need(tmp_path: Path) -> None:
     llm = LLM(
         tmp_path, device="cpu", max_num_seqs=2, max_num_batched_tokens=16, max_model_len=256, kv_cache_memory=100_000
     )
-    engine: Engine = llm.engine
+    engine: EngineCore = llm.engine.core
     assert sum(cache.keys.nbytes + cache.values.nbytes for cache in engine.caches) <= 100_000
     assert [cache.window for cache in engine.caches] == [WINDOW] * 3 + [None]
     assert [len(cache.keys) for cache in engine.caches] == [engine.num_blocks[cache.group] for cache in engine.caches]

@@ -53,14 +53,14 @@ class LLM:
             raise checks.unfit("model", model, "a folder, a file or a hub name, or None for the bundled model")
         checks.flag("progress", progress)
         self.engine = Engine(bundled_model() if model is None else model, EngineOptions(**options), progress)
-        loaded, own = self.engine.loaded, self.engine.options
+        loaded, own = self.engine.core.loaded, self.engine.core.options
         self._checkpoint = checkpoint_parameters(loaded.generation if own.generation_config != "vllm" else {})
         self._tokenizer = loaded.tokenizer
         limits = MediaLimits(
             images=own.max_images_per_prompt,
             videos=own.max_videos_per_prompt,
             pixels=own.max_image_pixels,
-            tokens=self.engine.limits.max_model_len - 1,
+            tokens=self.engine.core.limits.max_model_len - 1,
         )
         self._reader = PromptReader(loaded, limits)
         self._reading = Lock()  # tokenizers and processors are not made for several threads
@@ -69,7 +69,7 @@ class LLM:
     @property
     def stats(self) -> EngineStats:
         """What the steps did and cost."""
-        return self.engine.stats
+        return self.engine.core.stats
 
     def get_default_sampling_params(self, **others: Any) -> SamplingParams:
         """Return the parameters of requests that bring none: what the model's generation_config.json asks for.
@@ -156,7 +156,7 @@ class LLM:
         progress = self._shows_progress("chat", progress, others)
         template = ChatTemplate(
             tokenizer=self._tokenizer,
-            takes_images=self.engine.loaded.vision is not None,
+            takes_images=self.engine.core.loaded.vision is not None,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -240,11 +240,11 @@ class LLM:
         for request in requests:
             prompt, params = len(request.prompt_token_ids), request.params
             if params.logprobs == -1:
-                longest = self.engine.limits.max_model_len - prompt
+                longest = self.engine.core.limits.max_model_len - prompt
                 wanted += params.n * (longest if params.max_tokens is None else min(params.max_tokens, longest))
             if params.prompt_logprobs == -1:
                 wanted += prompt - 1
-        vocab = self.engine.loaded.shape.vocab_size
+        vocab = self.engine.core.loaded.shape.vocab_size
         needed = wanted * vocab * VocabularyLogprobs.bytes_per_token
         if wanted and needed > (free := free_memory(torch.device("cpu"))):
             raise InputError(
@@ -282,7 +282,7 @@ class LLM:
                 raise InputError(
                     "truncate_prompt_tokens would cut the prompt's images; leave it out and shorten the text"
                 )
-            most = self.engine.limits.max_model_len - 1  # there is room for an answer
+            most = self.engine.core.limits.max_model_len - 1  # there is room for an answer
             token_ids = token_ids[-(most if params.truncate_prompt_tokens < 0 else params.truncate_prompt_tokens) :]
         text = prompt if isinstance(prompt, str) else prompt.get("prompt")
         request = Request(token_ids, params, text, vision, stream=stream)

@@ -14,22 +14,23 @@ import numpy.typing as npt
 from graphmode.engine.checks import is_integer
 
 FinishReason = Literal["stop", "length", "abort"]
-TokenLogprobs = dict[int, tuple[float, int]] | npt.NDArray[np.float32]
-"""Log-probability and rank of a token and of the most likely ones in its place, by token id; or the logits of all."""
+TokenLogprobs = dict[int, tuple[float, int]] | bytes
+"""Log-probability and rank of a token and of the most likely ones in its place, by token id; or the logits of all,
+float32 in the host's byte order."""
 
 
 class NewTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What one answer got in a step. The server's processes exchange it as it is: a list of its fields.
+    """What one answer got in a step, or why it ended. It is what the engine's process sends to others.
 
     Attributes:
-        request_id: the name of the request.
-        index: the answer's number among those to the request.
-        token_ids: the new tokens.
-        logprobs: one for each of them; None where they were not asked for.
-        prompt_logprobs: for the prompt's tokens from the second on, with the first tokens of answer 0; None where they
-            were not asked for.
-        num_cached_tokens: tokens of the prompt whose keys and values were cached when the answer began.
-        finish_reason: why the answer ends with these tokens; None where it does not.
+        request_id: the request's name.
+        index: the answer's number.
+        token_ids: the new tokens; none where it was aborted.
+        logprobs: for each of them, where they were asked for.
+        prompt_logprobs: of the prompt's tokens from the second on, with the first tokens of answer 0, where they were
+            asked for.
+        num_cached_tokens: tokens of the prompt whose keys and values were cached when it began.
+        finish_reason: why it ended; None while it runs.
         stop_reason: the token of ``stop_token_ids`` that ended it; None for any other end.
     """
 
@@ -41,6 +42,24 @@ class NewTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+
+    def one_by_one(self) -> Iterator[NewTokens]:
+        """Give the tokens one at a time; only the last says why the answer ended."""
+        if len(self.token_ids) < 2:
+            yield self
+            return
+        last = len(self.token_ids) - 1
+        for at, token in enumerate(self.token_ids):
+            yield NewTokens(
+                self.request_id,
+                self.index,
+                [token],
+                None if self.logprobs is None else self.logprobs[at : at + 1],
+                None if at else self.prompt_logprobs,
+                self.num_cached_tokens,
+                self.finish_reason if at == last else None,
+                self.stop_reason if at == last else None,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +81,14 @@ class VocabularyLogprobs(Mapping[int, Logprob]):
     """How likely each token of the vocabulary was, from the most likely on. It is computed when it is first looked at.
 
     Args:
-        logits: float32 ``[vocab]``. NaN counts as -inf; among equals, lower ids come first.
+        logits: float32 ``[vocab]``, or its bytes. NaN counts as -inf; among equals, lower ids come first.
         decode: gives the text of a token.
     """
 
     bytes_per_token = 4 + 8 + 4 + 4  # logits, log-probabilities, order and ranks
 
-    def __init__(self, logits: npt.NDArray[np.float32], decode: Callable[[int], str | None]) -> None:
-        self._logits = logits
+    def __init__(self, logits: npt.NDArray[np.float32] | bytes, decode: Callable[[int], str | None]) -> None:
+        self._logits: npt.NDArray[np.float32] = np.frombuffer(logits, np.float32)
         self._decode = decode
 
     def __getitem__(self, token: int) -> Logprob:
@@ -124,6 +143,27 @@ class CompletionOutput:
     logprobs: list[Mapping[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new of one answer.
+
+    Attributes:
+        index: its number among the answers of its request.
+        text: what follows the text so far. It is never taken back: an end that may become a stop text is held.
+        token_ids: the tokens that follow those so far; not all of them are in ``text`` yet while it runs.
+        logprobs: for each of the tokens; None where they were not asked for.
+        finish_reason: as of :class:`CompletionOutput`.
+        stop_reason: as of :class:`CompletionOutput`.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[Mapping[int, Logprob]] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
 
 
 @dataclass

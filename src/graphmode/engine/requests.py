@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from graphmode.engine.outputs import (
     CompletionOutput,
+    Delta,
     FinishReason,
     Logprob,
+    NewTokens,
     RequestOutput,
     TokenLogprobs,
     VocabularyLogprobs,
 )
 from graphmode.engine.sampling_params import SamplingParams
-from graphmode.engine.sequence import Sequence
 from graphmode.engine.text import AnswerText, Detokenizer
 
 if TYPE_CHECKING:
@@ -54,162 +53,168 @@ class Request:
 
 
 class ActiveRequest:
-    """A request that has not ended, and the answers to it.
+    """A request that has not ended, and the answers to it as far as their tokens came.
 
     Args:
         request: what was asked.
         request_id: its name.
-        seed: of the first answer's random numbers; those of the others follow from it.
         detokenizer: the model's; None where it has no tokenizer.
-
-    Attributes:
-        answers: ``params.n`` once the first of them may run, none before.
     """
 
-    def __init__(self, request: Request, request_id: str, seed: int, detokenizer: Detokenizer | None) -> None:
+    def __init__(self, request: Request, request_id: str, detokenizer: Detokenizer | None) -> None:
+        self.request = request
         self.request_id = request_id
-        self.answers: list[Answer] = []
-        self._request = request
-        self._seed = seed
+        self.num_cached_tokens = 0
         self._detokenizer = detokenizer
+        self._unfinished = request.params.n
+        self._prompt_logprobs: list[Mapping[int, Logprob] | None] = [None]
 
-    def sequences(self) -> Iterator[Sequence]:
-        """Give the sequences that are to run, which are made when the first is asked for."""
-        self._begin()
-        for answer in self.answers:
-            if answer.sequence.finish_reason is None:  # it is not if the request was aborted meanwhile
-                yield answer.sequence
+    @cached_property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt."""
+        return list(self.request.prompt_token_ids)
+
+    @cached_property
+    def answers(self) -> list[Answer]:
+        """The ``params.n`` answers. They are made when tokens come, so that no first step waits for them."""
+        params, prompt = self.request.params, self.prompt_token_ids
+        return [Answer(index, prompt, params, self._detokenizer) for index in range(params.n)]
 
     @property
     def finished(self) -> bool:
-        """Whether all answers have ended and all their tokens are taken in."""
-        return all(answer.finish_reason is not None for answer in self.answers)
+        """Whether all answers have ended."""
+        return self._unfinished == 0
 
-    def take_in(self, index: int) -> list[RequestOutput]:
-        """Take in the new tokens of one answer, and return the outputs that they give."""
-        answer, outputs = self.answers[index], []
-        while answer.unread:
-            answer.read(1 if self._request.stream else answer.unread)
-            if self._request.stream or (answer.finish_reason is not None and self.finished):
-                outputs.append(self._output())
+    def take_in(self, new: NewTokens) -> Answer:
+        """Take in the new tokens of one answer, and return that answer.
+
+        What comes after its text has come to a stop text is dropped. Its ``finish_reason`` then says more than that of
+        the tokens: it is for the caller to abort the answer where it is made.
+        """
+        answer = self.answers[new.index]
+        if answer.finish_reason is not None:
+            return answer
+        if new.index == 0:
+            self.num_cached_tokens = new.num_cached_tokens
+            self._prompt_logprobs += [_named(each, self._detokenizer) for each in new.prompt_logprobs or ()]
+        answer.take_in(new)
+        self._unfinished -= answer.finish_reason is not None
+        return answer
+
+    def outputs(self, new: NewTokens) -> list[RequestOutput]:
+        """Take in the new tokens of one answer, and return the outputs that they give, as ``Request.stream`` says."""
+        stream, outputs = self.request.stream, []
+        for each in new.one_by_one() if stream else (new,):
+            if self.answers[new.index].finish_reason is None:
+                self.take_in(each)
+                if self.finished or (stream and each.token_ids):
+                    outputs.append(self.output())
         return outputs
 
-    def abort(self) -> RequestOutput:
-        """End all answers that have not ended, and return the last output."""
-        self._begin()
-        for answer in self.answers:
-            if answer.sequence.finish_reason is None:
-                answer.sequence.finish_reason = "abort"
-        return self._output()
-
-    def _begin(self) -> None:
-        if self.answers:
-            return
-        params, vision = self._request.params, self._request.vision
-        token_ids = list(self._request.prompt_token_ids)
-        # The prompt is the same for all answers: one scores it.
-        others = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
-        sequences = [Sequence(self.request_id, token_ids, params, self._seed, vision)]
-        for index in range(1, params.n):
-            seed = derived_seed(self._seed, index)
-            sequences.append(Sequence(self.request_id, token_ids, others, seed, vision, index))
-        self.answers = [Answer(sequence, self._detokenizer) for sequence in sequences]
-
-    def _output(self) -> RequestOutput:
+    def output(self) -> RequestOutput:
         """Return what there is so far."""
-        first = self.answers[0]
+        asked = self.request.params.prompt_logprobs is not None
         return RequestOutput(
             request_id=self.request_id,
-            prompt=self._request.prompt,
-            prompt_token_ids=first.sequence.prompt_token_ids,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.prompt_token_ids,
             outputs=[answer.output() for answer in self.answers],
             finished=self.finished,
-            prompt_logprobs=first.prompt_logprobs(),
-            num_cached_tokens=max(0, first.sequence.num_cached),
+            prompt_logprobs=list(self._prompt_logprobs) if asked else None,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
 
 class Answer:
-    """A sequence, and its text and log-probabilities as far as its tokens are taken in.
+    """The tokens, text and log-probabilities of one answer, as far as they came.
 
     Args:
-        sequence: whose tokens they are.
+        index: its number among the answers of its request.
+        prompt_token_ids: what is answered.
+        params: how it is sampled.
         detokenizer: the model's; None where it has no tokenizer.
+
+    Attributes:
+        token_ids: its tokens.
+        finish_reason: why it ended; None while it runs.
+        stop_reason: the stop text, or the token of ``stop_token_ids``, that ended it; None for any other end.
     """
 
-    def __init__(self, sequence: Sequence, detokenizer: Detokenizer | None) -> None:
-        params = sequence.params
-        self.sequence = sequence
-        self._num_read = 0
+    def __init__(
+        self, index: int, prompt_token_ids: SequenceOf[int], params: SamplingParams, detokenizer: Detokenizer | None
+    ) -> None:
+        self.index = index
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self._params = params
         self._detokenizer = detokenizer if params.detokenize else None
         self._text: AnswerText | None = None
         if self._detokenizer is not None:
             self._text = AnswerText(
                 self._detokenizer,
-                sequence.prompt_token_ids,
+                prompt_token_ids,
                 stop=params.stop,
                 min_tokens=params.min_tokens,
                 skip_special_tokens=params.skip_special_tokens,
                 include_stop=params.include_stop_str_in_output,
             )
-        self._logprobs: list[Mapping[int, Logprob]] = []
-        self._prompt_logprobs: list[Mapping[int, Logprob] | None] = [None]
+        self._logprobs: list[TokenLogprobs] = []
+        self._named: list[Mapping[int, Logprob]] = []  # the same, as far as somebody looked at them
+        self._told = (0, 0)  # how much text and how many tokens deltas have told
 
-    @property
-    def unread(self) -> int:
-        """How many tokens are not taken in."""
-        return len(self.sequence.token_ids) - len(self.sequence.prompt_token_ids) - self._num_read
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """Why it ended; None while it runs or has tokens that are not taken in."""
-        return None if self.unread else self.sequence.finish_reason
-
-    def read(self, count: int) -> None:
-        """Take in the next ``count`` tokens, and end the sequence where its text comes to a stop text."""
-        sequence = self.sequence
-        begin = len(sequence.prompt_token_ids) + self._num_read
-        self._num_read += count
+    def take_in(self, new: NewTokens) -> None:
+        """Take in new tokens, and end the answer where its text comes to a stop text."""
+        token_ids, reason = new.token_ids, new.finish_reason
+        self.token_ids += token_ids
+        self._logprobs += new.logprobs or ()
+        self.finish_reason, self.stop_reason = reason, new.stop_reason
         if self._text is None:
             return
-        reason, end = self.finish_reason, begin + count
-        if reason == "stop" and not sequence.params.include_stop_str_in_output:
-            end -= 1  # the token that ends an answer has no part in its text
-        if stop := self._text.feed(sequence.token_ids[begin:end], last=reason is not None):
-            self._num_read = self._text.num_tokens
-            sequence.stop(stop, self._num_read)
+        if reason == "stop" and not self._params.include_stop_str_in_output:
+            token_ids = token_ids[:-1]  # the token that ends an answer has no part in its text
+        if stop := self._text.feed(token_ids, last=reason is not None):
+            self.finish_reason, self.stop_reason = "stop", stop
+            del self.token_ids[self._text.num_tokens :]
+            del self._logprobs[self._text.num_tokens :]
 
     def output(self) -> CompletionOutput:
         """Return the completion so far."""
-        sequence = self.sequence
-        token_ids = sequence.output_token_ids[: self._num_read]
         text = "" if self._text is None else self._text.shown
-        output = CompletionOutput(sequence.index, text, token_ids, self.finish_reason)
-        if output.finish_reason is not None:
-            output.stop_reason = sequence.stop_reason
-        if sequence.params.logprobs is not None:
-            known = sequence.logprobs[: self._num_read]
-            self._logprobs += [self._named(each) for each in known[len(self._logprobs) :]]
-            output.logprobs = list(self._logprobs)
-            chosen = zip(token_ids, self._logprobs, strict=True)
+        output = CompletionOutput(self.index, text, list(self.token_ids), self.finish_reason)
+        output.stop_reason = self.stop_reason
+        if self._params.logprobs is not None:
+            output.logprobs = list(self._named_logprobs())
+            chosen = zip(self.token_ids, output.logprobs, strict=True)
             output.cumulative_logprob = sum(each[token].logprob for token, each in chosen)
         return output
 
-    def prompt_logprobs(self) -> list[Mapping[int, Logprob] | None] | None:
-        """Return those of the prompt, as far as they are computed; None where they were not asked for."""
-        if self.sequence.params.prompt_logprobs is None:
-            return None
-        known = self.sequence.prompt_logprobs
-        self._prompt_logprobs += [self._named(each) for each in known[len(self._prompt_logprobs) - 1 :]]
-        return list(self._prompt_logprobs)
+    def delta(self) -> Delta:
+        """Return what is new since the last call. It costs what is new, not what there is."""
+        text = "" if self._text is None else self._text.shown
+        (begin, first), self._told = self._told, (len(text), len(self.token_ids))
+        return Delta(
+            index=self.index,
+            text=text[begin:],
+            token_ids=self.token_ids[first:],
+            logprobs=None if self._params.logprobs is None else self._named_logprobs()[first:],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
 
-    def _named(self, logprobs: TokenLogprobs) -> Mapping[int, Logprob]:
-        def decode(token: int) -> str | None:
-            return None if self._detokenizer is None else self._detokenizer.decode([token])
+    def _named_logprobs(self) -> list[Mapping[int, Logprob]]:
+        new = self._logprobs[len(self._named) :]
+        self._named += [_named(each, self._detokenizer) for each in new]
+        return self._named
 
-        if isinstance(logprobs, np.ndarray):
-            return VocabularyLogprobs(logprobs, decode)
-        return {token: Logprob(log, rank, decode(token)) for token, (log, rank) in logprobs.items()}
+
+def _named(logprobs: TokenLogprobs, detokenizer: Detokenizer | None) -> Mapping[int, Logprob]:
+    def decode(token: int) -> str | None:
+        return None if detokenizer is None else detokenizer.decode([token])
+
+    if isinstance(logprobs, bytes):
+        return VocabularyLogprobs(logprobs, decode)
+    return {token: Logprob(log, rank, decode(token)) for token, (log, rank) in logprobs.items()}
 
 
 def derived_seed(seed: int, index: int) -> int:

@@ -121,15 +121,15 @@ class Scheduler:
         family: Family = "decode" if decode else "mixed"
         return Batch(family, chosen, num_tokens, tuple(admitted))
 
-    def update(self, batch: Batch, tokens: list[list[int]], eos_token_ids: frozenset[int]) -> dict[Sequence, int]:
-        """Take in what a batch made and return how many tokens each sequence got that got any.
+    def update(self, batch: Batch, tokens: list[list[int]], eos_token_ids: frozenset[int]) -> dict[Sequence, list[int]]:
+        """Take in what a batch made and return the new tokens of each sequence that got any.
 
         Args:
             batch: the batch.
             tokens: those that each of its sequences sampled. Ignored are those of sequences that have ended.
             eos_token_ids: tokens that end a text.
         """
-        changed: dict[Sequence, int] = {}
+        changed: dict[Sequence, list[int]] = {}
         for row, made in zip(batch.scheduled, tokens, strict=True):
             sequence = row.sequence
             if row.samples:
@@ -165,8 +165,8 @@ class Scheduler:
         limit = self.limits.max_model_len
         return limit if max_tokens is None else min(prompt_tokens + max_tokens, limit)
 
-    def _append(self, sequence: Sequence, made: list[int], eos_token_ids: frozenset[int]) -> int:
-        """Append what a sequence made up to its end, saying why it ends there; return how many tokens these are."""
+    def _append(self, sequence: Sequence, made: list[int], eos_token_ids: frozenset[int]) -> list[int]:
+        """Append what a sequence made up to its end, saying why it ends there; return these tokens."""
         params = sequence.params
         ends = frozenset() if params.ignore_eos else eos_token_ids
         stops = ends.union(params.stop_token_ids)
@@ -177,7 +177,7 @@ class Scheduler:
         sequence.token_ids += made
         if sequence.finish_reason is None and len(sequence.token_ids) >= self._max_len(sequence):
             sequence.finish_reason = "length"
-        return len(made)
+        return made
 
     def _repeat(self, rows: Collection[ScheduledSequence]) -> None:
         """Let decode rows go on for several steps, where there are enough blocks; other rows keep one step."""

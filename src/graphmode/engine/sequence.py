@@ -30,13 +30,12 @@ class Sequence:
             token reads them.
         num_cached: tokens that another sequence had computed when it first ran; -1 before.
         state_index: where the device keeps what it knows of it while it runs; 0 while it does not.
-        logprobs: of the generated tokens, where they are wanted.
         prompt_logprobs: of the prompt's tokens from the second on, as far as they are computed, where they are wanted.
         block_tables: of each cache group its blocks, by their place in the sequence; where one behind a window was
             given back stands 0, which is never read. Empty while it does not run.
         block_keys: digests of its tokens up to the end of each block, as far as they are computed.
         finish_reason: None while it runs.
-        stop_reason: the stop text or the token of ``stop_token_ids`` that ended it; None for any other end.
+        stop_reason: the token of ``stop_token_ids`` that ended it; None for any other end.
     """
 
     request_id: str
@@ -51,12 +50,11 @@ class Sequence:
     num_settled: int = 0
     num_cached: int = -1
     state_index: int = 0
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     block_tables: list[list[int]] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
+    stop_reason: int | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -80,9 +78,3 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens not computed yet: the rest of the prompt, or the last generated token."""
         return self.num_tokens - self.num_computed
-
-    def stop(self, text: str, length: int) -> None:
-        """End with the first ``length`` generated tokens, since their text has come to the stop text ``text``."""
-        self.finish_reason, self.stop_reason = "stop", text
-        del self.token_ids[len(self.prompt_token_ids) + length :]
-        del self.logprobs[length:]

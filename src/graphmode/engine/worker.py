@@ -80,7 +80,7 @@ class StepInFlight:
         logits = len(self.reports) - len(scored)
         logprobs: list[TokenLogprobs] = [*unpacked(self.reports, of_steps[0][:logits] + scored)]
         for at, values in self.logits.items():
-            logprobs[at] = values.numpy()
+            logprobs[at] = values.numpy().tobytes()
         return StepResult(tokens, [[logprobs[row] for row in its] for its in rows], logprobs[logits:])
 
 
@@ -233,10 +233,10 @@ class StepRunner:
         }
         return {at: self.sampler.logits[place].to("cpu", copy=True) for at, place in places.items()}
 
-    def capture(self, *, progress: bool) -> None:
+    def capture(self, *, progress: bool, on_capture: Callable[[int, int], object] | None = None) -> None:
         """Capture the graphs of all sizes; those that read images or do more than plain sampling wait for their use."""
         images = {} if self.vision is None else {"images": False}
-        self.graphs.capture(progress=progress, level=SamplingLevel.PLAIN, **images)
+        self.graphs.capture(progress=progress, on_capture=on_capture, level=SamplingLevel.PLAIN, **images)
 
     def forward(self, family: Family, level: SamplingLevel, step: StepInputs, images: bool = False) -> torch.Tensor:
         """Compute a step: the function that is captured.

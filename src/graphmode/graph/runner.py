@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from graphmode.graph.inputs import Input, InputTree, all_padding, check_fit
 from graphmode.graph.outputs import Sample
 from graphmode.graph.outside import name_of
 from graphmode.graph.program import Program, refuse_inside_recording
-from graphmode.graph.progress import with_progress
+from graphmode.graph.progress import reported, with_progress
 from graphmode.graph.stats import CaptureFailure, RunnerStats
 from graphmode.graph.trees import Structure, flatten
 from graphmode.graph.turns import Turns
@@ -191,7 +191,13 @@ class GraphRunner:
         """The keys whose capture failed, and why."""
         return self._captures.failed
 
-    def capture(self, *, progress: bool | None = None, **static: Hashable) -> None:
+    def capture(
+        self,
+        *,
+        progress: bool | None = None,
+        on_capture: Callable[[int, int], object] | None = None,
+        **static: Hashable,
+    ) -> None:
         """Capture every key that has no graph yet, in the order of :attr:`keys`.
 
         If the device has no room for more graphs, capture ends with a warning: calls of the other keys use larger
@@ -199,6 +205,7 @@ class GraphRunner:
 
         Args:
             progress: whether to show a progress bar on standard error. Default: where that is a terminal.
+            on_capture: called before the first capture and after each with how many are done and how many there are.
             **static: capture only the keys whose static arguments have these values.
 
         Raises:
@@ -220,12 +227,19 @@ class GraphRunner:
                     and all(exact(value) == wanted.get(name, exact(value)) for name, value in key.variant)
                 ],
                 progress,
+                on_capture,
             )
 
-    def _capture_all(self, keys: Sequence[GraphKey], progress: bool | None) -> None:
+    def _capture_all(
+        self,
+        keys: Sequence[GraphKey],
+        progress: bool | None,
+        on_capture: Callable[[int, int], object] | None = None,
+    ) -> None:
         self._plans.clear()
         show = sys.stderr.isatty() if progress is None else progress
-        self._captures.capture_all(with_progress(keys, "capturing graphs") if show else keys)
+        each: Iterable[GraphKey] = with_progress(keys, "capturing graphs") if show else keys
+        self._captures.capture_all(each if on_capture is None else reported(each, len(keys), on_capture))
 
     def recapture(self, *, progress: bool | None = None) -> None:
         """Drop all graphs and their memory, and capture the same keys again, with the weights as they are now.

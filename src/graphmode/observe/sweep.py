@@ -193,7 +193,7 @@ def _try_folder(model_type: str, folder: Path) -> tuple[Status, str, int]:
             file, _, code = (error.location or "").partition(":")
             failures.append(f"{error.operator} in {Path(file).name}:{code}")
             continue
-        requests = prompts(llm.engine.loaded)
+        requests = prompts(llm.engine.core.loaded)
         if expected is None:
             try:
                 expected = reference_tokens(folder, requests)
@@ -204,7 +204,7 @@ def _try_folder(model_type: str, folder: Path) -> tuple[Status, str, int]:
         if tokens != expected:
             different = sum(mine != theirs for mine, theirs in zip(tokens, expected, strict=True))
             return Status.WRONG, f"{status}: {different} of {len(tokens)} prompts are continued otherwise", 0
-        return status, failures[0] if failures else "", llm.engine.fused_layers
+        return status, failures[0] if failures else "", llm.engine.core.fused_layers
     raise AssertionError("an eager start-up captures nothing that could fail")
 
 

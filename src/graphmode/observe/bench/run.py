@@ -244,7 +244,7 @@ def _run_mode(
         if mode == "transformers" and batch > _TRANSFORMERS_LARGEST:
             continue
         if llm is not None:
-            llm.engine.reset_stats()
+            llm.engine.core.reset_stats()
         figures, details = _measure(plan, mode, batch, contestant, scale)
         if llm is not None:
             details["hit_rate"] = llm.stats.hit_rate
@@ -265,7 +265,7 @@ def _run_mode(
 
 
 def _scale(llm: LLM) -> _Scale:
-    loaded, device = llm.engine.loaded, llm.engine.device
+    loaded, device = llm.engine.core.loaded, llm.engine.core.device
     cost = model_cost(loaded.model, loaded.shape.caches)
     roofline = None
     if device.type != "cpu":
