@@ -171,9 +171,9 @@ def test_every_engine_option_is_one_of_the_command_line(
     }
 
 
-@pytest.mark.parametrize("command", ["generate", "bench"])
+@pytest.mark.parametrize("command", ["generate", "bench decode"])
 def test_every_field_is_an_option_that_the_help_text_shows(command: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
     for each in fields(EngineOptions):
         name = {"seed": "engine-seed" if command == "generate" else "seed"}.get(each.name, each.name)
         assert (f"--{name.replace('_', '-')}" in shown) == (each.name != "on_capture_failure")

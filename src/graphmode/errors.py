@@ -62,6 +62,10 @@ class EngineError(GraphModeError, RuntimeError):
     """A request ended without its last output: a step failed in another thread, or nothing was left to run for it."""
 
 
+class EndpointError(GraphModeError, RuntimeError):
+    """A server that is asked for something is not there, or refuses it. The message has its words."""
+
+
 class ModelError(GraphModeError, ValueError):
     """A model that cannot be read, or that graphmode cannot run. The message names the file and what to do."""
 

@@ -20,8 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate.generate, bench.bench, info.info, sweep.sweep):
+for command in (generate.generate, info.info, sweep.sweep):
     app.command(cls=Command)(command)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

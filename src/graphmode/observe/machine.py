@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,20 @@ def versions(packages: Sequence[str] = ("torch", "transformers", "triton")) -> d
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def commit() -> str | None:
+    """Return the commit that graphmode runs from; None where it is installed without its repository."""
+    here = Path(__file__)
+    try:
+        for arguments in (
+            ["ls-files", "--error-unmatch", here.name],
+            ["describe", "--always", "--dirty", "--abbrev=12"],
+        ):
+            found = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def device_name(device: torch.device) -> str:

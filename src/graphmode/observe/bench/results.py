@@ -14,12 +14,16 @@ from graphmode.errors import InputError
 TITLES: Mapping[str, str] = {
     "step_ms": "ms a step",
     "first_token_ms": "ms to the first token",
+    "token_ms": "ms a token of an answer",
     "gap_ms": "ms between tokens",
+    "after_last_first_token_ms": "ms a token, all streams decoding",
+    "request_ms": "ms to the end of the answer",
     "cpu_seconds_per_token": "CPU seconds a token",
+    "requests_per_s": "requests/s",
     "tokens_per_s": "tokens/s",
 }
 """The figures there are, with their titles."""
-_RATES = frozenset({"tokens_per_s"})
+_RATES = frozenset({"requests_per_s", "tokens_per_s"})
 
 
 @dataclass(frozen=True)
