@@ -118,7 +118,7 @@ def _measure(
 
 def _of(workload: str) -> Callable[..., None]:
     """Return the command of a workload."""
-    command = update_wrapper(partial(_measure, workload), _measure)
+    command = update_wrapper(partial(_measure, workload=workload), _measure)
     signature = inspect.signature(_measure)
     parameters = [each for each in signature.parameters.values() if each.name != "workload"]
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
