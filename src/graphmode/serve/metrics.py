@@ -8,7 +8,6 @@ where the meaning is the same, so that dashboards and autoscalers made for vLLM 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from prometheus_client.utils import floatToGoString
 
 from graphmode import __version__
 from graphmode.graph import Reason
+from graphmode.serve.histograms import Buckets, Histogram
+from graphmode.serve.history import History, Totals
 
 
 class Snapshot(Protocol):
@@ -57,65 +58,6 @@ class Engine(Protocol):
     @property
     def state(self) -> State:
         """How the engine process is now."""
-
-
-@dataclass(frozen=True, slots=True)
-class Buckets:
-    """A histogram as it was counted.
-
-    Attributes:
-        bounds: upper bounds of all buckets but the last, ascending.
-        counts: observations in each bucket; the last has those above all bounds.
-        total: sum of what was observed.
-    """
-
-    bounds: Sequence[float]
-    counts: Sequence[int]
-    total: float
-
-    def quantile(self, share: float) -> float | None:
-        """Return what ``share`` of the observations does not exceed, or None if there are none.
-
-        It is interpolated within a bucket, and the last bound for what lies above it, as Prometheus does.
-        """
-        rank = share * sum(self.counts)
-        if not rank:
-            return None
-        lower, below = 0.0, 0
-        for upper, count in zip(self.bounds, self.counts, strict=False):
-            if count and below + count >= rank:
-                return lower + (upper - lower) * (rank - below) / count
-            lower, below = upper, below + count
-        return self.bounds[-1]
-
-    def since(self, counts: Sequence[int]) -> Buckets:
-        """Return what was observed since the counts were ``counts``."""
-        return Buckets(self.bounds, [now - then for now, then in zip(self.counts, counts, strict=True)], 0.0)
-
-
-class Histogram:
-    """Counts observations by size. An observation takes some 0.3 us, so that it may stand in the path of every event.
-
-    Args:
-        bounds: upper bounds of the buckets, ascending.
-    """
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """Count ``value``, ``times`` times."""
-        self.counts[bisect_left(self.bounds, value)] += times
-        self.total += value * times
-
-    @property
-    def buckets(self) -> Buckets:
-        """What was counted so far."""
-        return Buckets(self.bounds, tuple(self.counts), self.total)
 
 
 # vLLM's bounds, and finer ones below, where its first would take in everything.
@@ -275,6 +217,7 @@ class Metrics(Collector):
         self._restarts = 0  # before the engine process of the snapshot
         self._counted: dict[str, Any] = {}  # what that process has counted
         self._before: dict[str, Any] = {}  # what those before it had counted, which are no more
+        self.history = History()
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -306,6 +249,8 @@ class Metrics(Collector):
             self._before = {name: self.counted(name) for name in {**self._before, **self._counted}}
             self._restarts = self.engine.state.restarts
         self._snapshot, self._counted = snapshot, _counters(snapshot)
+        if self.history.wants(time.time()):
+            self.history.add(self.totals())
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -321,6 +266,27 @@ class Metrics(Collector):
     def counted(self, name: str) -> Any:
         """Return what all engine processes have counted under ``name``: a number, numbers by key, or a list of them."""
         return _sum(self._before.get(name), self._counted.get(name))
+
+    def totals(self) -> Totals:
+        """Return what the history keeps of now."""
+        requests = self.requests
+        return Totals(
+            time=time.time(),
+            prompt_tokens=requests.prompt_tokens,
+            generation_tokens=requests.generation_tokens,
+            first_token=requests.first_token.buckets,
+            inter_token=requests.inter_token.buckets,
+            running=self.running or 0,
+            waiting=self.waiting or 0,
+            kv_cache_usage=self.kv_cache_usage or 0.0,
+            steps=self.counted("steps") or 0,
+            misses=self.misses,
+            rows=self.counted("rows") or 0,
+            padded_rows=self.counted("padded_rows") or 0,
+            bucket_replays=self.counted("bucket_replays") or {},
+            step_seconds=self.histogram("step_seconds", STEP_BOUNDS)
+            or Buckets(STEP_BOUNDS, [0] * (len(STEP_BOUNDS) + 1), 0.0),
+        )
 
     def histogram(self, name: str, bounds: Sequence[float]) -> Buckets | None:
         """Return the histogram that engine processes have counted under ``name``, with its sum under ``name_sum``."""
