@@ -134,7 +134,8 @@ llm = LLM(sys.argv[1], **json.loads(sys.argv[2]))
 next(iter(llm.stream("The capital of France is", SamplingParams(temperature=0, max_tokens=8))))
 # Not by getrusage, whose figure a new process takes over from the one that started it.
 peak = 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
-print(json.dumps({"peak_bytes": peak, "capture_seconds": llm.stats.capture_seconds, "graphs": llm.stats.graphs}))
+names = ("graphs", "capture_seconds", "capture_peak_bytes", "graph_bytes")
+print(json.dumps({"peak_bytes": peak, **{name: getattr(llm.stats, name) for name in names}}))
 """
 
 
@@ -170,5 +171,11 @@ def test_neither_time_nor_memory_of_capture_grows_with_the_longest_sequence(fold
     again = [start(folder, max_model_len=length, **cache) for length in (256, 8192)]
     least = [min(each["capture_seconds"] for each in pair) for pair in zip((short, long), again, strict=True)]
     assert least[1] < 1.5 * least[0], (short, long, again)
+    # A process with graphs takes what the engine reports, and what the programs themselves and the heap's holes are,
+    # which grow with the model's layers and not with its sizes: 40 MiB were measured.
     eager = start(folder, enforce_eager=True, **cache)
-    assert long["peak_bytes"] < 1.3 * eager["peak_bytes"], (eager, long)
+    beyond = long["peak_bytes"] - eager["peak_bytes"]
+    assert beyond < long["capture_peak_bytes"] + long["graph_bytes"] + 2**27, (eager, long)
+    # Of the largest graph, all results together are 226 MiB, and 6 MiB are alive at a time.
+    assert long["capture_peak_bytes"] < 2**24, long
+    assert long["graph_bytes"] < 2**25, long

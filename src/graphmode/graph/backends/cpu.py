@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.dlpack import from_dlpack
 from torch.utils.weak import WeakIdKeyDictionary
 
 from graphmode.errors import CaptureError
@@ -275,7 +276,7 @@ class _TapeMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.tape is not None:
             self._give_back()
-        result = func(*args, **kwargs)
+        result = func(*(_aliases(args) if hasattr(func, "bind") else args), **kwargs)
         if self.tape is not None:
             self._write(self.tape, func, args, kwargs, result)
         return result
@@ -389,6 +390,17 @@ class _TapeMode(TorchDispatchMode):
             for key, memory in self.made.items()
             if users(key) == len(memory.tensors())
         }
+
+
+def _aliases(tree: Any) -> Any:
+    """Return tensors with storages of their own over the same memory.
+
+    An operator that binds takes arrays of its tensors, and the storage of a tensor that was an array can not be resized
+    ever after: its memory could not be freed while recording.
+    """
+    if isinstance(tree, torch.Tensor):
+        return from_dlpack(torch._C._to_dlpack(tree))
+    return type(tree)(map(_aliases, tree)) if isinstance(tree, (list, tuple)) else tree
 
 
 def _trim_heap() -> None:

@@ -144,14 +144,14 @@ def _telling(tree: Any, replaced: dict[int, torch.Tensor]) -> Any:
             return replaced[id(tree)]
         if not tree.numel() or not (tree.is_floating_point() or tree.is_complex()):
             return tree
-        low, high = (torch.view_as_real(tree.resolve_conj()) if tree.is_complex() else tree).aminmax()
-        if low < high:
+        numbers = torch.view_as_real(tree.resolve_conj()) if tree.is_complex() else tree
+        if numbers.amin() < numbers.amax():  # aminmax() would copy a weight that is transposed
             return tree
         offset = tree.storage_offset() % 64
         dtype = torch.complex64 if tree.is_complex() else torch.float32
         size = offset + extent(tree) // tree.itemsize
-        numbers = torch.rand(size, dtype=dtype, generator=torch.Generator().manual_seed(len(replaced)))
-        replaced[id(tree)] = numbers.to(tree.dtype).as_strided(tree.shape, tree.stride(), offset)
+        random = torch.rand(size, dtype=dtype, generator=torch.Generator().manual_seed(len(replaced)))
+        replaced[id(tree)] = random.to(tree.dtype).as_strided(tree.shape, tree.stride(), offset)
         return replaced[id(tree)]
     if isinstance(tree, (list, tuple)):
         return type(tree)(_telling(leaf, replaced) for leaf in tree)
