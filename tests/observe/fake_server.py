@@ -25,6 +25,8 @@ class FakeServer:
         takes_ids: whether prompts may be token ids.
         counts: whether it says how many tokens each event carries; asked for it, it refuses otherwise.
         key: the key that it wants.
+        text: of a token.
+        reasoning: what a chat says before its answer.
         breaks: given a request's number (from 0), how its answer goes wrong; None: not at all.
         asked: bodies of all generating requests, in order.
     """
@@ -36,6 +38,8 @@ class FakeServer:
     takes_ids: bool = True
     counts: bool = True
     key: str | None = None
+    text: str = "ab"
+    reasoning: str = ""
     breaks: Callable[[int], str | None] = lambda number: None
     asked: list[dict[str, Any]] = field(default_factory=list)
     in_flight: int = 0
@@ -110,6 +114,7 @@ class FakeServer:
             return self.say(writer, 429, {"error": {"message": "come again"}})
         if wrong == "silent":
             await asyncio.sleep(3600)
+        max_tokens = asked.get("max_tokens", 3)
         head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         writer.write(head.encode())
 
@@ -119,8 +124,10 @@ class FakeServer:
 
         if is_chat:
             send({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        if self.reasoning:
+            send({"choices": [{"index": 0, "delta": {"reasoning_content": self.reasoning}}]})
         await asyncio.sleep(self.first)
-        for made in range(0, asked["max_tokens"], self.per_event):
+        for made in range(0, max_tokens, self.per_event):
             if made:
                 await asyncio.sleep(self.step)
             if made and wrong == "cut":
@@ -130,12 +137,15 @@ class FakeServer:
             if made and wrong == "error":
                 send({"error": {"message": "the engine has died"}})
                 break
-            now = min(self.per_event, asked["max_tokens"] - made)
-            choice = {"index": 0, ("delta" if is_chat else "text"): {"content": "ab" * now} if is_chat else "ab" * now}
+            now = min(self.per_event, max_tokens - made)
+            choice = {
+                "index": 0,
+                ("delta" if is_chat else "text"): {"content": self.text * now} if is_chat else self.text * now,
+            }
             usage = {"prompt_tokens": count, "completion_tokens": made + now}
             send({"choices": [choice]} | ({"usage": usage} if self.counts else {}))
         else:
-            send({"choices": [], "usage": {"prompt_tokens": count, "completion_tokens": asked["max_tokens"]}})
+            send({"choices": [], "usage": {"prompt_tokens": count, "completion_tokens": max_tokens}})
         send(b"[DONE]")
         writer.write(b"0\r\n\r\n")
         return None

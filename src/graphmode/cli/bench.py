@@ -197,6 +197,7 @@ def _serve(
     from graphmode.observe.bench.results import as_json as rows_as_json
     from graphmode.observe.bench.serve import Load, serve, summary
     from graphmode.observe.bench.traffic import lengths
+    from graphmode.observe.endpoint import read_key
 
     if arrivals not in ("poisson", "constant"):
         raise typer.BadParameter(f"--arrivals {arrivals!r} is unknown; give poisson or constant")
@@ -206,7 +207,7 @@ def _serve(
         more = _object("--body", body) | ({} if temperature is None else {"temperature": temperature})
         load = Load(
             base_url=base_url,
-            key=None if api_key_file is None else _first_line(api_key_file),
+            key=None if api_key_file is None else read_key(api_key_file),
             model=model,
             api=api,
             waves=_numbers("--wave", wave) or (),
@@ -244,13 +245,6 @@ def _object(option: str, text: str) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise InputError(f'{option} is {text!r}; give a JSON object such as {{"top_p": 0.9}}')
     return read
-
-
-def _first_line(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    if not lines or not lines[0].strip():
-        raise InputError(f"{file} holds no key; write it on the first line")
-    return lines[0].strip()
 
 
 def _show(row: Row) -> None:

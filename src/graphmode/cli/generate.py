@@ -59,7 +59,7 @@ def generate(
         prompts = [checks.text("a prompt", text) for text in texts]
         given = aliases.named("generate", sampling, [each.name for each in fields(SamplingParams)], aliases.SAMPLING)
         SamplingParams(**(DEFAULTS | given))  # raises what is wrong with them before the model is loaded
-        llm = _load(model, engine, progress=not as_json)
+        llm = load(model, engine, progress=not as_json)
         params = replace(llm.get_default_sampling_params(**DEFAULTS), **given)
         if as_json:
             typer.echo(json.dumps(_as_json(llm.generate(prompts, params), llm.stats)))
@@ -97,7 +97,8 @@ def _lines(file: Path) -> list[str]:
     return lines
 
 
-def _load(model: str | None, options: dict[str, Any], *, progress: bool) -> LLM:
+def load(model: str | None, options: dict[str, Any], *, progress: bool) -> LLM:
+    """Load a model; the progress of it is shown in a terminal alone."""
     from transformers import logging
 
     from graphmode.engine.llm import LLM

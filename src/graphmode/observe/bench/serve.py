@@ -8,7 +8,6 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -24,6 +23,7 @@ from graphmode.observe.bench.prompts import TokenPrompts, WordPrompts, find_prom
 from graphmode.observe.bench.results import Figure, Row, of_many
 from graphmode.observe.bench.streams import Answer, endpoint
 from graphmode.observe.bench.traffic import TOKENS, Lengths, Planned, arrival_times, read_trace
+from graphmode.observe.endpoint import Server, advice, find_server, refusal
 
 _STREAMS_PER_PROCESS = 64
 _SLOW = 0.010  # seconds that the client may be behind before its times are doubtful
@@ -95,70 +95,9 @@ class Load:
                 raise InputError(f"{name} is {value}; it must be at least {least}")
         if self.api not in ("completions", "chat"):
             raise InputError(f"api is {self.api!r}; it must be completions or chat")
-        if self.key is not None and (not self.key.isascii() or not self.key.isprintable()):
-            raise InputError("the key holds what no HTTP header can; give one of printable ASCII")
 
 
 # What is sent
-
-
-@dataclass(frozen=True)
-class _Server:
-    """What the endpoint is like.
-
-    Attributes:
-        url: without ``/v1``.
-        headers: of every request.
-        model: its name there.
-        longest: the tokens of prompt and answer that it takes; None where it does not say.
-        version: what it says of itself; empty where nothing.
-    """
-
-    url: str
-    headers: dict[str, str]
-    model: str
-    longest: int | None
-    version: Mapping[str, Any]
-
-
-def _find_server(load: Load, http: httpx.Client) -> _Server:
-    url = load.base_url.rstrip("/").removesuffix("/v1")
-    headers = {} if load.key is None else {"Authorization": f"Bearer {load.key}"}
-    endpoint(url, "", headers)
-    try:
-        listed = http.get(f"{url}/v1/models", headers=headers)
-        version = http.get(f"{url}/version", headers=headers)
-    except httpx.HTTPError as error:
-        raise EndpointError(f"{url} does not answer: {error}; is the server running, and is base_url right?") from error
-    models: list[Any] = []
-    if listed.status_code == 200:
-        models = listed.json().get("data", [])
-    elif load.model is None or listed.status_code in (401, 403):
-        raise EndpointError(f"GET {url}/v1/models: {refusal(listed)}" + _advice(listed.status_code))
-    names = [each["id"] for each in models]
-    if load.model is None and not names:
-        raise EndpointError(f"{url}/v1/models lists no model; give --model")
-    model = load.model or names[0]
-    longest = next((each.get("max_model_len") for each in models if each["id"] == model), None)
-    says: Any = {}
-    if version.status_code == 200:
-        with suppress(ValueError):
-            says = version.json()
-    return _Server(url, headers, model, longest, says if isinstance(says, dict) else {})
-
-
-def refusal(response: httpx.Response) -> str:
-    """Return a status and what the server says of it."""
-    try:
-        said = response.json()["error"]
-        words = said["message"] if isinstance(said, dict) else said
-    except (ValueError, KeyError, TypeError):
-        words = response.text[:300]
-    return f"{response.status_code} {words}"
-
-
-def _advice(status: int) -> str:
-    return "; give the key's file as --api-key-file" if status in (401, 403) else ""
 
 
 @dataclass(frozen=True)
@@ -166,7 +105,7 @@ class _Sender:
     """Makes the bodies of requests."""
 
     load: Load
-    server: _Server
+    server: Server
     prompts: TokenPrompts | WordPrompts
     counts_tokens: bool
 
@@ -183,7 +122,7 @@ class _Sender:
         return json.dumps(values | dict(self.load.body)).encode()
 
 
-def _find_sender(load: Load, server: _Server, http: httpx.Client) -> _Sender:
+def _find_sender(load: Load, server: Server, http: httpx.Client) -> _Sender:
     """Find out which prompts the endpoint takes, and whether it counts tokens as they come."""
     prompts = find_prompts(http, server.url, server.headers, server.model, load.api, load.vocab_size)
     sender = _Sender(load, server, prompts, counts_tokens=True)
@@ -197,10 +136,10 @@ def _find_sender(load: Load, server: _Server, http: httpx.Client) -> _Sender:
         )
         if response.status_code == 200:
             return each
-    advice = _advice(response.status_code)
+    fix = advice(response.status_code)
     if "ignore_eos" in response.text:
-        advice = "; leave out ignore_eos with --no-ignore-eos"
-    raise EndpointError(f"POST {server.url}{sender.path}: {refusal(response)}{advice}")
+        fix = "; leave out ignore_eos with --no-ignore-eos"
+    raise EndpointError(f"POST {server.url}{sender.path}: {refusal(response)}{fix}")
 
 
 def _plans(load: Load, longest: int | None) -> Iterator[tuple[str, float, list[list[Planned]], int]]:
@@ -264,7 +203,7 @@ def serve(load: Load, found: Callable[[Row], None] = lambda row: None) -> list[R
     watched = _processes_of(load.server_pid)
     rows = []
     with httpx.Client(timeout=load.timeout) as http:
-        server = _find_server(load, http)
+        server = find_server(http, load.base_url, load.key, load.model)
         sender = _find_sender(load, server, http)
         if server.longest is not None:
             plans = list(_plans(load, server.longest))

@@ -10,13 +10,12 @@ import asyncio
 import ssl
 import time
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-
-from graphmode.errors import InputError
 
 _MOST_OF_AN_ERROR = 2000  # characters
 
@@ -51,21 +50,12 @@ class Endpoint:
         return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def endpoint(base_url: str, path: str, headers: dict[str, str]) -> Endpoint:
-    """Return the endpoint of a path below a base URL such as ``http://127.0.0.1:8000``.
-
-    Raises:
-        InputError: the URL is none.
-    """
-    try:
-        parts = urlsplit(base_url)
-        port = parts.port
-    except ValueError as error:
-        raise InputError(f"base_url is {base_url!r}: {error}; give one such as http://127.0.0.1:8000") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"base_url is {base_url!r}; give one such as http://127.0.0.1:8000")
+def endpoint(url: str, path: str, headers: Mapping[str, str]) -> Endpoint:
+    """Return the endpoint of a path below a URL such as ``http://127.0.0.1:8000``."""
+    parts = urlsplit(url)
     secure = parts.scheme == "https"
-    return Endpoint(parts.hostname, port or (443 if secure else 80), secure, parts.path + path, tuple(headers.items()))
+    port = parts.port or (443 if secure else 80)
+    return Endpoint(parts.hostname or "", port, secure, parts.path + path, tuple(headers.items()))
 
 
 @dataclass(slots=True)
