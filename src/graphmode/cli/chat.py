@@ -71,7 +71,7 @@ def chat(
     """Talk to a model: local, or served with --base-url.
 
     Sampling options that are not given are what the model or the server asks for, else the defaults below. Type /help
-    to see what you can do while you talk. Input that is no terminal is read line by line; only answers are printed then.
+    to see what you can do while you talk. Where input is no terminal it is read line by line, and only answers printed.
     """
     if model == "":
         raise typer.BadParameter("MODEL is empty; give a folder or a hub name, or leave it out for the bundled model")
