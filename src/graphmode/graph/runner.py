@@ -536,7 +536,9 @@ class GraphRunner:
         if decision.mode is Mode.EAGER:
             stats.eager_steps += repeats
         else:
+            assert decision.key is not None
             stats.replays += repeats
+            stats.buckets[plan.family, decision.key.size] += repeats
             stats.rows += plan.rows * repeats
             stats.padded_rows += decision.padding * repeats
 

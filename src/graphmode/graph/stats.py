@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from graphmode.graph.axes import Size
 from graphmode.graph.dispatch import GraphKey, Reason
 
 
@@ -32,6 +33,7 @@ class RunnerStats:
         replays: steps that replayed a graph.
         eager_steps: steps that ran eagerly.
         misses: steps that were no hit, by reason. A first use that captured and then replayed counts here too.
+        buckets: replays by family and bucket.
         rows: true rows of the replayed steps.
         padded_rows: padding rows of the replayed steps.
         graphs: graphs held; a piecewise capture has several.
@@ -49,6 +51,7 @@ class RunnerStats:
     replays: int = 0
     eager_steps: int = 0
     misses: Counter[Reason] = field(default_factory=Counter)
+    buckets: Counter[tuple[str, Size]] = field(default_factory=Counter)
     rows: int = 0
     padded_rows: int = 0
     graphs: int = 0
@@ -75,3 +78,4 @@ class RunnerStats:
         """Forget the steps; keep what is known of the graphs."""
         self.steps = self.replays = self.eager_steps = self.rows = self.padded_rows = 0
         self.misses.clear()
+        self.buckets.clear()

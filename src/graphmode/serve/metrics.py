@@ -24,6 +24,7 @@ from graphmode import __version__
 from graphmode.graph import Reason
 from graphmode.serve.histograms import Buckets, Histogram
 from graphmode.serve.history import History, Totals
+from graphmode.serve.messages import STEP_BOUNDS
 
 
 class Snapshot(Protocol):
@@ -75,10 +76,6 @@ _REQUEST = (
 )
 _LENGTH = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 _ANSWERS = (1, 2, 5, 10, 20)
-STEP_BOUNDS = (
-    *(0.0001, 0.0002, 0.0003, 0.0005, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.007, 0.01, 0.015, 0.02),
-    *(0.03, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
-)
 QUEUE_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
