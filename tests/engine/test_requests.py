@@ -261,11 +261,12 @@ def test_a_conversation_that_is_none_is_refused(llm: LLM, arguments: dict[str, A
         llm.chat(**arguments)
 
 
-def test_a_model_without_a_template_or_a_tokenizer_says_so(without_text: LLM, bundled: Path) -> None:
+def test_a_model_without_a_template_or_a_tokenizer_says_so(without_text: LLM, bundled: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="without a tokenizer, so it has no chat template"):
         without_text.chat([HI], GREEDY)
     with pytest.raises(InputError, match="without a tokenizer"):
         without_text.get_tokenizer()
-    llm = LLM(bundled, device="cpu", enforce_eager=True, max_num_seqs=2)
+    shutil.copytree(bundled, tmp_path / "plain", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    llm = LLM(tmp_path / "plain", device="cpu", enforce_eager=True, max_num_seqs=2)
     with pytest.raises(InputError, match="tokenizer has no chat template; give one as chat_template"):
         llm.chat([HI], GREEDY)

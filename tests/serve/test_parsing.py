@@ -294,3 +294,21 @@ def test_grammars_allow_what_is_read_and_nothing_else(name, kind, request):
 
 def test_reasoning_formats_have_names_that_are_known():
     assert [reasoning_format(each.name, "") for each in REASONING_FORMATS] == list(REASONING_FORMATS)
+
+
+def test_the_bundled_model_has_a_chat_template(tokenizer):
+    messages = [
+        {"role": "system", "content": "A hall."},
+        {"role": "user", "content": "What is it o'clock?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "now", "arguments": {"a": 1}}}]},
+        {"role": "tool", "content": "Nine."},
+    ]
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert text.startswith(
+        "[Enter now, who takes {}]\n\n[A hall.]\n\nFIRST LORD.\nWhat is it o'clock?\n\nSECOND LORD.\n"
+    )
+    assert text.endswith("\n</tool_call>\n\nMESSENGER.\nNine.\n\nSECOND LORD.\n")
+    formats = tool_formats("auto", tokenizer.chat_template)
+    [(_, arguments)] = calls(read([text.split("SECOND LORD.\n")[1]], formats))
+    assert json.loads(arguments) == {"a": 1}
