@@ -100,3 +100,7 @@ class OverloadedError(GraphModeError, RuntimeError):
 
 class DeadlineExceededError(GraphModeError, TimeoutError):
     """A request had not ended when its time was over, and was aborted."""
+
+
+class NoCallError(GraphModeError):
+    """A text that looked like the call of a tool is none, so that it is content. It stays inside the parser."""

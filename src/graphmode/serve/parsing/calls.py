@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Generator, Mapping, Set
 from typing import Any
 
+from graphmode.errors import NoCallError
 from graphmode.serve.parsing.formats import JsonCall, NamedCall, TaggedCall, ToolFormat
 from graphmode.serve.parsing.parts import Arguments, CallEnd, CallStart
 from graphmode.serve.parsing.schemas import kind_of, kinds
@@ -15,10 +16,6 @@ _ARGUMENTS = ("arguments", "parameters")
 
 Tools = Mapping[str, Mapping[str, Any] | None]
 """JSON schemas of the tools' arguments, by the tools' names."""
-
-
-class NoCallError(Exception):
-    """What follows is no call. Nothing of it has been given out."""
 
 
 class CallReader:

@@ -48,7 +48,7 @@ class AnswerGrammar:
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """Return the grammar of an answer that is JSON by a schema."""
-        return self._grammar(f"%json {json.dumps(schema)}")
+        return self._grammar(_json(schema))
 
     def forced_calls(self, form: ToolFormat, tools: Tools, *, several: bool) -> str:
         """Return the grammar of an answer that is nothing but calls.
@@ -58,8 +58,11 @@ class AnswerGrammar:
             tools: what can be called.
             several: whether there may be more than one.
         """
-        begin = "" if form.bare else self._literal("".join(form.begin))
-        return self._grammar(f"{begin} {self._run(form, tools, '', several)}")
+        return self._grammar(self._calls_alone(form, tools, several))
+
+    def json_or_calls(self, schema: Mapping[str, Any], form: ToolFormat, tools: Tools, *, several: bool) -> str:
+        """Return the grammar of an answer that is JSON by a schema, or nothing but calls as of :meth:`forced_calls`."""
+        return self._grammar(f"{_json(schema)} | {self._calls_alone(form, tools, several)}")
 
     def free_calls(self, form: ToolFormat, tools: Tools, *, several: bool) -> str:
         """Return the grammar of an answer that may hold calls, which then are those of the tools.
@@ -94,6 +97,10 @@ class AnswerGrammar:
                 "SPACE: /\\n{0,2}/",
             ]
         )
+
+    def _calls_alone(self, form: ToolFormat, tools: Tools, several: bool) -> str:
+        begin = "" if form.bare else self._literal("".join(form.begin))
+        return f"{begin} {self._run(form, tools, '', several)}"
 
     def _run(self, form: ToolFormat, tools: Tools, begun: str, several: bool) -> str:
         """Return the rule of calls; of the first, ``begun`` is written already."""

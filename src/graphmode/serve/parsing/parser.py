@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from graphmode.serve.parsing.calls import CallReader, NoCallError, Tools
+from graphmode.errors import NoCallError
+from graphmode.serve.parsing.calls import CallReader, Tools
 from graphmode.serve.parsing.formats import ReasoningFormat, ToolFormat
 from graphmode.serve.parsing.parts import Content, Part, Reasoning, merged
 from graphmode.serve.parsing.source import Source, Steps
