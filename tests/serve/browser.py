@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ class Page:
     Attributes:
         events: what the browser told of, as ``(method, parameters)``.
         password: what it gives a server that asks for one.
+        answers: what requests get in place of the server's answer, as JSON, by the path of their address.
     """
 
     def __init__(self, socket: ClientConnection) -> None:
@@ -33,6 +35,7 @@ class Page:
         self._number = 0
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.password = ""
+        self.answers: dict[str, Any] = {}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Fetch.enable", handleAuthRequests=True)
@@ -58,7 +61,12 @@ class Page:
         if method is None:  # the answer to one of these
             return
         if method == "Fetch.requestPaused":
-            self._send("Fetch.continueRequest", {"requestId": parameters["requestId"]})
+            request = {"requestId": parameters["requestId"]}
+            if (path := urllib.parse.urlsplit(parameters["request"]["url"]).path) in self.answers:
+                body = base64.b64encode(json.dumps(self.answers[path]).encode()).decode()
+                self._send("Fetch.fulfillRequest", request | {"responseCode": 200, "body": body})
+            else:
+                self._send("Fetch.continueRequest", request)
         elif method == "Fetch.authRequired":
             answer = {"response": "ProvideCredentials", "username": "me", "password": self.password}
             self._send(

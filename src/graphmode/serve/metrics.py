@@ -22,43 +22,16 @@ from prometheus_client.utils import floatToGoString
 
 from graphmode import __version__
 from graphmode.graph import Reason
+from graphmode.serve.client import EngineState
 from graphmode.serve.histograms import Buckets, Histogram
 from graphmode.serve.history import History, Totals
-from graphmode.serve.messages import STEP_BOUNDS
-
-
-class Snapshot(Protocol):
-    """What an engine process says of itself: see :class:`~graphmode.serve.messages.EngineSnapshot`."""
-
-    stats: dict[str, Any]
-    running: int
-    waiting: int
-    kv_blocks_used: list[int]
-    kv_blocks_total: list[int]
-    prefix_queries: int
-    prefix_hits: int
-    failed_steps: int
-    replays: dict[str, int]
-    step_seconds: list[int]
-    step_seconds_sum: float
-
-
-class State(Protocol):
-    """How the engine process is: see :class:`~graphmode.serve.client.EngineState`."""
-
-    phase: str
-    cause: str | None
-    captured: int
-    to_capture: int
-    restarts: int
+from graphmode.serve.messages import STEP_BOUNDS, EngineSnapshot
 
 
 class Engine(Protocol):
-    """What has the state of the engine process."""
+    """What has the state of the engine process: an :class:`~graphmode.serve.client.EngineClient`."""
 
-    @property
-    def state(self) -> State:
-        """How the engine process is now."""
+    state: EngineState
 
 
 # vLLM's bounds, and finer ones below, where its first would take in everything.
@@ -210,7 +183,7 @@ class Metrics(Collector):
         self.model_name = model_name
         self.engine = engine
         self.requests = _Requests()
-        self._snapshot: Snapshot | None = None
+        self._snapshot: EngineSnapshot | None = None
         self._restarts = 0  # before the engine process of the snapshot
         self._counted: dict[str, Any] = {}  # what that process has counted
         self._before: dict[str, Any] = {}  # what those before it had counted, which are no more
@@ -240,7 +213,7 @@ class Metrics(Collector):
         finally:
             self.requests.streams -= 1
 
-    def engine_snapshot(self, snapshot: Snapshot) -> None:
+    def engine_snapshot(self, snapshot: EngineSnapshot) -> None:
         """Take in what an engine process says of itself. A new process begins at zero; the sums here go on."""
         if self.engine.state.restarts != self._restarts:
             self._before = {name: self.counted(name) for name in {**self._before, **self._counted}}
@@ -250,7 +223,7 @@ class Metrics(Collector):
             self.history.add(self.totals())
 
     @property
-    def snapshot(self) -> Snapshot | None:
+    def snapshot(self) -> EngineSnapshot | None:
         """The last that the engine process said; None before its first word, and once it has died."""
         state = self.engine.state
         alive = state.phase in ("ready", "stalled", "stopping") and state.restarts == self._restarts
@@ -281,8 +254,7 @@ class Metrics(Collector):
             rows=self.counted("rows") or 0,
             padded_rows=self.counted("padded_rows") or 0,
             bucket_replays=self.counted("bucket_replays") or {},
-            step_seconds=self.histogram("step_seconds", STEP_BOUNDS)
-            or Buckets(STEP_BOUNDS, [0] * (len(STEP_BOUNDS) + 1), 0.0),
+            step_seconds=self.histogram("step_seconds", STEP_BOUNDS) or Histogram(STEP_BOUNDS).buckets,
         )
 
     def histogram(self, name: str, bounds: Sequence[float]) -> Buckets | None:
@@ -338,7 +310,7 @@ _OF_STATS = (
 )
 
 
-def _counters(snapshot: Snapshot) -> dict[str, Any]:
+def _counters(snapshot: EngineSnapshot) -> dict[str, Any]:
     """Return what an engine process has counted since it started."""
     stats = snapshot.stats
     return {name: stats[name] for name in _OF_STATS if stats.get(name) is not None} | {
