@@ -27,9 +27,10 @@ def server() -> Iterator[FakeServer]:
 
 
 def talk(lines: str, *arguments: str, code: int = 0) -> str:
+    """Return what is printed: of a talk that ends well answers alone, else with errors."""
     result = CliRunner().invoke(app, ["chat", *arguments], input=lines)
     assert result.exit_code == code, result.output
-    return result.output
+    return result.output if code else result.stdout
 
 
 def test_a_local_model_answers_as_it_does_in_the_library(tmp_path: Path) -> None:
@@ -46,6 +47,15 @@ def test_a_local_model_answers_as_it_does_in_the_library(tmp_path: Path) -> None
         messages.append({"role": "assistant", "content": answer})
         expected += answer + "\n"
     assert printed == expected
+
+
+def test_a_local_models_thoughts_are_set_apart(tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE + "<think>\n{# until </think> #}")
+    asked = ["--device", "cpu", "--enforce-eager", "--max-tokens", "5", "--chat-template", str(template)]
+    result = CliRunner().invoke(app, ["chat", *asked], input="Good morrow\n")
+    assert (result.exit_code, result.stdout.strip()) == (0, ""), "the model never comes to its answer"
+    assert result.stderr.strip()
 
 
 def test_commands_and_lines_that_go_on(server: FakeServer, tmp_path: Path) -> None:
@@ -79,7 +89,7 @@ def test_commands_and_lines_that_go_on(server: FakeServer, tmp_path: Path) -> No
 
 def test_nothing_that_steers_a_terminal_is_printed(server: FakeServer) -> None:
     server.text, server.reasoning = "\x1b[31mä\x07\n", "hm\x9b2J"
-    assert talk("hi\n", "--base-url", server.url) == "hm2J\n\n" + "[31mä\n" * 3 + "\n"
+    assert talk("hi\n", "--base-url", server.url) == "[31mä\n" * 3 + "\n"
 
 
 def test_what_fails_is_told_and_the_talk_goes_on(server: FakeServer, tmp_path: Path) -> None:

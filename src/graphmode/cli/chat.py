@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from graphmode.engine.llm import LLM
     from graphmode.observe.endpoint import Server
+    from graphmode.serve.parsing.parts import Part
 
 DEFAULTS = {"temperature": 0.7, "max_tokens": 1024}
 _END_OF_SPEECH = "\n\n"  # of the bundled model, which would go on with the next speaker
@@ -137,23 +138,39 @@ class _Local:
 
     def __init__(self, llm: LLM, name: str, template: str | None, sampling: Mapping[str, Any]) -> None:
         from graphmode.engine.chat import ChatTemplate
+        from graphmode.serve.parsing.formats import reasoning_format, template_text
 
         self.name = name
         self._llm = llm
-        self._template = ChatTemplate(tokenizer=llm.get_tokenizer(), takes_images=False, chat_template=template)
+        tokenizer = llm.get_tokenizer()
+        self._template = ChatTemplate(tokenizer=tokenizer, takes_images=False, chat_template=template)
+        self._reasoning = reasoning_format("auto", template or template_text(tokenizer.chat_template))
         self._params = replace(llm.get_default_sampling_params(**DEFAULTS), **sampling)
 
     def answer(self, messages: list[dict[str, str]]) -> Iterator[Piece]:
+        from graphmode.serve.parsing.parser import AnswerParser
+
+        prompt = self._template.prompt(messages)
+        begun = self._reasoning is not None and prompt["prompt"].rstrip().endswith(self._reasoning.begin)
+        parser = AnswerParser(reasoning=self._reasoning, thinking=begun)
         shown = 0
-        outputs = self._llm.stream(self._template.prompt(messages), self._params)
+        outputs = self._llm.stream(prompt, self._params)
         # An exception in the middle of a step would end the engine: the answer is given up after it.
         with _noted_interrupts() as interrupts, closing(outputs):  # type: ignore[type-var]
             for output in outputs:
                 text = output.outputs[0].text
-                yield Piece(text[shown:])
+                yield from map(_piece, parser.feed(text[shown:]))
                 shown = len(text)
                 if interrupts:
                     raise KeyboardInterrupt
+        yield from map(_piece, parser.end())
+
+
+def _piece(part: Part) -> Piece:
+    from graphmode.serve.parsing.parts import Content, Reasoning
+
+    assert isinstance(part, (Content, Reasoning)), "no tools are offered"
+    return Piece(part.text, isinstance(part, Reasoning))
 
 
 @contextmanager
@@ -307,7 +324,7 @@ class _Talk:
             with closing(self.speaker.answer(self._conversation())) as pieces:  # type: ignore[type-var]
                 for piece in pieces:
                     if was_reasoning and not piece.is_reasoning:
-                        self._show("\n\n", False)
+                        self._show("\n\n", True)
                     was_reasoning = piece.is_reasoning
                     self._show(piece.text, piece.is_reasoning)
                     if not piece.is_reasoning:
@@ -329,5 +346,7 @@ class _Talk:
             )
 
     def _show(self, text: str, is_reasoning: bool) -> None:
-        self._console.print(text.translate(_CONTROL), end="", style="dim" if is_reasoning else None)
-        self._console.file.flush()
+        """Show a piece of an answer; where no terminal reads it, thoughts go with the errors."""
+        console = self._errors if is_reasoning and not self._at_terminal else self._console
+        console.print(text.translate(_CONTROL), end="", style="dim" if is_reasoning else None)
+        console.file.flush()
