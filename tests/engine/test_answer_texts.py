@@ -41,7 +41,7 @@ class Scripted:
         tokenizer.save_pretrained(folder)
         options = {"enforce_eager": True, "max_num_seqs": 4, "max_num_batched_tokens": 32, "decode_steps": 8}
         self.llm = LLM(folder, device="cpu", **options)
-        self.tokenizer = self.llm.engine.core.loaded.tokenizer
+        self.tokenizer = self.llm.engine.text.tokenizer
         self.script: Script = {}
         scheduler = self.llm.engine.core.scheduler
         update = scheduler.update

@@ -291,7 +291,7 @@ def test_stop_texts_cut_the_answer_before_them_and_are_never_shown(bundled: Path
     llm = LLM(bundled, device="cpu", max_num_seqs=2, decode_steps=decode_steps)
     prompt, plain = "JULIET.\nO Romeo, Romeo", SamplingParams(temperature=0, max_tokens=40)
     whole = llm.generate(prompt, plain)[0].outputs[0]
-    text, tokenizer = whole.text, llm.engine.core.loaded.tokenizer
+    text, tokenizer = whole.text, llm.engine.text.tokenizer
     assert tokenizer is not None
     for stop in (text[10:13], text[17], text[5:25]):
         at = text.index(stop)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from graphmode import LLM, SamplingParams
 from graphmode.errors import InputError
-from graphmode.models.loader import load_model
+from graphmode.models.loader import read_model
 
 FILE = "generation_config.json"
 ASKED = {
@@ -139,7 +139,7 @@ def test_end_tokens_are_those_of_both_files(
     write(tmp_path, settings | config, "config.json")
     if generation is not None:
         write(tmp_path, generation)
-    assert load_model(tmp_path, device=torch.device("cpu"), dtype="auto").shape.eos_token_ids == ends
+    assert read_model(tmp_path, device=torch.device("cpu"), dtype="auto").eos_token_ids == ends
 
 
 def test_each_end_token_ends_an_answer(folder: Path) -> None:

@@ -98,7 +98,7 @@ def test_what_is_counted_is_what_an_engine_allocates(tiny: Path) -> None:
 def test_an_engine_refuses_absurd_limits_before_it_loads_a_model(
     options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graphmode.engine.engine.load_model", lambda *args, **kwargs: pytest.fail("it loads the model"))
+    monkeypatch.setattr("graphmode.engine.core.load_model", lambda *args, **kwargs: pytest.fail("it loads the model"))
     with pytest.raises(InputError, match=r"Lower|lower"):
         LLM(device="cpu", **options)
 

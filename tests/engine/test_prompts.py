@@ -1,6 +1,7 @@
 """Prompts with images: raw ones go through transformers' processors, prepared ones as they are, bad ones nowhere."""
 
 import base64
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoImageProcessor
 
 from graphmode import LLM, SamplingParams
 from graphmode.engine import prompts
 from graphmode.engine.multimodal import VisionItem, make_vision_prompt
 from graphmode.graph import InputError
-from graphmode.models.loader import LoadedModel, load_model
+from graphmode.models.loader import ModelFiles, read_model
 from tests.multimodal import IMAGE, PATCH, VIDEO, VISION_END, VISION_START, make_prompt, save_model, save_processors
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -33,7 +35,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
 
 def test_raw_images_are_prepared_by_transformers_own_processor(llm: LLM) -> None:
     pil = pytest.importorskip("PIL.Image")
-    processor = prompts.AutoImageProcessor.from_pretrained(llm.engine.core.model)
+    processor = AutoImageProcessor.from_pretrained(llm.engine.text.files.checkpoint.folder)
     generator = torch.Generator().manual_seed(0)
     images = [
         pil.fromarray(torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).numpy())
@@ -45,7 +47,7 @@ def test_raw_images_are_prepared_by_transformers_own_processor(llm: LLM) -> None
     prepared = processor(images=images, return_tensors="pt")
     units = (prepared["image_grid_thw"].prod(-1) // 4).tolist()
     assert [output.prompt_token_ids.count(token) for token in (IMAGE, VISION_START)] == [sum(units), 2]
-    short = llm.engine.core.loaded.tokenizer(text)["input_ids"]  # type: ignore[misc]
+    short = llm.engine.text.tokenizer(text)["input_ids"]  # type: ignore[misc]
     for prompt in (
         {"prompt_token_ids": short, "multi_modal_data": {"image": images}},
         {"prompt_token_ids": output.prompt_token_ids, "multi_modal_data": {"image": tuple(images)}},
@@ -96,10 +98,10 @@ def test_a_picture_gives_the_same_answer_in_any_form(llm: LLM, tmp_path: Path) -
         assert kept.prompt_token_ids.count(IMAGE) == 5 * 3
 
 
-def test_frames_reach_the_processor_as_one_array_of_rgb(llm: LLM) -> None:
+def test_frames_reach_the_processor_as_one_array_of_rgb(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grey frames as well; and of a list, what are videos of their own is told from frames."""
     pytest.importorskip("PIL")
-    reader = prompts.PromptReader(llm.engine.core.loaded)
+    reader = prompts.PromptReader(replace(llm.engine.text.files))
     seen: list[Any] = []
 
     def processor(text: list[str], images: Any, videos: list[Any], return_tensors: str, **options: Any) -> Any:
@@ -109,7 +111,8 @@ def test_frames_reach_the_processor_as_one_array_of_rgb(llm: LLM) -> None:
         grids = torch.tensor([[1, 4, 6]] * len(videos))
         return {"input_ids": torch.tensor([tokens]), "pixel_values_videos": pixels, "video_grid_thw": grids}
 
-    reader.__dict__["_processor"] = processor
+    reader.files.__dict__["processor"] = processor
+    monkeypatch.setattr(prompts, "_require", lambda package, what, install: None)
     grey = np.full((16, 24), 7, np.uint8)
     frames = np.full((2, 16, 24, 3), 7, np.uint8)
     for video, count in (([grey, grey], 1), (frames, 1), ([frames], 1), ([list(frames)], 1)):
@@ -126,11 +129,10 @@ def test_frames_reach_the_processor_as_one_array_of_rgb(llm: LLM) -> None:
 
 def test_limits_of_media_are_options_of_the_engine(llm: LLM) -> None:
     limits = {"limit_mm_per_prompt": {"image": 1, "video": {"count": 0}, "audio": 0}, "max_image_pixels": 600}
-    strict = LLM(llm.engine.core.model, device="cpu", enforce_eager=True, max_num_seqs=2, max_model_len=64, **limits)
-    assert (strict.engine.core.options.max_images_per_prompt, strict.engine.core.options.max_videos_per_prompt) == (
-        1,
-        0,
-    )
+    folder = llm.engine.text.files.checkpoint.folder
+    strict = LLM(folder, device="cpu", enforce_eager=True, max_num_seqs=2, max_model_len=64, **limits)
+    options = strict.engine.core.options
+    assert (options.max_images_per_prompt, options.max_videos_per_prompt) == (1, 0)
     assert strict.generate(raw(ARRAY), GREEDY)[0].finished
     for prompt, words in (
         (raw([ARRAY, ARRAY]), "2 images; it may have 1"),
@@ -148,14 +150,14 @@ def test_limits_of_media_are_options_of_the_engine(llm: LLM) -> None:
         ("max_image_pixels", 0),
     ):
         with pytest.raises(InputError, match=r"limit_mm_per_prompt|max_images_per_prompt|max_image_pixels"):
-            LLM(llm.engine.core.model, **{name: value})
+            LLM(llm.engine.text.files.checkpoint.folder, **{name: value})
 
 
 @pytest.mark.parametrize(("media", "package"), [("image", "PIL"), ("video", "torchvision")])
 def test_what_is_not_installed_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch, media: str, package: str) -> None:
     found = prompts.importlib.util.find_spec
     monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: None if name == package else found("json"))
-    reader = prompts.PromptReader(llm.engine.core.loaded)
+    reader = prompts.PromptReader(llm.engine.text.files)
     with pytest.raises(InputError, match=f"{package}, which is not installed; pip install"):
         reader.read({"prompt": PLACEHOLDER, "multi_modal_data": {media: [object()]}})
 
@@ -289,17 +291,17 @@ def test_a_text_model_refuses_images(tiny: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     folder = tmp_path_factory.mktemp("qwen3_vl")
     save_model("qwen3_vl", folder)
-    return load_model(folder, device=torch.device("cpu"), dtype="auto")
+    return read_model(folder, device=torch.device("cpu"), dtype="auto")
 
 
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 
 
 @given(st.lists(st.integers(0, 5) | st.tuples(st.sampled_from(["image", "video"]), SIZES), max_size=6))
-def test_every_placeholder_stands_for_one_part_in_order(loaded: LoadedModel, layout: list[Any]) -> None:
+def test_every_placeholder_stands_for_one_part_in_order(files: ModelFiles, layout: list[Any]) -> None:
     """Spans cover the placeholders and nothing else; the parts of each image follow each other from first to last."""
     parts = [
         part
@@ -309,7 +311,7 @@ def test_every_placeholder_stands_for_one_part_in_order(loaded: LoadedModel, lay
     ]
     prompt = make_prompt("qwen3_vl", [1, *parts], 0)
     token_ids = prompt["prompt_token_ids"]
-    reader = prompts.PromptReader(loaded)
+    reader = prompts.PromptReader(files)
     _, vision = reader.read(prompt)  # type: ignore[arg-type]
     covered = [token for span in vision.spans for token in range(span.start, span.end)] if vision else []
     assert covered == [at for at, token in enumerate(token_ids) if token in (IMAGE, VIDEO)]
@@ -321,4 +323,4 @@ def test_every_placeholder_stands_for_one_part_in_order(loaded: LoadedModel, lay
     assert len(seen) == sum(not isinstance(part, int) for part in parts)
     if vision:
         assert vision.positions.shape == (len(token_ids), 3)
-        assert make_vision_prompt(loaded, token_ids, list(seen)) is not None
+        assert make_vision_prompt(files.vision, token_ids, list(seen)) is not None

@@ -55,7 +55,7 @@ def tokens(outputs: list[Any]) -> list[list[int]]:
 def first_logits(llm: LLM, prompt: dict[str, Any]) -> torch.Tensor:
     """The logits after a prompt that is one step, eagerly."""
     engine = llm.engine.core
-    token_ids, vision = PromptReader(engine.loaded).read(prompt)  # type: ignore[arg-type]
+    token_ids, vision = PromptReader(engine.loaded.files).read(prompt)  # type: ignore[arg-type]
     sequence = Sequence("0", token_ids, GREEDY, 0, vision, state_index=1)
     engine.scheduler.blocks.begin(sequence, read_prefix=False)
     engine.scheduler.blocks.extend([(sequence, len(token_ids))])
@@ -242,7 +242,7 @@ def test_what_padding_holds_changes_no_bit_of_a_step_with_images(folder: dict[st
     llm = LLM(folder[model_type], **GRAPHS)
     engine, runner = llm.engine.core, llm.engine.core.runner
     assert runner.vision is not None
-    token_ids, vision = PromptReader(engine.loaded).read(make_prompt(model_type, LAYOUTS["image"], 0))
+    token_ids, vision = PromptReader(engine.loaded.files).read(make_prompt(model_type, LAYOUTS["image"], 0))
     sequence = Sequence("0", token_ids, GREEDY, 0, vision, state_index=1)
     sequence.block_tables = [[1, 2]]
     part = ScheduledSequence(sequence, 0, len(token_ids), samples=1)

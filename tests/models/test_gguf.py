@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from graphmode import LLM, SamplingParams
 from graphmode.errors import ModelError
-from graphmode.models.loader import load_model
+from graphmode.models.loader import load_model, read_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -71,7 +71,7 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def load(file: Path) -> object:
-    return load_model(file, device=torch.device("cpu"), dtype="auto")
+    return load_model(read_model(file, device=torch.device("cpu"), dtype="auto"))
 
 
 def test_its_tokens_are_those_of_transformers_and_its_tokenizer_is_whole(
@@ -139,4 +139,4 @@ def test_nothing_beside_it_is_read(file: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["code.Own", null]}}')
     loaded = load(tmp_path / "tiny.gguf")
     assert loaded.shape.eos_token_ids == {2}  # type: ignore[attr-defined]
-    assert not loaded.generation  # type: ignore[attr-defined]
+    assert not loaded.files.generation  # type: ignore[attr-defined]

@@ -18,20 +18,20 @@ from transformers import (
 
 from graphmode import LLM, SamplingParams, bundled_model
 from graphmode.errors import ModelError
-from graphmode.models.loader import load_model
+from graphmode.models.loader import load_model, read_model
 from tests.models.test_checkpoint import CPU, SMALL
 
 pytestmark = pytest.mark.versions
 
 
 def load(folder: Path | str, **options: str) -> object:
-    return load_model(folder, device=CPU, dtype="auto", **options)  # type: ignore[arg-type]
+    return load_model(read_model(folder, device=CPU, dtype="auto", **options))  # type: ignore[arg-type]
 
 
 def test_the_bundled_model_is_small_and_recognisable() -> None:
     folder = bundled_model()
     assert sum(file.stat().st_size for file in folder.iterdir()) < 16 << 20
-    loaded = load_model(folder, device=CPU, dtype="auto")
+    loaded = load_model(read_model(folder, device=CPU, dtype="auto"))
     assert 4e6 < sum(parameter.numel() for parameter in loaded.model.parameters()) < 8e6
     assert loaded.model.dtype == torch.float32
     assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
@@ -159,7 +159,7 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_weights_come_from_all_shards_and_tied_ones_stay_one(sharded: Path, device: str) -> None:
     expected = AutoModelForCausalLM.from_pretrained(sharded, dtype=torch.float32)
-    loaded = load_model(sharded, device=torch.device(device), dtype=torch.float32)
+    loaded = load_model(read_model(sharded, device=torch.device(device), dtype=torch.float32))
     names = dict(loaded.model.named_parameters())
     assert names.keys() == dict(expected.named_parameters()).keys()
     for name, parameter in expected.named_parameters():
@@ -178,6 +178,6 @@ def test_loading_takes_the_memory_of_the_weights_and_at_most_a_shard(sharded: Pa
     shards = [file.stat().st_size for file in folder.glob("*.safetensors")]
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loaded = load_model(folder, device=torch.device("cuda", 0), dtype=torch.float32)
+    loaded = load_model(read_model(folder, device=torch.device("cuda", 0), dtype=torch.float32))
     assert torch.cuda.max_memory_allocated() - before <= sum(shards) + max(shards)
     assert loaded.model.device.type == "cuda"

@@ -9,7 +9,7 @@ from graphmode.errors import ModelError
 from graphmode.graph import GraphRunner, Input
 from graphmode.models.hf.dry_run import check_features_apart
 from graphmode.models.hf.vision import VISION_ATTENTION_NAME, VisionTower
-from graphmode.models.loader import load_model
+from graphmode.models.loader import load_model, read_model
 from tests.multimodal import GLM, PATCH, TYPES, make_model, save_model
 
 pytestmark = pytest.mark.versions
@@ -94,9 +94,12 @@ def test_features_that_reach_other_tokens_are_refused() -> None:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_loaded_model_has_its_tower_and_our_attention(tmp_path: Path, model_type: str) -> None:
     save_model(model_type, tmp_path)
-    loaded = load_model(tmp_path, device=torch.device("cpu"), dtype="auto")
+    loaded = load_model(read_model(tmp_path, device=torch.device("cpu"), dtype="auto"))
     assert loaded.vision is not None
     assert loaded.vision.patch_size == PATCH
     assert loaded.model.base_model.visual.config._attn_implementation == VISION_ATTENTION_NAME
     assert loaded.model.base_model.language_model.config._attn_implementation == "graphmode"
-    assert load_model(tmp_path, device=torch.device("cpu"), dtype="bfloat16").vision.dtype == torch.bfloat16
+    assert (
+        load_model(read_model(tmp_path, device=torch.device("cpu"), dtype=torch.bfloat16)).vision.dtype
+        == torch.bfloat16
+    )

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from graphmode.models.hf.tiny import MODEL_TYPES, save_tiny_model
-from graphmode.models.loader import load_model
+from graphmode.models.loader import load_model, read_model
 from graphmode.observe.sweep import (
     _FAMILIES,
     Finding,
@@ -51,7 +51,7 @@ def test_images_are_compared_where_a_model_takes_them(tmp_path: Path) -> None:
     finding = try_model("qwen2_5_vl")
     assert (finding.status, finding.reason) == (Status.FULL, "")
     save_tiny_model("qwen2_5_vl", tmp_path)
-    requests = prompts(load_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32))
+    requests = prompts(load_model(read_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)))
     expected = reference_tokens(tmp_path, requests)
     for request in requests:
         if "pixel_values" in request:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graphmode import LLM, RequestOutput, SamplingParams
-from graphmode.models.loader import load_model
+from graphmode.models.loader import load_model, read_model
 
 pytestmark = pytest.mark.real
 
@@ -115,7 +115,9 @@ def test_text_streams_whole(llm: LLM, outputs: list[RequestOutput], prompts: lis
 
 
 def test_the_gguf_file_gives_the_same_weights_and_tokens(gguf_file: Path, folder: Path, prompts: list[str]) -> None:
-    theirs, ours = (load_model(each, device=torch.device("cpu"), dtype="auto") for each in (folder, gguf_file))
+    theirs, ours = (
+        load_model(read_model(each, device=torch.device("cpu"), dtype="auto")) for each in (folder, gguf_file)
+    )
     for (name, weight), other in zip(theirs.model.named_parameters(), ours.model.parameters(), strict=True):
         assert torch.equal(weight, other), name
     assert ours.shape == theirs.shape

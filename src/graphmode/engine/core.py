@@ -21,11 +21,11 @@ from graphmode.engine.config import (
     EngineOptions,
     piecewise_families,
     resolve_buckets,
-    resolve_dtype,
     resolve_limits,
 )
 from graphmode.engine.memory import cache_memory, check_buffers, fit_cache
 from graphmode.engine.outputs import FinishReason, NewTokens, TokenLogprobs
+from graphmode.engine.reading import read_files
 from graphmode.engine.requests import Request, derived_seed
 from graphmode.engine.scheduler import Scheduler
 from graphmode.engine.sequence import Sequence
@@ -40,7 +40,7 @@ from graphmode.layers.attention_npu import NPU_ATTENTION
 from graphmode.models.hf.compiled import compile_layers
 from graphmode.models.hf.fuse import fuse
 from graphmode.models.hf.rotary import fix_rotary_embeddings
-from graphmode.models.loader import load_model
+from graphmode.models.loader import ModelFiles, load_model
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class EngineCore:
     """Continuous batching on one device: requests are submitted and aborted from any thread, and one thread steps.
 
     Args:
-        model: a local folder or hub name.
+        model: a local folder or hub name, or what was read of its files.
         options: everything else.
         progress: whether to show a progress bar while graphs are captured.
         on_capture: called during start-up with how many graphs have been captured and how many there will be.
@@ -104,25 +104,18 @@ class EngineCore:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | ModelFiles,
         options: EngineOptions,
         progress: bool = False,
         on_capture: Callable[[int, int], object] | None = None,
     ) -> None:
-        self.model = model
         self.options = options
         backend = get_backend(options.device)
         self.device = backend.device
         self._attention = NPU_ATTENTION if backend.capabilities.host_arguments else PORTABLE_ATTENTION
         self._refuse_what_no_model_runs_with()
-        self.loaded = load_model(
-            model,
-            device=self.device,
-            dtype=resolve_dtype(options.dtype),
-            load_format=options.load_format,
-            trust_remote_code=options.trust_remote_code,
-            generation_config=options.generation_folder,
-        )
+        files = model if isinstance(model, ModelFiles) else read_files(model, options)
+        self.loaded = load_model(files)
         self.cache_groups = group_layers(self.loaded.shape.caches, self.loaded.model.dtype, self._attention.block_size)
         self.limits, self.num_blocks = self._fit_memory()
         self._prepare_layers()

@@ -9,9 +9,8 @@ from threading import Lock
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.core import EngineCore
 from graphmode.engine.outputs import NewTokens, RequestOutput
+from graphmode.engine.reading import load_text
 from graphmode.engine.requests import ActiveRequest, Request
-from graphmode.engine.text import Detokenizer
-from graphmode.errors import InputError
 
 
 class Engine:
@@ -25,6 +24,7 @@ class Engine:
 
     Attributes:
         core: what makes the tokens.
+        text: what turns prompts into tokens, and tokens into text.
 
     Raises:
         ModelError: the model cannot be loaded or run.
@@ -39,9 +39,8 @@ class Engine:
         progress: bool = False,
         on_capture: Callable[[int, int], object] | None = None,
     ) -> None:
-        self.core = EngineCore(model, options, progress, on_capture)
-        tokenizer = self.core.loaded.tokenizer
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, model)
+        self.text = load_text(model, options)
+        self.core = EngineCore(self.text.files, options, progress, on_capture)
         self._active: dict[str, ActiveRequest] = {}
         self._lock = Lock()  # held to change which requests there are
         self._stepping = Lock()
@@ -50,10 +49,9 @@ class Engine:
         """Check a request without queueing it.
 
         Raises:
-            InputError: as for :meth:`EngineCore.check`, or it has stop texts and the model no tokenizer.
+            InputError: as for ``core.check`` and ``text.check``.
         """
-        if request.params.stop and self._detokenizer is None:
-            raise InputError("the model comes without a tokenizer, so stop texts cannot be found; use stop_token_ids")
+        self.text.check(request.params)
         self.core.check(request)
 
     def submit(self, request: Request) -> str:
@@ -65,7 +63,7 @@ class Engine:
         self.check(request)
         with self._lock:
             request_id = self.core.submit(request, self._active)
-            self._active[request_id] = ActiveRequest(request, request_id, self._detokenizer)
+            self._active[request_id] = ActiveRequest(request, request_id, self.text.detokenizer)
         return request_id
 
     def abort(self, request_id: str) -> None:

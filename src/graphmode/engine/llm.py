@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ from graphmode.engine.chat import ChatTemplate, Conversation, conversations
 from graphmode.engine.clients import Clients
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.engine import Engine
-from graphmode.engine.media import MediaLimits
 from graphmode.engine.outputs import RequestOutput, VocabularyLogprobs
-from graphmode.engine.prompts import Prompt, PromptParts, PromptReader, as_prompts
+from graphmode.engine.prompts import Prompt, PromptParts, as_prompts
 from graphmode.engine.requests import Request
-from graphmode.engine.sampling_params import MAX_LOGPROBS, SamplingParams, checkpoint_parameters
+from graphmode.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from graphmode.engine.stats import EngineStats
 from graphmode.errors import InputError
 from graphmode.graph.memory import free_memory, in_words
@@ -53,17 +51,6 @@ class LLM:
             raise checks.unfit("model", model, "a folder, a file or a hub name, or None for the bundled model")
         checks.flag("progress", progress)
         self.engine = Engine(bundled_model() if model is None else model, EngineOptions(**options), progress)
-        loaded, own = self.engine.core.loaded, self.engine.core.options
-        self._checkpoint = checkpoint_parameters(loaded.generation if own.generation_config != "vllm" else {})
-        self._tokenizer = loaded.tokenizer
-        limits = MediaLimits(
-            images=own.max_images_per_prompt,
-            videos=own.max_videos_per_prompt,
-            pixels=own.max_image_pixels,
-            tokens=self.engine.core.limits.max_model_len - 1,
-        )
-        self._reader = PromptReader(loaded, limits)
-        self._reading = Lock()  # tokenizers and processors are not made for several threads
         self._clients = Clients(self.engine)
 
     @property
@@ -77,7 +64,7 @@ class LLM:
         Args:
             **others: parameters where that file names none, by name; default: those of ``SamplingParams``.
         """
-        return SamplingParams(**(others | self._checkpoint))
+        return self.engine.text.default_sampling_params(**others)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer.
@@ -85,9 +72,9 @@ class LLM:
         Raises:
             InputError: it comes without one.
         """
-        if self._tokenizer is None:
+        if (tokenizer := self.engine.text.tokenizer) is None:
             raise InputError("the model comes without a tokenizer; give prompts as tokens")
-        return self._tokenizer
+        return tokenizer
 
     def generate(
         self,
@@ -155,8 +142,8 @@ class LLM:
         """
         progress = self._shows_progress("chat", progress, others)
         template = ChatTemplate(
-            tokenizer=self._tokenizer,
-            takes_images=self.engine.core.loaded.vision is not None,
+            tokenizer=self.engine.text.tokenizer,
+            takes_images=self.engine.text.takes_images,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -225,10 +212,12 @@ class LLM:
             params *= len(prompts)
         if len(params) != len(prompts):
             raise InputError(f"{len(prompts)} prompts, but {len(params)} sampling parameters; give one, or one each")
-        requests = []
+        requests, max_model_len = [], self.engine.core.limits.max_model_len
         for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
             try:
-                requests.append(self._request(prompt, each, stream))
+                request = self.engine.text.request(prompt, each, max_model_len, stream=stream)
+                self.engine.check(request)
+                requests.append(request)
             except InputError as error:
                 raise error if len(prompts) == 1 else InputError(f"prompts[{index}]: {error}") from error
         self._check_room_for_logprobs(requests)
@@ -268,26 +257,6 @@ class LLM:
                 last[number] = output
                 advance(len(output.outputs))
         return [last[number] for number in range(len(requests))]
-
-    def _request(self, prompt: str | PromptParts, params: SamplingParams, stream: bool) -> Request:
-        """Return a request that can run.
-
-        Raises:
-            InputError: the prompt or its parameters are none.
-        """
-        with self._reading:
-            token_ids, vision = self._reader.read(prompt)
-        if params.truncate_prompt_tokens is not None:
-            if vision is not None:
-                raise InputError(
-                    "truncate_prompt_tokens would cut the prompt's images; leave it out and shorten the text"
-                )
-            most = self.engine.core.limits.max_model_len - 1  # there is room for an answer
-            token_ids = token_ids[-(most if params.truncate_prompt_tokens < 0 else params.truncate_prompt_tokens) :]
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt")
-        request = Request(token_ids, params, text, vision, stream=stream)
-        self.engine.check(request)
-        return request
 
 
 @contextmanager

@@ -13,8 +13,7 @@ import torch
 
 from graphmode.errors import InputError
 from graphmode.models.hf.grid_positions import grid_positions
-from graphmode.models.hf.vision import VisionTower
-from graphmode.models.loader import LoadedModel
+from graphmode.models.hf.vision import VisionLayout
 
 Kind = Literal["image", "video"]
 # Of the tokens that stand for them, as transformers numbers them; text is 0.
@@ -90,7 +89,7 @@ class VisionPrompt:
 
 
 def make_item(
-    tower: VisionTower,
+    layout: VisionLayout,
     name: str,
     kind: Kind,
     pixels: torch.Tensor,
@@ -100,7 +99,7 @@ def make_item(
     """Return an item.
 
     Args:
-        tower: the model's.
+        layout: the model's.
         name: of the item, for errors: ``"image 2"``.
         kind: image or video.
         pixels: ``[patches, patch_size]``, floats.
@@ -111,50 +110,49 @@ def make_item(
         InputError: pixels and grid do not fit each other or the tower, or a pixel is no number.
     """
     frames, height, width = (int(size) for size in grid)
-    if height % tower.merge_size or width % tower.merge_size:
+    if height % layout.merge_size or width % layout.merge_size:
         raise InputError(
             f"the grid of {name} is {[frames, height, width]}; its height and width must be multiples of "
-            f"{tower.merge_size}, the side of the patches that are merged"
+            f"{layout.merge_size}, the side of the patches that are merged"
         )
-    if tuple(pixels.shape) != (frames * height * width, tower.patch_size):
+    if tuple(pixels.shape) != (frames * height * width, layout.patch_size):
         raise InputError(
             f"the pixels of {name} have shape {tuple(pixels.shape)}; its grid {[frames, height, width]} asks for "
-            f"{(frames * height * width, tower.patch_size)}"
+            f"{(frames * height * width, layout.patch_size)}"
         )
-    pixels = pixels.detach().to("cpu", tower.dtype)
+    pixels = pixels.detach().to("cpu", layout.dtype)
     if not pixels.isfinite().all():
-        raise InputError(f"the pixels of {name} hold NaN or infinity in {tower.dtype}; give finite numbers")
+        raise InputError(f"the pixels of {name} hold NaN or infinity in {layout.dtype}; give finite numbers")
     return VisionItem(kind, pixels, (frames, height, width), seconds_per_grid)
 
 
 def make_vision_prompt(
-    loaded: LoadedModel, token_ids: Sequence[int], items: Sequence[VisionItem]
+    layout: VisionLayout | None, token_ids: Sequence[int], items: Sequence[VisionItem]
 ) -> VisionPrompt | None:
     """Find the items' tokens in a prompt. None where it has no items and no placeholders.
 
     Args:
-        loaded: the model.
+        layout: the model's; None where it takes text alone.
         token_ids: the prompt, every item's placeholder repeated for each of its tokens.
         items: images in the order of their placeholders, and videos in the order of theirs.
 
     Raises:
         InputError: items and placeholders do not fit each other, or the model takes no images.
     """
-    tower = loaded.vision
-    if tower is None:
+    if layout is None:
         if items:
             raise InputError(f"the prompt has an {items[0].kind}, but the model takes text alone")
         return None
-    types = token_types(tower, token_ids)
+    types = token_types(layout, token_ids)
     of_kind: dict[Kind, list[VisionItem]] = {
         kind: [item for item in items if item.kind == kind] for kind in TOKEN_TYPES
     }
     spans: list[Span] = []
     for kind, token_type in TOKEN_TYPES.items():
-        units = [tower.units(item.pixels) for item in of_kind[kind]]
+        units = [layout.units(item.pixels) for item in of_kind[kind]]
         found = types.count(token_type)
         if found != sum(units):
-            token = tower.image_token_id if kind == "image" else tower.video_token_id
+            token = layout.image_token_id if kind == "image" else layout.video_token_id
             raise InputError(
                 f"the prompt has {found} placeholders of {kind}s (token {token}); its {len(units)} {kind}s need "
                 f"{sum(units)}, {units or 'none'}. Give as many {kind}s as the prompt names"
@@ -164,7 +162,7 @@ def make_vision_prompt(
         return None
     seconds = [item.seconds_per_grid for item in of_kind["video"]]
     positions = grid_positions(
-        loaded.model,
+        layout.model,
         token_ids,
         types,
         _grids(of_kind["image"]),
@@ -174,12 +172,12 @@ def make_vision_prompt(
     return VisionPrompt(tuple(sorted(spans, key=lambda span: span.start)), positions)
 
 
-def token_types(tower: VisionTower, token_ids: Sequence[int]) -> list[int]:
+def token_types(layout: VisionLayout, token_ids: Sequence[int]) -> list[int]:
     """Return what each token stands for, as in ``TOKEN_TYPES``; 0 is text."""
-    placeholders = {tower.image_token_id: 1, tower.video_token_id: 2}
+    placeholders = {layout.image_token_id: 1, layout.video_token_id: 2}
     types = [placeholders.get(token, 0) for token in token_ids]
-    if tower.video_bounds is not None:
-        start, end = tower.video_bounds
+    if layout.video_bounds is not None:
+        start, end = layout.video_bounds
         in_video = False
         for at, token in enumerate(token_ids):
             in_video = token == start or (in_video and token != end)

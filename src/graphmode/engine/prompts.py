@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from functools import cached_property
+from dataclasses import dataclass
 from math import inf, prod
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -12,7 +12,6 @@ from typing import Any, TypedDict, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoProcessor
 
 from graphmode.engine import aliases, checks
 from graphmode.engine.checks import shown
@@ -27,8 +26,7 @@ from graphmode.engine.media import (
 )
 from graphmode.engine.multimodal import Kind, VisionItem, VisionPrompt, make_item, make_vision_prompt
 from graphmode.errors import InputError
-from graphmode.models.hf.versions import AutoImageProcessor
-from graphmode.models.loader import LoadedModel
+from graphmode.models.loader import ModelFiles
 
 
 class PromptParts(TypedDict, total=False):
@@ -109,17 +107,17 @@ def _is_tokens(prompt: Any) -> bool:
     return isinstance(prompt, range)
 
 
+@dataclass(frozen=True)
 class PromptReader:
     """Reads prompts for one model, whose image processor is loaded when an image first comes.
 
-    Args:
-        loaded: the model.
+    Attributes:
+        files: the model's.
         limits: what a prompt may hold beside its text.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: MediaLimits = DEFAULT_LIMITS) -> None:
-        self._loaded = loaded
-        self._limits = limits
+    files: ModelFiles
+    limits: MediaLimits = DEFAULT_LIMITS
 
     def read(self, prompt: str | PromptParts) -> tuple[Sequence[int], VisionPrompt | None]:
         """Return a prompt's tokens, placeholders repeated, and its images.
@@ -130,7 +128,7 @@ class PromptReader:
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
         token_ids, items = self._read(prompt)
-        return token_ids, make_vision_prompt(self._loaded, token_ids, items)
+        return token_ids, make_vision_prompt(self.files.vision, token_ids, items)
 
     def _read(self, prompt: PromptParts) -> tuple[Sequence[int], list[VisionItem]]:
         token_ids: Sequence[int]
@@ -152,10 +150,10 @@ class PromptReader:
             return token_ids, items
         if given := sorted(prompt.keys() & {name for names in _PREPARED.values() for name in names}):
             raise InputError(f"a prompt holds multi_modal_data and {given}; give images raw or prepared, not both")
-        if self._loaded.vision is None:
+        if self.files.vision is None:
             raise InputError(f"the prompt has {' and '.join(sorted(media))}, but the model takes text alone")
         for kind, entries in media.items():
-            self._limits.check_count(kind, len(entries))
+            self.limits.check_count(kind, len(entries))
         if "video" in media:
             return self._process_videos(text, media, prompt.get("mm_processor_kwargs"))
         items = self._process_images(media["image"], prompt.get("mm_processor_kwargs"))
@@ -163,7 +161,7 @@ class PromptReader:
 
     def _process_images(self, sources: Sequence[Any], given: Any) -> list[VisionItem]:
         """Decode images and let the model's processor prepare each, so that a fault names its image."""
-        processor, tower = self._image_processor, self._loaded.vision
+        processor, tower = self._image_processor, self.files.vision
         assert tower is not None
         options = processor_options(given, _known_options(processor))
         items: list[VisionItem] = []
@@ -171,7 +169,7 @@ class PromptReader:
         for number, image in enumerate(self._decoded(sources), 1):
             name, size = f"image {number}", (image.shape[1], image.shape[0])
             check_whole_patches(name, size, processor, options)
-            self._limits.check_tokens(name, estimated_tokens(size, processor, options), tokens)
+            self.limits.check_tokens(name, estimated_tokens(size, processor, options), tokens)
             name_and_size = f"{name} ({size[0]} x {size[1]})"
             prepared = _call(name_and_size, processor, images=_as_pil(image), return_tensors="pt", **options)
             items += self._prepared("image", prepared, before=items)
@@ -181,7 +179,7 @@ class PromptReader:
     def _decoded(self, sources: Sequence[Any]) -> Iterator[NDArray[np.uint8]]:
         from graphmode.engine.images import read_image
 
-        return (read_image(source, f"image {at}", self._limits.pixels) for at, source in enumerate(sources, 1))
+        return (read_image(source, f"image {at}", self.limits.pixels) for at, source in enumerate(sources, 1))
 
     def _process_videos(
         self, text: str | None, media: Mapping[Kind, list[Any]], given: Any
@@ -198,7 +196,7 @@ class PromptReader:
         options = processor_options(given, _known_options(processor))
         videos = [
             # A file is read by the processor, which takes from it the frames that it wants.
-            str(video) if isinstance(video, (str, Path)) else read_video(video, f"video {at}", self._limits.pixels)
+            str(video) if isinstance(video, (str, Path)) else read_video(video, f"video {at}", self.limits.pixels)
             for at, video in enumerate(media["video"], 1)
         ]
         images = [_as_pil(image) for image in self._decoded(media.get("image", []))]
@@ -225,7 +223,7 @@ class PromptReader:
         pixels, grids = (values.get(name) for name in _PREPARED[kind])
         if pixels is None and grids is None:
             return []
-        tower = self._loaded.vision
+        tower = self.files.vision
         if tower is None:
             raise InputError(f"the prompt has a {kind}, but the model takes text alone")
         names = _PREPARED[kind]
@@ -250,7 +248,7 @@ class PromptReader:
             raise InputError(
                 f"{names[0]} holds {len(pixels)} patches; {names[1]} {shown(grids.tolist())} asks for {sum(patches)}"
             )
-        self._limits.check_count(kind, len(before) + len(patches))
+        self.limits.check_count(kind, len(before) + len(patches))
         seconds = values.get("second_per_grid_ts") if kind == "video" else None
         each = [None] * len(patches) if seconds is None else _seconds(seconds)
         if len(each) != len(patches):
@@ -259,14 +257,14 @@ class PromptReader:
         tokens = sum(tower.units(item.pixels) for item in before)
         for part, grid, second in zip(pixels.split(patches), grids.tolist(), each, strict=True):
             name = f"{kind} {len(before) + len(items) + 1}"
-            self._limits.check_tokens(name, tower.units(part), tokens)
+            self.limits.check_tokens(name, tower.units(part), tokens)
             items.append(make_item(tower, name, kind, part, grid, second))
             tokens += tower.units(part)
         return items
 
     def _repeat_placeholders(self, token_ids: Sequence[int], items: Sequence[VisionItem]) -> Sequence[int]:
         """Repeat the placeholder of each image for each of its tokens; leave a prompt that has them all."""
-        tower = self._loaded.vision
+        tower = self.files.vision
         assert tower is not None
         units = [tower.units(item.pixels) for item in items]
         if token_ids.count(tower.image_token_id) != len(items):
@@ -277,24 +275,24 @@ class PromptReader:
         ]
 
     def _tokens(self, text: Any) -> list[int]:
-        if self._loaded.tokenizer is None:
+        if self.files.tokenizer is None:
             raise InputError("the model comes without a tokenizer; give prompts as {'prompt_token_ids': [...]}")
-        token_ids = self._loaded.tokenizer(checks.text("the prompt", text))["input_ids"]
+        token_ids = self.files.tokenizer(checks.text("the prompt", text))["input_ids"]
         assert isinstance(token_ids, list)
         return token_ids
 
-    @cached_property
+    @property
     def _image_processor(self) -> Any:
         _require("PIL", "images", "pip install 'graphmode[vision]'")
-        return self._loaded.checkpoint.read(AutoImageProcessor, "the processor of images")
+        return self.files.image_processor
 
-    @cached_property
+    @property
     def _processor(self) -> Any:
         _require("PIL", "videos", "pip install 'graphmode[vision]'")
         _require(
             "torchvision", "videos", "pip install torchvision, in the version made for the torch that is installed"
         )
-        return self._loaded.checkpoint.read(AutoProcessor, "the processor of videos")
+        return self.files.processor
 
 
 def _grids(name: str, given: Any) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Request:
         vision: the prompt's images and videos.
         request_id: a name that no other request has that has not ended; None: the engine gives it a number.
         stream: whether each new token gives an output, which holds all so far; where not, the last one alone does.
+        priority: lower ones run first; among equals, those that came first.
     """
 
     prompt_token_ids: SequenceOf[int]
@@ -45,6 +46,7 @@ class Request:
     vision: VisionPrompt | None = None
     request_id: str | None = None
     stream: bool = True
+    priority: int = 0
 
     @cached_property
     def token_range(self) -> tuple[int, int]:

@@ -135,7 +135,7 @@ class StepRunner:
         query_len = limits.decode_query_len
         self._cu_decode = torch.arange(0, (seqs + 1) * query_len, query_len, dtype=torch.int32, device=device)
         shape = loaded.shape
-        self.sampler = Sampler(backend, limits, shape.vocab_size, shape.eos_token_ids, loaded.tokenizer)
+        self.sampler = Sampler(backend, limits, shape.vocab_size, shape.eos_token_ids, loaded.files.tokenizer)
         # Two batches are in flight at most: one being read, one computed.
         report_bytes = self.sampler.max_reports * self.sampler.reports.shape[1] * 4
         self._results = StagingRing(self._log.nbytes + report_bytes, 3, backend.host_buffer, backend.event)

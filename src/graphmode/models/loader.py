@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
@@ -35,7 +37,8 @@ from graphmode.models.hf.latent import keep_latents
 from graphmode.models.hf.rotary import context_length
 from graphmode.models.hf.sparse import use_indexers
 from graphmode.models.hf.tokenizer import name_special_tokens
-from graphmode.models.hf.vision import VisionTower
+from graphmode.models.hf.versions import AutoImageProcessor
+from graphmode.models.hf.vision import VisionLayout, VisionTower
 
 log = logging.getLogger(__name__)
 
@@ -60,27 +63,93 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class ModelFiles:
+    """A model's files, and all that is read of them but the weights. What may not be needed is read when it is.
+
+    Attributes:
+        checkpoint: the files.
+        config: its configuration.
+        auto: transformers' class that makes the model.
+        device: where its weights go.
+        dtype: of its weights.
+        load_format: ``"dummy"``: it gets random weights.
+        generation: what its generation_config.json, or the one given instead, holds; None where there is none.
+    """
+
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    auto: Any
+    device: torch.device
+    dtype: torch.dtype
+    load_format: LoadFormat
+    generation: Mapping[str, Any] | None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer; None where it comes without one.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        return _tokenizer(self.checkpoint, self.config) if self.checkpoint.has_tokenizer else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        return end_tokens(self.checkpoint, self.config, self.generation, self.vocab_size)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether prompts may have images and videos."""
+        return self.auto is AutoModelForImageTextToText
+
+    @cached_property
+    def vision(self) -> VisionLayout | None:
+        """How images are cut; None where the model takes text alone.
+
+        Raises:
+            ModelError: graphmode cannot run its vision part.
+        """
+        if not self.takes_images:
+            return None
+        with torch.device("meta"), _refusals(self.checkpoint, self.config):
+            model = self.checkpoint.attempt("config.json", self.auto.from_config, self.config, dtype=self.dtype)
+            return VisionLayout(model)
+
+    @cached_property
+    def image_processor(self) -> Any:
+        """What prepares images. It needs packages that graphmode does not require."""
+        return self.checkpoint.read(AutoImageProcessor, "the processor of images")
+
+    @cached_property
+    def processor(self) -> Any:
+        """What prepares texts with videos. It needs packages that graphmode does not require."""
+        return self.checkpoint.read(AutoProcessor, "the processor of videos")
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A model ready to run.
 
     Attributes:
         model: transformers' module, in evaluation mode, with our attention and experts.
         shape: its sizes.
-        checkpoint: its files; processors of images and videos are read from there when they are first needed.
-        generation: what its generation_config.json, or the one given instead, holds.
-        tokenizer: None where the model comes without one; then prompts must be token ids.
+        files: where it comes from.
         vision: its vision tower; None where it takes text alone.
     """
 
     model: PreTrainedModel
     shape: ModelShape
-    checkpoint: Checkpoint
-    generation: Mapping[str, Any]
-    tokenizer: PreTrainedTokenizerBase | None
+    files: ModelFiles
     vision: VisionTower | None = None
 
 
-def load_model(
+def read_model(
     name: str | Path,
     *,
     device: torch.device,
@@ -88,8 +157,8 @@ def load_model(
     load_format: LoadFormat = "auto",
     trust_remote_code: bool = False,
     generation_config: Path | None = None,
-) -> LoadedModel:
-    """Load a model.
+) -> ModelFiles:
+    """Find a model's files and read what comes before the weights.
 
     Args:
         name: a local folder, a GGUF file, or the hub's name of a model.
@@ -106,33 +175,40 @@ def load_model(
     config = checkpoint.read(AutoConfig, "config.json" if checkpoint.gguf_file is None else "the configuration")
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else (config.dtype or torch.bfloat16)
-    architecture = (config.architectures or [config.model_type])[0]
-    with _refusals(name, architecture):
+    with _refusals(checkpoint, config):
         auto = auto_class(config, trust_remote_code=trust_remote_code)
-    options = {"dtype": dtype, "attn_implementation": ATTENTION_NAME, "experts_implementation": EXPERTS_NAME}
-    if load_format == "dummy":
-        options["trust_remote_code"] = trust_remote_code
-        with device:
+    source = generation_config or (checkpoint.folder if checkpoint.gguf_file is None else None)
+    generation = None if source is None else read_generation_config(source)
+    return ModelFiles(checkpoint, config, auto, device, dtype, load_format, generation)
+
+
+def load_model(files: ModelFiles) -> LoadedModel:
+    """Load a model's weights.
+
+    Raises:
+        ModelError: they cannot be read, or graphmode cannot run the model.
+    """
+    checkpoint, config, auto = files.checkpoint, files.config, files.auto
+    options = {"dtype": files.dtype, "attn_implementation": ATTENTION_NAME, "experts_implementation": EXPERTS_NAME}
+    if files.load_format == "dummy":
+        options["trust_remote_code"] = checkpoint.trust_remote_code
+        with files.device:
             model = checkpoint.attempt("config.json", auto.from_config, config, **options)
     else:
-        model = load_weights(checkpoint, auto, config, device, options)
+        model = load_weights(checkpoint, auto, config, files.device, options)
     model.eval().requires_grad_(False)
     silence_padding_warnings(model)
     share_real_rows(model)
-    with _refusals(name, architecture):
+    with _refusals(checkpoint, config):
         check_class(type(model), config)
         keep_latents(model)
         use_indexers(model)
         caches = cache_shapes(model)
-        vision = VisionTower(model) if auto is AutoModelForImageTextToText else None
+        vision = VisionTower(model) if files.takes_images else None
         if vision is not None:
             check_features_apart(model, vision.embed(*vision.spoiled_features()))
-    own = checkpoint.folder if checkpoint.gguf_file is None else None
-    source = generation_config or own
-    generation = None if source is None else read_generation_config(source)
-    shape = checkpoint.attempt("the shape of its KV cache", _shape, checkpoint, model, caches, generation)
-    tokenizer = _tokenizer(checkpoint, config) if checkpoint.has_tokenizer else None
-    return LoadedModel(model, shape, checkpoint, generation or {}, tokenizer, vision)
+    shape = checkpoint.attempt("the shape of its KV cache", _shape, files, model, caches)
+    return LoadedModel(model, shape, files, vision)
 
 
 def load_weights(
@@ -232,26 +308,15 @@ def _belongs_to(model: PreTrainedModel, key: str) -> bool:
 
 
 @contextmanager
-def _refusals(name: str | Path, architecture: str) -> Iterator[None]:
+def _refusals(checkpoint: Checkpoint, config: PretrainedConfig) -> Iterator[None]:
     """Put the model's name and class before the reason why it is refused."""
     try:
         yield
     except ModelError as error:
-        raise ModelError(f"{name}: graphmode cannot run {architecture}: {error}") from error
+        architecture = (config.architectures or [config.model_type])[0]
+        raise ModelError(f"{checkpoint.name}: graphmode cannot run {architecture}: {error}") from error
 
 
-def _shape(
-    checkpoint: Checkpoint,
-    model: PreTrainedModel,
-    caches: tuple[CacheShape, ...],
-    generation: Mapping[str, Any] | None,
-) -> ModelShape:
-    config = model.config.get_text_config()
-    max_positions, most_positions = context_length(config)
-    return ModelShape(
-        caches=caches,
-        vocab_size=config.vocab_size,
-        max_positions=max_positions,
-        most_positions=most_positions,
-        eos_token_ids=end_tokens(checkpoint, model.config, generation, config.vocab_size),
-    )
+def _shape(files: ModelFiles, model: PreTrainedModel, caches: tuple[CacheShape, ...]) -> ModelShape:
+    max_positions, most_positions = context_length(model.config.get_text_config())
+    return ModelShape(caches, files.vocab_size, max_positions, most_positions, files.eos_token_ids)

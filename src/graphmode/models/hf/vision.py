@@ -73,12 +73,13 @@ def vision_attention_hook(
 AttentionInterface.register(VISION_ATTENTION_NAME, vision_attention_hook)
 
 
-class VisionTower:
-    """The vision part of a model, as a function of tensors.
+class VisionLayout:
+    """How images are cut for a vision tower, and which tokens stand for them. The weights may be missing.
 
     A *unit* is what stands for one token of the language model: ``patches_per_unit`` patches, merged.
 
     Attributes:
+        model: whose tower it is.
         dtype: of pixels, features and embeddings.
         patches_per_unit: patches that are merged into one token.
         merge_size: their number along each side.
@@ -87,6 +88,36 @@ class VisionTower:
         video_token_id: the placeholder of videos.
         video_bounds: the tokens between which the placeholder of images stands for a video, where the model writes
             videos so (GLM-4.5V); else None.
+
+    Raises:
+        ModelError: it is no tower over packed patches.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        base: Any = model.base_model
+        visual: Any = getattr(base, "visual", None)
+        if visual is None or not hasattr(visual, "patch_embed") or not hasattr(base, "language_model"):
+            raise ModelError("its vision part is not a tower over packed patches, as that of Qwen2-VL")
+        self.model = model
+        self._visual = visual
+        self.dtype: torch.dtype = visual.dtype
+        self.merge_size: int = visual.spatial_merge_size
+        self.patches_per_unit: int = self.merge_size**2
+        self.patch_size: int = visual.patch_embed.proj.weight[0].numel()
+        self.image_token_id: int = model.config.image_token_id
+        self.video_token_id: int = model.config.video_token_id
+        start, end = (getattr(model.config, f"video_{end}_token_id", None) for end in ("start", "end"))
+        self.video_bounds: tuple[int, int] | None = None if start is None or end is None else (start, end)
+
+    def units(self, pixels: torch.Tensor) -> int:
+        """Return for how many tokens pixels ``[patches, patch_size]`` stand."""
+        return len(pixels) // self.patches_per_unit
+
+
+class VisionTower(VisionLayout):
+    """The vision part of a model, as a function of tensors.
+
+    Attributes:
         hidden_size: of an embedding.
         levels: embeddings of a unit: the one that stands for the token, and those that the first layers add (Qwen3-VL's
             DeepStack).
@@ -97,20 +128,10 @@ class VisionTower:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
         base: Any = model.base_model
-        visual: Any = getattr(base, "visual", None)
-        if visual is None or not hasattr(visual, "patch_embed") or not hasattr(base, "language_model"):
-            raise ModelError("its vision part is not a tower over packed patches, as that of Qwen2-VL")
-        self._visual = visual
+        visual = self._visual
         self._embed = model.get_input_embeddings()
-        self.dtype: torch.dtype = visual.dtype
-        self.merge_size: int = visual.spatial_merge_size
-        self.patches_per_unit: int = self.merge_size**2
-        self.patch_size: int = visual.patch_embed.proj.weight[0].numel()
-        self.image_token_id: int = model.config.image_token_id
-        self.video_token_id: int = model.config.video_token_id
-        start, end = (getattr(model.config, f"video_{end}_token_id", None) for end in ("start", "end"))
-        self.video_bounds: tuple[int, int] | None = None if start is None or end is None else (start, end)
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self._windows = hasattr(visual, "window_size")
         self._interpolates = hasattr(visual, "num_grid_per_side")
@@ -140,10 +161,6 @@ class VisionTower:
         if self._reads_sizes:
             inputs.append(Input("frame_grids", torch.int64, ("units", 3), padding=1))
         return inputs
-
-    def units(self, pixels: torch.Tensor) -> int:
-        """Return for how many tokens pixels ``[patches, patch_size]`` stand."""
-        return len(pixels) // self.patches_per_unit
 
     def host_inputs(self, pixels: torch.Tensor, grids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the inputs of :meth:`forward`, on the host.
