@@ -271,7 +271,7 @@ def _info(core: EngineCore) -> ModelInfo:
     graphs, limits = core.runner.graphs, core.limits
     buckets = graphs.policy.buckets if graphs.policy.enabled else {}
     return ModelInfo(
-        model=str(core.model),
+        model=core.loaded.files.checkpoint.name,
         dtype=str(core.loaded.model.dtype).removeprefix("torch."),
         device=str(core.device),
         max_model_len=limits.max_model_len,
