@@ -125,6 +125,7 @@ def test_misses_are_counted_by_reason(device: str) -> None:
         runner(x=torch.zeros(size, 24))
     assert runner.stats.misses == {Reason.ABOVE_THRESHOLD: 2, Reason.PADDING_RATIO: 1, Reason.NOT_CAPTURED_YET: 2}
     assert runner.stats.eager_steps == runner.stats.steps == 5
+    assert runner.stats.replay_seconds == 0
     off = make_runner(device, enabled=False)
     off.capture()
     off(x=torch.zeros(2, 24))
@@ -140,6 +141,10 @@ def test_a_first_use_captures_and_the_next_is_a_hit(device: str) -> None:
     assert runner.stats.misses == {Reason.NOT_CAPTURED_YET: 1}
     assert runner.stats.replays == 2
     assert runner.stats.padding_ratio == 0.25
+    assert runner.stats.replay_seconds > 0
+    runner.stats.reset_steps()
+    assert runner.stats.replay_seconds == 0
+    assert runner.stats.graphs == 1
 
 
 # Hazards: what a graph repeats although the program around it has moved on.

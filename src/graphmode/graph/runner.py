@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -500,8 +501,10 @@ class GraphRunner:
             self._captures.set_host_arguments(plan.family, plan.bound.sizes, values)
             plan.load(values)
             with _unchanged(plan.beyond) if plan.beyond else nullcontext():
+                start = time.perf_counter()
                 for _ in range(repeats):
                     plan.program.replay()
+                self.stats.replay_seconds += time.perf_counter() - start
         return _cut(plan.program.outputs, plan.cuts), plan.program.structure
 
     def _run_unpadded(

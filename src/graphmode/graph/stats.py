@@ -36,6 +36,8 @@ class RunnerStats:
         buckets: replays by family and bucket.
         rows: true rows of the replayed steps.
         padded_rows: padding rows of the replayed steps.
+        replay_seconds: time that the host spent in replays: on a CPU what the steps took, on an accelerator what their
+            launches did.
         graphs: graphs held; a piecewise capture has several.
         breaks: where graphs break by themselves, by the operator that they break around; the marked calls of
             ``@outside_graph`` are not in it.
@@ -54,6 +56,7 @@ class RunnerStats:
     buckets: Counter[tuple[str, Size]] = field(default_factory=Counter)
     rows: int = 0
     padded_rows: int = 0
+    replay_seconds: float = 0.0
     graphs: int = 0
     breaks: Counter[str] = field(default_factory=Counter)
     captures: int = 0
@@ -77,5 +80,6 @@ class RunnerStats:
     def reset_steps(self) -> None:
         """Forget the steps; keep what is known of the graphs."""
         self.steps = self.replays = self.eager_steps = self.rows = self.padded_rows = 0
+        self.replay_seconds = 0.0
         self.misses.clear()
         self.buckets.clear()

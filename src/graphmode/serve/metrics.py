@@ -509,7 +509,12 @@ METRICS: tuple[Series, ...] = (
         "Steps that raised, which ends the requests that run.",
         _counted("failed_steps"),
     ),
-    Series("graphmode_replay_seconds", "counter", "Time in replays, where it is measured.", _counted("replay_seconds")),
+    Series(
+        "graphmode_replay_seconds",
+        "counter",
+        "Time that the host spent in replays: on a CPU what steps took, elsewhere what launches did.",
+        _counted("replay_seconds"),
+    ),
     Series("graphmode_graphs", "gauge", "Graphs that the engine holds.", _said("graphs")),
     Series("graphmode_graph_bytes", "gauge", "Device memory that the graphs keep.", _said("graph_bytes")),
     Series("graphmode_captures", "counter", "Captures that succeeded.", _counted("captures")),
