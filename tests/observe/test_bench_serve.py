@@ -1,6 +1,7 @@
 """Load tests: what is sent is what was asked for, and what is reported is what came, also where answers go wrong."""
 
 import json
+import os
 import random
 import statistics
 from array import array
@@ -213,6 +214,13 @@ def test_waves_are_sent_at_once_by_several_processes_and_warm_ups_count_apart(se
     assert (row.details["requests"], row.details["answered"], len(server.asked)) == (12, 12, 1 + 3 + 12)
     assert row.details["client"]["processes"] == 2
     assert row.details["warmup"] == {"requests": 3, "errors": {}}
+
+
+def test_the_servers_cpu_time_is_measured(server: FakeServer) -> None:
+    [row] = serve(load(server, waves=(2,), requests=4, server_pid=os.getpid()))
+    took = [each["cpu_seconds_per_token"] for each in row.details["processes"]]  # in ticks of the system's clock
+    assert row.as_dict()["cpu_seconds_per_token"] == sum(took) >= 0
+    assert "µs a token" in summary(row)
 
 
 def test_a_rate_sends_without_waiting_for_answers(server: FakeServer) -> None:

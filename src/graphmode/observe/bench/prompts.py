@@ -62,11 +62,7 @@ class WordPrompts:
         return " ".join(rng.choices(self.words, k=count))
 
 
-class _UnfitError(Exception):
-    """The endpoint does not take such prompts."""
-
-
-_REFUSED = (_UnfitError, httpx.HTTPError, ValueError, LookupError, TypeError)  # or its answers are of another shape
+_REFUSED = (EndpointError, httpx.HTTPError, ValueError, LookupError, TypeError)  # also answers of another shape
 
 
 def find_prompts(
@@ -93,7 +89,7 @@ def find_prompts(
     def tokenize(text: str) -> list[int]:
         response = http.post(f"{url}/tokenize", json={"model": model, "prompt": text}, headers=headers)
         if response.status_code != 200:
-            raise _UnfitError
+            raise EndpointError(f"POST {url}/tokenize: {response.status_code}")
         return list(response.json()["tokens"])
 
     def prompt_tokens(prompt: Any) -> int:
@@ -102,7 +98,7 @@ def find_prompts(
         body = {"model": model, "max_tokens": 1, **asked}
         response = http.post(f"{url}/v1/{path}", json=body, headers=headers)
         if response.status_code != 200:
-            raise _UnfitError(f"POST {url}/v1/{path}: {response.status_code} {response.text[:500]}")
+            raise EndpointError(f"POST {url}/v1/{path}: {response.status_code} {response.text[:500]}")
         return int(response.json()["usage"]["prompt_tokens"])
 
     if api == "completions":
@@ -117,13 +113,13 @@ def find_prompts(
                 prompts = TokenPrompts(ids(), kind)
                 if prompt_tokens(prompts.draw(16, random.Random(0))) == 16:
                     return prompts
+    kind = "words of one token each (/tokenize)"
     try:
         base = len(tokenize("the"))
         words = [word for word in _WORDS if len(tokenize(f"the {word}")) == base + 1]
-        kind = "words of one token each (/tokenize)"
-        if len(words) < 20:
-            raise _UnfitError
     except _REFUSED:
+        words = []
+    if len(words) < 20:
         words, kind = _WORDS, "words, of about so many tokens"
     try:
         few, many = (prompt_tokens(" ".join(words[:count])) for count in (16, len(words)))

@@ -223,6 +223,12 @@ def _processes_of(pid: int | None) -> list[psutil.Process]:
         raise InputError(f"server_pid is {pid}: {error}; give the id of a process that runs here") from error
 
 
+def _command(process: psutil.Process) -> str:
+    """Return what of a command line tells processes of Python apart: the module that it runs, or the program."""
+    line = process.cmdline()
+    return " ".join(line[1:3] if line[1:2] == ["-m"] else line[:1])
+
+
 def _row(
     sender: _Sender, kind: str, number: float, planned: list[list[Planned]], streams: int, watched: list[psutil.Process]
 ) -> Row:
@@ -239,10 +245,10 @@ def _row(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = load.processes or max(1, min(-(-most // _STREAMS_PER_PROCESS), cores // 4))
     processes = min(processes, min(len(phase.bodies) for phase in phases[1:]))
-    cpu: list[float] = []
+    cpu: list[list[float]] = []
 
     def look() -> None:
-        cpu.append(sum(sum(process.cpu_times()[:2]) for process in watched if process.is_running()))
+        cpu.append([sum(process.cpu_times()[:2]) for process in watched])
 
     to = endpoint(sender.server.url, sender.path, sender.server.headers)
     done = run(to, phases, load.timeout, processes, look)
@@ -267,7 +273,12 @@ def _row(
     }
     figures = row.figures
     if watched and (tokens := row.details["output_tokens"]):
-        figures += (Figure("cpu_seconds_per_token", (cpu[-1] - cpu[1]) / tokens),)
+        took = [(after - before) / tokens for before, after in zip(cpu[1], cpu[-1], strict=True)]
+        figures += (Figure("cpu_seconds_per_token", sum(took)),)
+        details["processes"] = [
+            {"command": _command(process), "cpu_seconds_per_token": each}
+            for process, each in zip(watched, took, strict=True)
+        ]
     version = sender.server.version
     return replace(
         row,
@@ -397,7 +408,10 @@ def summary(row: Row) -> str:
             lines.append(f"  {title:34}" + "".join(f"{value:10.2f}" for value in values))
     rates = f"{figures['requests_per_s'].median:.2f} requests/s, {figures['tokens_per_s'].median:.1f} tokens/s"
     if "cpu_seconds_per_token" in figures:
-        rates += f"; the server's CPU time is {1e6 * figures['cpu_seconds_per_token'].median:.0f} µs a token"
+        rates += f"; the server's CPU time is {1e6 * figures['cpu_seconds_per_token'].median:.0f} µs a token: "
+        rates += ", ".join(
+            f"{each['command']} {1e6 * each['cpu_seconds_per_token']:.0f}" for each in details["processes"]
+        )
     lines.append(rates)
     if details["events_per_token"] and details["events_per_token"] < 0.999:
         lines.append(f"tokens came {1 / details['events_per_token']:.2f} at a time; their times are shared out")

@@ -187,10 +187,6 @@ class _Events:
             answer.error = "stream that ended early"
 
 
-class _ClosedError(Exception):
-    """The server closed the connection before it answered."""
-
-
 class Connection(asyncio.Protocol):
     """A connection that is kept open; it takes a request at a time."""
 
@@ -209,7 +205,7 @@ class Connection(asyncio.Protocol):
         """Send a request and take its answer in.
 
         Raises:
-            _ClosedError: the connection was closed before the answer began.
+            ConnectionResetError: the connection was closed before the answer began.
         """
         assert self._transport is not None
         self._answer, self._events = answer, _Events(answer)
@@ -324,7 +320,7 @@ class Connection(asyncio.Protocol):
         if self._done is None or self._done.done():
             return
         if not self._status and not self._head:
-            self._done.set_exception(_ClosedError(str(error or "")))
+            self._done.set_exception(ConnectionResetError(str(error or "closed by the server")))
         else:
             until_closed = self._left is None and error is None
             self._end(None if until_closed else f"connection that was lost: {error or 'closed by the server'}")
@@ -362,13 +358,11 @@ class Client:
                     try:
                         await connection.send(request, answer)
                         break
-                    except _ClosedError:
+                    except ConnectionResetError:  # one that was kept, and that the server has closed meanwhile
                         if is_new:
                             raise
         except TimeoutError:
             answer.error = f"timeout after {self._seconds:g} s"
-        except _ClosedError as error:
-            answer.error, answer.message = "connection that the server closed", str(error)
         except OSError as error:
             answer.error, answer.message = f"connection that failed: {type(error).__name__}", str(error)
         finally:
