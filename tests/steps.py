@@ -12,14 +12,19 @@ from graphmode.graph.inputs import shape_at
 
 
 def host_step(runner: StepRunner, batch: Batch) -> StepInputs:
-    """The tensors of a batch on the host, those of its images included."""
+    """A batch as the host fills it, with its images."""
     step = step_inputs(batch, runner.tables)
     return step if runner.vision is None else runner.vision.step_inputs(batch, step)
 
 
+def as_tensors(step: StepInputs) -> StepInputs:
+    """The same as tensors on the host."""
+    return replace(step, **{name: torch.as_tensor(value) for name, value in vars(step).items() if value is not None})
+
+
 def logits(runner: StepRunner, batch: Batch, sizes: Mapping[str, int] | None = None) -> torch.Tensor:
     """The logits that a batch samples from, computed without a graph, with padding up to the axis ``sizes``."""
-    step = host_step(runner, batch)
+    step = as_tensors(host_step(runner, batch))
     images = isinstance(step, VisionStepInputs) and step.visual is not None
     on_device = {}
     for name, value in vars(step).items():

@@ -16,6 +16,7 @@ from graphmode.engine.types import Batch, Limits, ScheduledSequence
 from graphmode.graph import get_backend
 from graphmode.graph.buffers import InputBuffers
 from graphmode.ops.begin_step import TableUpdate, begin_step
+from tests.steps import as_tensors
 
 SEQS, LENGTH = 4, 100
 
@@ -52,7 +53,7 @@ def test_tables_on_the_device_are_those_of_the_sequences(data: st.DataObject, si
         if not parts:
             continue
         batch = Batch("mixed", tuple(parts), sum(part.num_tokens for part in parts), tuple(admitted))
-        step = step_inputs(batch, tables)
+        step = as_tensors(step_inputs(batch, tables))
         assert len(step.new_blocks) <= tables.room(batch.num_tokens)
         rows = tables.step_tables[:, : len(parts)]
         update = TableUpdate(tables.tables, rows, step.state_indices, step.table_changes, step.new_blocks)

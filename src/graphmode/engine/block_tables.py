@@ -53,7 +53,7 @@ class BlockTables:
         self.tables = torch.zeros(groups, seqs + 1, blocks, dtype=torch.int32, device=backend.device)
         self.step_tables = torch.zeros(groups, seqs, blocks, dtype=torch.int32, device=backend.device)
         self.room = partial(room_for_blocks, limits, self.block_sizes)
-        self._known = np.zeros((seqs + 1, groups), dtype=np.int32)  # entries that the device has of each table
+        self._known = np.zeros((seqs + 1, groups), dtype=np.int64)  # entries that the device has of each table
         self._staging = StagingRing(4 * blocks, STAGING_BUFFERS, backend.host_buffer, backend.event)
 
     def take_new(self, batch: Batch, state_indices: np.ndarray, end_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -64,34 +64,34 @@ class BlockTables:
         Args:
             batch: the batch.
             state_indices: int64 ``[seqs]``: of its sequences.
-            end_lens: int32 ``[seqs]``: how long each is after the batch's last step.
+            end_lens: int64 ``[seqs]``: how long each is after the batch's last step.
 
         Returns:
             ``changes``, int32 ``[seqs, groups, 3]``, and ``new_blocks``, int32, of
             :class:`~graphmode.ops.begin_step.TableUpdate`.
         """
         self._known[[sequence.state_index for sequence in batch.admitted]] = 0
-        changes = np.zeros((len(end_lens), len(self.block_sizes), 3), dtype=np.int32)
-        known, new, first = changes[..., 0], changes[..., 1], changes[..., 2]
-        known[:] = self._known[state_indices]
-        new[:] = np.maximum(-(-end_lens[:, np.newaxis] // self._sizes) - known, 0)
+        known = self._known[state_indices]
+        needed = np.maximum(-(-end_lens[:, np.newaxis] // self._sizes), known)
+        self._known[state_indices] = needed
+        changes = np.zeros((*known.shape, 3), dtype=np.int32)
         new_blocks: list[int] = []
         room = self.room(batch.num_tokens)
-        rows, groups = new.nonzero()
-        changed = np.stack([rows, groups, known[rows, groups], new[rows, groups]], axis=1)
-        for at, group, start, count in changed.tolist():
+        rows, groups = (needed > known).nonzero()
+        for at, group in zip(rows.tolist(), groups.tolist(), strict=True):
             sequence = batch.scheduled[at].sequence
-            blocks = sequence.block_tables[group][start : start + count]
-            if len(new_blocks) + count <= room:
-                first[at, group] = len(new_blocks)
+            start, end = int(known[at, group]), int(needed[at, group])
+            blocks = sequence.block_tables[group][start:end]
+            if len(new_blocks) + len(blocks) <= room:
+                changes[at, group, 2] = len(new_blocks)
                 new_blocks += blocks
             else:
                 staged = self._staging.acquire()
-                values = staged.memory[: 4 * count].view(torch.int32)
+                values = staged.memory[: 4 * len(blocks)].view(torch.int32)
                 values.copy_(torch.tensor(blocks))
-                table = self.tables[group, sequence.state_index]
-                table[start : start + count].copy_(values, non_blocking=True)
+                self.tables[group, sequence.state_index, start:end].copy_(values, non_blocking=True)
                 self._staging.release(staged)
-                known[at, group], new[at, group] = start + count, 0
-        self._known[state_indices] = known + new
+                known[at, group] = end
+        changes[..., 0] = known
+        changes[..., 1] = needed - known
         return changes, np.array(new_blocks, dtype=np.int32)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain
 from typing import Any, Self
 
 import numpy as np
@@ -23,7 +22,9 @@ def _tensor(dtype: torch.dtype, *shape: str | int, padding: int | bool = 0, opti
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """The tensors of a step, on the host or as a graph reads them. Padding writes no key or value and reads none.
+    """The tensors of a step, as a graph reads them. Padding writes no key or value and reads none.
+
+    The host fills one with arrays, which cost it less.
 
     Axes: ``tokens``; ``seqs``; ``logits``, the rows of logits that tokens are sampled from; ``scored``, the
     tokens whose next one in the prompt is scored; ``groups`` of the KV cache; ``new_blocks``.
@@ -95,25 +96,27 @@ class VisionStepInputs(StepInputs):
 
 
 def step_inputs(batch: Batch, tables: BlockTables) -> StepInputs:
-    """Return the tensors of a batch at their true sizes, on the host. ``tables`` takes its changes as done."""
+    """Return a batch at its true sizes, as arrays. ``tables`` takes its changes as done."""
     scheduled = batch.scheduled
     numbers = [(e.start, e.num_tokens, e.sequence.state_index, e.steps, e.samples) for e in scheduled]
-    starts, query_lens, states, steps, sampled = np.ascontiguousarray(np.array(numbers).T)
+    starts, query_lens, states, steps, sampled = np.array(numbers).T.copy()
     kv_lens, ends = starts + query_lens, query_lens.cumsum()
-    end_lens = kv_lens + steps - 1
+    end_lens = kv_lens + (steps - 1)
     token_ids: list[int] = []
     sources = np.zeros(batch.num_tokens, dtype=np.int64)
-    for each, end, state in zip(scheduled, ends.tolist(), states.tolist(), strict=True):
+    end = 0
+    for each in scheduled:
         token_ids += each.sequence.token_ids[each.start : each.start + each.num_tokens]
+        end += each.num_tokens
         if len(token_ids) < end:  # the last one is still in flight
             token_ids.append(0)
-            sources[end - 1] = state
-    positions = np.arange(batch.num_tokens) + (starts - (ends - query_lens)).repeat(query_lens)
+            sources[end - 1] = each.sequence.state_index
+    positions = np.arange(batch.num_tokens) + (kv_lens - ends).repeat(query_lens)
     changes, new_blocks = tables.take_new(batch, states, end_lens)
     # Each row of logits, by how many tokens it lies before the end of its sequence's.
-    logits = np.array([len(rows) for rows in batch.logits])
+    logits = query_lens if batch.family == "decode" else np.maximum(sampled, 1)
     before_end = logits.cumsum().repeat(logits) - np.arange(logits.sum())
-    arrays = {
+    arrays: dict[str, Any] = {
         "token_ids": np.array(token_ids),
         "token_sources": sources,
         "positions": positions,
@@ -135,7 +138,7 @@ def step_inputs(batch: Batch, tables: BlockTables) -> StepInputs:
         )
         arrays["scored_tokens"] = np.array(scored)
         arrays["scored_state_indices"] = np.repeat(states, [len(each.scored) for each in scheduled])
-    return StepInputs(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    return StepInputs(**arrays)
 
 
 def _slot_mapping(
@@ -144,11 +147,11 @@ def _slot_mapping(
     """Return the slot of each token in each cache group, int64 ``[groups, tokens]``."""
     slots = np.empty((len(block_sizes), len(positions)), dtype=np.int64)
     for group, block_size in enumerate(block_sizes):
-        firsts, lasts = starts // block_size, (starts + query_lens - 1) // block_size
-        parts = zip(batch.scheduled, firsts.tolist(), lasts.tolist(), strict=True)
-        tables = (each.sequence.block_tables[group][first : last + 1] for each, first, last in parts)
-        blocks = np.fromiter(chain.from_iterable(tables), dtype=np.int64)
-        counts = lasts - firsts + 1
-        places = positions // block_size + (counts.cumsum() - counts - firsts).repeat(query_lens)
-        slots[group] = blocks[places] * block_size + positions % block_size
+        firsts, ends = starts // block_size, (starts + (query_lens - 1)) // block_size + 1
+        blocks: list[int] = []
+        for each, first, end in zip(batch.scheduled, firsts.tolist(), ends.tolist(), strict=True):
+            blocks += each.sequence.block_tables[group][first:end]
+        numbers, offsets = np.divmod(positions, block_size)
+        places = numbers + ((ends - firsts).cumsum() - ends).repeat(query_lens)
+        slots[group] = np.array(blocks)[places] * block_size + offsets
     return slots

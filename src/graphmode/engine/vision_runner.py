@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from graphmode.engine.multimodal import VisionItem
@@ -80,8 +81,8 @@ class VisionRunner:
         deltas: list[tuple[int, ...]] = []
         for row in batch.scheduled:
             deltas += [row.sequence.vision.delta if row.sequence.vision else (0, 0, 0)] * row.num_tokens
-        positions = step.positions.unsqueeze(1) + torch.tensor(deltas)
-        visual = torch.zeros(batch.num_tokens, dtype=torch.bool)
+        positions = np.asarray(step.positions)[:, np.newaxis] + np.array(deltas)
+        visual = np.zeros(batch.num_tokens, dtype=np.bool_)
         first = 0
         for row in batch.scheduled:
             prompt, start, end = row.sequence.vision, row.start, row.start + row.num_tokens

@@ -139,6 +139,10 @@ class StepRunner:
         # Two batches are in flight at most: one being read, one computed.
         report_bytes = self.sampler.max_reports * self.sampler.reports.shape[1] * 4
         self._results = StagingRing(self._log.nbytes + report_bytes, 3, backend.host_buffer, backend.event)
+        self._logs_on_host = [
+            buffer.memory[: self._log.nbytes].view(torch.int64).view(self._log.shape)
+            for buffer in self._results.buffers
+        ]
         self.vision: VisionRunner | None = None
         if loaded.vision is not None:
             self.vision = VisionRunner(
@@ -202,7 +206,7 @@ class StepRunner:
         self.graphs(family=batch.family, level=level, repeats=batch.steps, step=step, **images)
         logits, scored = len(step.logits_indices), len(batch.scored_tokens)
         staged = self._results.acquire()
-        tokens = staged.memory[: self._log.nbytes].view(torch.int64).view(self._log.shape)[: batch.steps]
+        tokens = self._logs_on_host[staged.index][: batch.steps]
         tokens.copy_(self._log[: batch.steps], non_blocking=True)
         reports = None
         if scored or any(each.sequence.params.logprobs is not None for each in batch.scheduled):

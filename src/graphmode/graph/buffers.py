@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from types import EllipsisType
 
+import numpy as np
 import torch
 
 from graphmode.graph.backends.base import Backend
-from graphmode.graph.inputs import Input, all_padding, shape_at
+from graphmode.graph.inputs import Input, all_padding, as_tensor, shape_at
 from graphmode.graph.staging import StagingRing
 
 ALIGNMENT = 256
 STAGING_BUFFERS = 4
+
+_Place = tuple[slice, ...] | EllipsisType
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,41 @@ class BoundInputs:
     nbytes: int
 
 
+Value = torch.Tensor | np.ndarray
+"""What a call gives for an input: a tensor, or an array on the host of its dtype."""
+
+
+class _HostMemory:
+    """A part of an input's memory on the host. Where numpy has its dtype, numpy writes it: with less work a call.
+
+    Args:
+        view: the memory.
+        padding: the input's.
+    """
+
+    def __init__(self, view: torch.Tensor, padding: float | int | bool) -> None:
+        self._view, self._padding = view, padding
+        try:
+            self._array: np.ndarray | None = view.numpy()
+        except TypeError:  # numpy has no bfloat16 and no float8
+            self._array = None
+
+    def write(self, value: Value, place: _Place = ...) -> None:
+        """Write a value of the place's shape."""
+        if isinstance(value, torch.Tensor):
+            self._view[place].copy_(value)
+        else:
+            assert self._array is not None
+            self._array[place] = value
+
+    def pad(self, place: _Place = ...) -> None:
+        """Fill a place with padding."""
+        if self._array is None:
+            self._view[place].fill_(self._padding)
+        else:
+            self._array[place] = self._padding
+
+
 class _Staged:
     """One input in one staging buffer: a leading corner holds values, the rest its padding.
 
@@ -63,19 +102,19 @@ class _Staged:
     """
 
     def __init__(self, region: _Region, memory: torch.Tensor) -> None:
-        self._padding = region.spec.padding
-        self._buffer = region.view(memory, region.shape).fill_(self._padding)
-        self._corner: torch.Size | None = None
+        self._memory = _HostMemory(region.view(memory, region.shape), region.spec.padding)
+        self._memory.pad()
+        self._corner: tuple[slice, ...] | None = None
 
-    def write(self, value: torch.Tensor | None) -> None:
-        """Write a value, or None for padding alone. Only elements that held values before are padded again."""
-        before, self._corner = self._corner, None if value is None else value.shape
+    def write(self, value: Value | None, corner: tuple[slice, ...] | None) -> None:
+        """Write a value to its corner, or None for padding alone. Only what held values before is padded again."""
+        before, self._corner = self._corner, corner
         if before is not None and (
-            value is None or any(old > new for old, new in zip(before, value.shape, strict=True))
+            corner is None or any(old.stop > new.stop for old, new in zip(before, corner, strict=True))
         ):
-            self._buffer[_slices(before)].fill_(self._padding)
-        if value is not None:
-            self._buffer[_slices(value.shape)].copy_(value)
+            self._memory.pad(before)
+        if value is not None and corner is not None:
+            self._memory.write(value, corner)
 
 
 class InputBuffers:
@@ -125,60 +164,72 @@ class InputBuffers:
         """Return the view of every carried input at the axis ``sizes``."""
         return {name: self.carried[name][_slices(shape_at(spec, sizes))] for name, spec in self._carried.items()}
 
-    def loader(
-        self, bound: BoundInputs, shapes: Mapping[str, Sequence[int]]
-    ) -> Callable[[Mapping[str, torch.Tensor]], None]:
-        """Return a function that copies values of ``shapes`` to the buffers of ``bound`` and refills their padding.
+    def loader(self, bound: BoundInputs, like: Mapping[str, Value]) -> Callable[[Mapping[str, Value]], None]:
+        """Return a function that copies values to the buffers of ``bound`` and refills their padding.
 
         Host values go through one staging buffer and one copy; device values are copied on the device. An input without
-        a shape becomes all padding, or keeps its value if it is carried. All work is put on the current stream.
+        a value becomes all padding, or keeps its value if it is carried. All work is put on the current stream.
+
+        Args:
+            bound: where to.
+            like: values such as the function takes: on the same devices, of the same shapes.
         """
+        corners = {name: _slices(value.shape) for name, value in like.items()}
         if self._ring is not None:
-            return lambda values: self._load_staged(bound, values)
+            return self._staged_loader(self._ring, bound, like, corners)
         writes = []
         for name, view in bound.views.items():
-            if name in self._carried:
-                rest: list[torch.Tensor] = []
-            else:
-                rest = outside_corner(view, shapes[name]) if name in shapes else [view]
-            corner = view[_slices(shapes[name])] if name in shapes else None
             padding = self._padding(name)
-            writes.append((name, corner, rest, padding))
+            rest = outside_corner(view, like[name].shape) if name in like else [view]
+            corner = _HostMemory(view[corners[name]], padding) if name in corners else None
+            writes.append((name, corner, [_HostMemory(each, padding) for each in rest if name not in self._carried]))
 
-        def load(values: Mapping[str, torch.Tensor]) -> None:
-            for name, corner, rest, padding in writes:
+        def load(values: Mapping[str, Value]) -> None:
+            for name, corner, rest in writes:
                 if corner is not None:
-                    corner.copy_(values[name])
-                for view in rest:
-                    view.fill_(padding)
+                    corner.write(values[name])
+                for each in rest:
+                    each.pad()
 
         return load
 
-    def load(self, bound: BoundInputs, values: Mapping[str, torch.Tensor]) -> None:
+    def load(self, bound: BoundInputs, values: Mapping[str, Value]) -> None:
         """Copy ``values`` into the buffers that ``bound`` sees, as :meth:`loader` says."""
-        self.loader(bound, {name: value.shape for name, value in values.items()})(values)
+        self.loader(bound, values)(values)
 
     def _padding(self, name: str) -> float | int | bool:
         specs = {region.spec.name: region.spec for region in self._regions} | self._carried
         return specs[name].padding
 
-    def _load_staged(self, bound: BoundInputs, values: Mapping[str, torch.Tensor]) -> None:
-        assert self._ring is not None
-        on_device = {name: value for name, value in values.items() if value.device.type != "cpu"}
-        if any(region.spec.name not in on_device for region in self._regions):
-            buffer = self._ring.acquire()
-            for name, staged in self._staged[buffer.index].items():
-                if name not in on_device:
-                    staged.write(values.get(name))
-            self.arena[: bound.nbytes].copy_(buffer.memory[: bound.nbytes], non_blocking=True)
-            self._ring.release(buffer)
-        for region in self._regions:
-            name = region.spec.name
-            if name in on_device:
-                fill(bound.views[name], on_device[name], region.spec.padding)
-        for name in self._carried:
-            if name in values:
-                bound.views[name][_slices(values[name].shape)].copy_(values[name])
+    def _staged_loader(
+        self,
+        ring: StagingRing,
+        bound: BoundInputs,
+        like: Mapping[str, Value],
+        corners: Mapping[str, tuple[slice, ...]],
+    ) -> Callable[[Mapping[str, Value]], None]:
+        on_device = {
+            name for name, value in like.items() if isinstance(value, torch.Tensor) and value.device.type != "cpu"
+        }
+        staged_names = [region.spec.name for region in self._regions if region.spec.name not in on_device]
+        device_names = [region.spec.name for region in self._regions if region.spec.name in on_device]
+        target = self.arena[: bound.nbytes]
+
+        def load(values: Mapping[str, Value]) -> None:
+            if staged_names:
+                buffer = ring.acquire()
+                staged = self._staged[buffer.index]
+                for name in staged_names:
+                    staged[name].write(values.get(name), corners.get(name))
+                target.copy_(buffer.memory[: bound.nbytes], non_blocking=True)
+                ring.release(buffer)
+            for name in device_names:
+                fill(bound.views[name], as_tensor(name, values[name]), self._padding(name))
+            for name in self._carried:
+                if name in corners:
+                    bound.views[name][corners[name]].copy_(as_tensor(name, values[name]))
+
+        return load
 
     @contextmanager
     def carried_kept(self) -> Iterator[None]:

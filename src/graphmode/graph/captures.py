@@ -118,7 +118,7 @@ class Captures:
     def set_host_arguments(self, family: str, sizes: Mapping[str, int], values: Mapping[str, Any]) -> None:
         """Compute the host arguments of the call that comes, where there are any."""
         if self._host_arguments is not None:
-            self._host_arguments.set(family, sizes, values)
+            self._host_arguments.set(family, sizes, self._declared.as_tensors(values))
 
     def call(self, family: str, variant: Variant, inputs: Mapping[str, torch.Tensor]) -> Any:
         """Call the function."""

@@ -7,13 +7,14 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 
 from graphmode.errors import InputError
 from graphmode.graph.axes import AxisSize, resolve_axes, volume
 from graphmode.graph.buckets import Buckets, bucket_sizes, spread
 from graphmode.graph.dispatch import GraphKey, exact
-from graphmode.graph.inputs import DeclaredInputs, Input, InputTree, true_sizes
+from graphmode.graph.inputs import DeclaredInputs, Input, InputTree, as_tensor, true_sizes
 from graphmode.graph.outputs import OutputAxes
 
 DEFAULT_FAMILY = "default"
@@ -94,7 +95,7 @@ class Declaration:
         return {"family": family, **arguments} if self._has_families else arguments
 
     def flat_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a call's values by the names of inputs: trees taken apart, arrays made tensors.
+        """Return a call's values by the names of inputs: trees taken apart.
 
         Raises:
             InputError: a value is nested differently than declared.
@@ -102,15 +103,25 @@ class Declaration:
         static = {name: value for name, value in given.items() if name in self._static}
         return {**static, **self._declared.values(self.without_static(given))}
 
+    def as_tensors(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a call's flat values, arrays made tensors over the same memory.
+
+        Raises:
+            InputError: no dtype of torch corresponds to that of an array.
+        """
+        return {name: value if name in self._static else as_tensor(name, value) for name, value in values.items()}
+
     def signature(self, family: str, values: Mapping[str, Any]) -> Hashable:
         """Return all that a call's plan depends on; None if values must be flattened or checked first."""
         parts: list[Hashable] = [family]
         for name, value in values.items():
             if name in self._static:
                 parts.append((name, exact(self.static_value(name, value))))
-            elif isinstance(value, torch.Tensor) and name in self.names:
-                if value.layout is not torch.strided or value.is_nested:
-                    return None
+            elif name not in self.names:
+                return None
+            elif isinstance(value, np.ndarray):
+                parts.append((name, value.shape, value.dtype))
+            elif isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested:
                 parts.append((name, value.shape, value.dtype, value.device))
             else:
                 return None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
 from graphmode.errors import InputError
-from graphmode.graph.trees import map_leaves, match
+from graphmode.graph.trees import is_dataclass_value, map_leaves, match
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,17 @@ class DeclaredInputs:
     def __init__(self, inputs: Sequence[Input] | Mapping[str, InputTree]) -> None:
         self.flat: tuple[Input, ...]
         self._trees: dict[str, InputTree] = {}
+        self._fields: dict[str, tuple[list[str], Callable[[Any], Sequence[Any]]]] = {}  # of dataclasses of inputs alone
         if isinstance(inputs, Mapping):
             found: list[Input] = []
             for argument, tree in inputs.items():
                 map_leaves(tree, Input, found.append)
                 if not isinstance(tree, Input) or tree.name != argument:
                     self._trees[argument] = tree
+                if is_dataclass_value(tree) and all(isinstance(each, Input) for each in vars(tree).values()):
+                    names = list(vars(tree))
+                    if len(names) > 1:  # of one alone attrgetter returns no tuple
+                        self._fields[argument] = [each.name for each in vars(tree).values()], attrgetter(*names)
             self.flat = tuple(found)
             self.arguments = tuple(inputs)
         else:
@@ -128,7 +134,7 @@ class DeclaredInputs:
         self.axes = tuple(dict.fromkeys(axis for spec in self.flat for axis in spec.shape if isinstance(axis, str)))
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of a call by the names of their inputs: trees taken apart, arrays made tensors.
+        """Return the values of a call by the names of their inputs: trees taken apart.
 
         Raises:
             InputError: a value is nested differently than declared.
@@ -140,13 +146,16 @@ class DeclaredInputs:
                 values[spec.name] = value
 
         for argument, value in given.items():
-            if argument in self._trees:
+            if argument in self._fields and type(value) is type(self._trees[argument]):
+                names, read = self._fields[argument]
+                values |= {name: each for name, each in zip(names, read(value), strict=True) if each is not None}
+            elif argument in self._trees:
                 match(self._trees[argument], Input, value, argument, take)
             elif not self._trees or argument in self.arguments:
                 values[argument] = value
             else:
                 raise InputError(f"argument {argument!r} is not declared; declared are {list(self.arguments)}")
-        return {name: _as_tensor(name, value) for name, value in values.items()}
+        return values
 
     def as_arguments(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
         """Return the function's arguments: ``tensors`` by input name, put into their trees."""
@@ -160,7 +169,7 @@ class DeclaredInputs:
         }
 
 
-def _as_tensor(name: str, value: Any) -> Any:
+def as_tensor(name: str, value: Any) -> Any:
     """Return a numpy array or scalar as a tensor over the same memory, and anything else as it is.
 
     Raises:
@@ -241,7 +250,7 @@ def examples(inputs: Sequence[Input], sizes: Mapping[str, int]) -> dict[str, tor
     values = {spec.name: torch.tensor(sizes[spec.size_of], dtype=spec.dtype) for spec in inputs if spec.size_of}
     for spec in inputs:
         if spec.example is not None:
-            value = _as_tensor(spec.name, spec.example(sizes))
+            value = as_tensor(spec.name, spec.example(sizes))
             if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (shape_at(spec, sizes), spec.dtype):
                 found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
                 raise InputError(

@@ -354,7 +354,7 @@ class GraphRunner:
         refuse_inside_recording(self._captures.fn)
         with self._turns:
             self._captures.context.check()
-            values = self._declared.flat_values(values)
+            values = self._declared.as_tensors(self._declared.flat_values(values))
             plan = self._planned(None, family, values)
             decision, key, bound = plan.decision, plan.decision.key, plan.bound
             if key is None or bound is None:
@@ -406,7 +406,7 @@ class GraphRunner:
             raise InputError(f"{key!r} is no key of this runner; take one of its keys, or that of decide(...)")
         with self._turns:
             self._captures.context.check()
-            return self._run_padded(key, self._declared.flat_values(values))
+            return self._run_padded(key, self._declared.as_tensors(self._declared.flat_values(values)))
 
     def _run_padded(self, key: GraphKey, values: Mapping[str, Any]) -> Any:
         """Run the function eagerly over the buffers of a graph."""
@@ -435,6 +435,7 @@ class GraphRunner:
 
     def _planned(self, signature: Hashable, family: str, values: dict[str, Any]) -> _Plan:
         """Decide what a call does, after a capture if it needs one."""
+        values = self._declared.as_tensors(values)
         variant = self._declared.variant(family, values)
         sizes = self._declared.sizes(self._declared.without_static(values), variant, self.backend.device)
         size = self._declared.axes.size_of(sizes)
@@ -472,7 +473,6 @@ class GraphRunner:
             self._declared.check_state_holds(sizes)
             return plan
         program, bound = self._captures.programs[decision.key], self._captures.bind(decision.key)
-        shapes = {name: value.shape for name, value in {**values, **true}.items() if name in self._declared.names}
         cuts: Sequence[tuple[slice, ...] | None] = [None] * len(program.outputs)
         if self._declared.output_axes is not None or any(sizes[axis] != bound.sizes[axis] for axis in sizes):
             outputs = self._captures.outputs_of(family, variant)
@@ -484,7 +484,7 @@ class GraphRunner:
             idle=not rows and not any(leaf.numel() for leaf in _cut(program.outputs, cuts)),
             program=program,
             bound=bound,
-            load=self._buffers.loader(bound, shapes),
+            load=self._buffers.loader(bound, {**self._declared.without_static(values), **true}),
             beyond=self._buffers.beyond(bound, sizes),
             cuts=cuts,
         )
@@ -507,11 +507,9 @@ class GraphRunner:
                 self.stats.replay_seconds += time.perf_counter() - start
         return _cut(plan.program.outputs, plan.cuts), plan.program.structure
 
-    def _run_unpadded(
-        self, plan: _Plan, values: Mapping[str, torch.Tensor], repeats: int
-    ) -> tuple[list[Any], Structure]:
+    def _run_unpadded(self, plan: _Plan, values: Mapping[str, Any], repeats: int) -> tuple[list[Any], Structure]:
         """Run the function eagerly at the true sizes, on copies of its inputs."""
-        device = self.backend.device
+        device, values = self.backend.device, self._declared.as_tensors(values)
         self._captures.set_host_arguments(plan.family, plan.sizes, values)
         inputs = self._buffers.bind_carried(plan.sizes)
         for spec in self._declared.inputs:
