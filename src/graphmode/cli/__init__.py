@@ -1,4 +1,4 @@
-"""The command line, one file a command: ``graphmode generate``, ``chat``, ``bench``, ``info`` and ``sweep``."""
+"""The command line, one file a command: `generate`, `serve`, `chat`, `bench`, `info` and `sweep`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from graphmode import __version__
-from graphmode.cli import bench, chat, generate, info, sweep
+from graphmode.cli import bench, chat, generate, info, serve, sweep
 from graphmode.cli.options import Command
 from graphmode.errors import GraphModeError
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate.generate, chat.chat, info.info, sweep.sweep):
+for command in (generate.generate, serve.serve, chat.chat, info.info, sweep.sweep):
     app.command(cls=Command)(command)
 app.add_typer(bench.app, name="bench")
 
