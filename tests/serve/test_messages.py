@@ -45,12 +45,12 @@ def as_received(request: Request) -> Request:
     return messages.submitted(message)
 
 
-@given(prompt=st.lists(TOKENS, min_size=1), params=PARAMS)
-def test_requests_arrive(prompt: list[int], params: SamplingParams) -> None:
-    received = as_received(Request(prompt, params))
+@given(prompt=st.lists(TOKENS, min_size=1), params=PARAMS, priority=st.integers(-5, 5))
+def test_requests_arrive(prompt: list[int], params: SamplingParams, priority: int) -> None:
+    received = as_received(Request(prompt, params, priority=priority))
     assert list(received.prompt_token_ids) == prompt
     assert received.params == params
-    assert (received.request_id, received.vision) == ("7", None)
+    assert (received.request_id, received.priority, received.vision) == ("7", priority, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

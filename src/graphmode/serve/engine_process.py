@@ -139,7 +139,7 @@ class EngineLoop:
         """Keep count of what runs, by what a step made."""
         if self._unbegun:
             for answer in answers:
-                if answer.request_id in self._unbegun:
+                if answer.request_id in self._unbegun and answer.token_ids:
                     self._unbegun.discard(answer.request_id)
                     self._prefix_queries += self._running[answer.request_id].prompt_tokens
                     self._prefix_hits += answer.num_cached_tokens
@@ -149,6 +149,7 @@ class EngineLoop:
                 running.answers -= 1
                 if running.answers == 0:
                     del self._running[answer.request_id]
+                    self._unbegun.discard(answer.request_id)
 
     def _fail(self, error: Exception) -> None:
         """End all requests, which a step that raised has ended; go on, unless the device does not answer any more.

@@ -83,6 +83,7 @@ class Submit(Struct, frozen=True, array_like=True, tag=True):
     request_id: str
     prompt: bytes
     params: SamplingParams
+    priority: int
     vision: Vision | None
 
 
@@ -268,7 +269,7 @@ def submission(request_id: str, request: Request) -> Submit:
     except (OverflowError, TypeError):
         raise InputError("the prompt holds a token id that is no integer below 2**31; give ids of the model") from None
     vision = None if request.vision is None else _as_vision(request.vision)
-    return Submit(request_id, prompt, request.params, vision)
+    return Submit(request_id, prompt, request.params, request.priority, vision)
 
 
 def submitted(message: Submit) -> Request:
@@ -279,6 +280,7 @@ def submitted(message: Submit) -> Request:
         message.params,
         vision=vision,
         request_id=message.request_id,
+        priority=message.priority,
     )
 
 
