@@ -7,18 +7,28 @@ if TYPE_CHECKING:
     from graphmode.engine.llm import LLM
     from graphmode.engine.outputs import CompletionOutput, RequestOutput
     from graphmode.engine.sampling_params import SamplingParams
+    from graphmode.engine.structured_outputs import StructuredOutputs
     from graphmode.models.bundled_model import bundled_model
 
     __version__: str
     """The version of the installed package."""
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "bundled_model"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "__version__",
+    "bundled_model",
+]
 
 _HOME = {
     "LLM": "graphmode.engine.llm",
     "CompletionOutput": "graphmode.engine.outputs",
     "RequestOutput": "graphmode.engine.outputs",
     "SamplingParams": "graphmode.engine.sampling_params",
+    "StructuredOutputs": "graphmode.engine.structured_outputs",
     "bundled_model": "graphmode.models.bundled_model",
 }
 

@@ -114,6 +114,12 @@ class Device:
         return choose
 
 
+class Grammar:
+    """What the scheduler sees of a grammar."""
+
+    ready = True
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         seqs=st.integers(1, 5),
@@ -155,28 +161,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         answer=st.integers(1, 30),
         ignore=st.booleans(),
         scored=st.sampled_from([None, None, 0]),
+        held=st.booleans(),
     )
-    def add(self, prompt: list[int], answer: int, ignore: bool, scored: int | None) -> None:
+    def add(self, prompt: list[int], answer: int, ignore: bool, scored: int | None, held: bool) -> None:
         params = SamplingParams(max_tokens=answer, ignore_eos=ignore, prompt_logprobs=scored)
         if len(prompt) >= self.limits.max_model_len:
             with pytest.raises(InputError, match=str(len(prompt))):
                 self.scheduler.check(len(prompt), answer)
         else:
             self.scheduler.check(len(prompt), answer)
-            self.queue([(prompt, params)])
+            self.queue([(prompt, params)], Grammar() if held else None)
 
     @rule(lengths=st.lists(st.integers(1, 12), max_size=6), answer=st.integers(1, 9))
     def add_several(self, lengths: list[int], answer: int) -> None:
         params = SamplingParams(max_tokens=answer)
         self.queue([([1] * min(length, self.limits.max_model_len - 1), params) for length in lengths])
 
-    def queue(self, asked: list[tuple[list[int], SamplingParams]]) -> None:
+    def queue(self, asked: list[tuple[list[int], SamplingParams]], grammar: Grammar | None = None) -> None:
         self.queued += len(asked)
 
         def made() -> Iterator[Sequence]:
             for prompt, params in asked:
                 assert not self.scheduler.waiting, "one is asked for while another waits"
-                self.sequences.append(Sequence(str(len(self.sequences)), prompt, params, 0))
+                self.sequences.append(Sequence(str(len(self.sequences)), prompt, params, 0, grammar=grammar))
                 yield self.sequences[-1]
 
         self.scheduler.add(made())
@@ -188,6 +195,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         if sequence.finish_reason is None:
             self.aborted.add(sequence.request_id)
         self.scheduler.drop(sequence)
+
+    @rule(which=st.integers(0, 1000))
+    def know_what_may_follow(self, which: int) -> None:
+        waiting = [each.grammar for each in self.sequences if each.grammar and not each.grammar.ready]
+        if waiting:
+            waiting[which % len(waiting)].ready = True
 
     @rule(choose=st.lists(st.sampled_from([1, 2, 2, 2, 2, EOS]), min_size=25, max_size=25))
     def step(self, choose: list[int]) -> None:
@@ -205,8 +218,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                     row.sequence.prompt_logprobs.append({})
             for sequence in self.sequences:
                 assert sequence.token_ids[lengths[sequence] :] == changed.get(sequence, [])
+                if sequence in changed and sequence.grammar is not None:
+                    sequence.grammar.ready = False
         elif batch is None:
-            assert not self.scheduler.has_work
+            held = [each for each in (*self.scheduler.running, *self.scheduler.waiting) if not each.may_draw]
+            assert held or not self.scheduler.has_work
 
     def check(self, batch: Batch) -> None:
         assert batch.scheduled
@@ -221,6 +237,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(1 <= state <= self.limits.max_num_seqs for state in states)
         for row in batch.scheduled:
             assert row.num_tokens >= 1
+            if row.samples and row.sequence.grammar is not None:
+                assert row.sequence.grammar.ready
+                assert row.steps == row.sequence.in_flight == 1
             assert all(row.start <= at < row.start + row.num_tokens for at in row.scored)
             end = row.start + row.num_tokens + row.steps - 1
             assert end == row.sequence.num_computed
@@ -255,6 +274,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(200 * (1 + self.queued)):
             if not self.scheduler.has_work and self.in_flight is None:
                 break
+            for sequence in self.sequences:
+                if sequence.grammar is not None:
+                    sequence.grammar.ready = True
             self.step([2] * 25)
         assert not self.scheduler.has_work
         assert len(self.sequences) == self.queued
@@ -270,7 +292,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 room = self.limits.max_model_len - len(sequence.prompt_token_ids)
                 assert len(answer) == min(sequence.params.max_tokens, room)
-            if not sequence.params.ignore_eos:
+            if not sequence.params.ignore_eos or sequence.grammar is not None:
                 assert EOS not in answer[:-1]
 
 
@@ -304,6 +326,35 @@ def test_sequences_made_when_there_is_room_run_in_the_steps_of_those_that_wait_f
         ]
 
     assert batches(one_by_one=True) == batches(one_by_one=False)
+
+
+def test_a_sequence_in_a_grammar_sits_a_step_out_and_the_others_keep_their_bursts() -> None:
+    scheduler = Scheduler(limits := Limits(4, 16, 100, decode_steps=4), manager(limits, 64))
+    free, held = (Sequence(name, [1], SamplingParams(max_tokens=40), 0) for name in ("free", "held"))
+    held.grammar = Grammar()  # type: ignore[assignment]
+    scheduler.add(iter([free, held]))
+
+    def steps(batch: Batch) -> dict[str, int]:
+        return {row.sequence.request_id: row.steps for row in batch.scheduled}
+
+    def made(batch: Batch) -> None:
+        scheduler.update(batch, [[1] * row.steps for row in batch.scheduled], frozenset())
+
+    made(scheduler.schedule())  # the prompts
+    first = scheduler.schedule()
+    assert steps(first) == {"free": 4, "held": 1}
+    second = scheduler.schedule()
+    assert steps(second) == {"free": 4}  # its token is in flight
+    made(first)
+    held.grammar.ready = False
+    third = scheduler.schedule()
+    assert steps(third) == {"free": 4}  # its token is known, and not what may follow
+    made(second)
+    held.grammar.ready = True
+    assert steps(scheduler.schedule()) == {"free": 4, "held": 1}
+    scheduler.drop(free)
+    made(third)
+    assert scheduler.schedule() is None
 
 
 def test_no_sequence_is_made_before_a_step_has_room_for_it() -> None:

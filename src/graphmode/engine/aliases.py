@@ -47,15 +47,35 @@ class Refusal:
 
 Names = Mapping[str, Alias | Refusal]
 
-_GUIDED = Refusal("answers cannot be held to a grammar or schema; allowed_token_ids and bad_words choose tokens")
+
+def _guided(name: str) -> Alias:
+    """Return the alias for one of vLLM's older names, which each say one way."""
+    return Alias(options=lambda value: {} if value is None else {"structured_outputs": {name: value}})
+
+
+def _response_format(value: Any) -> Mapping[str, Any]:
+    """Read OpenAI's response_format."""
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if value is None or kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"structured_outputs": {"json": True}}
+    described = value.get("json_schema") if kind == "json_schema" else None
+    if not isinstance(described, Mapping) or "schema" not in described:
+        allowed = "{'type': 'json_object'} or {'type': 'json_schema', 'json_schema': {'schema': ...}}"
+        raise unfit("response_format", value, allowed)
+    return {"structured_outputs": {"json": described["schema"]}}
+
+
 _BEAMS = Refusal("there is no beam search; n gives several sampled answers", harmless=(None, False, 1))
 
 SAMPLING: Names = {
     "max_new_tokens": Alias("max_tokens"),
     "max_completion_tokens": Alias("max_tokens"),
     "num_return_sequences": Alias("n"),
-    **dict.fromkeys(("structured_outputs", "guided_decoding", "guided_json", "guided_regex", "guided_choice"), _GUIDED),
-    **dict.fromkeys(("guided_grammar", "response_format"), _GUIDED),
+    "guided_decoding": Alias("structured_outputs"),
+    **{f"guided_{name}": _guided(name) for name in ("json", "regex", "choice", "grammar")},
+    "response_format": Alias(options=_response_format),
     "logits_processors": Refusal(
         "a graph cannot run Python code at each token; logit_bias, allowed_token_ids, bad_words and the penalties are "
         "computed inside the graph",
@@ -81,6 +101,19 @@ SAMPLING: Names = {
     "skip_clone": Refusal("parameters are never changed, so nothing is copied; leave it out", harmless=(None, False)),
 }
 
+
+_COMPILED_BY = Refusal("llguidance compiles all grammars, with spaces and line breaks as it has them; leave it out")
+
+STRUCTURED: Names = {
+    "json_object": Alias(options=lambda value: {"json": True} if flag("json_object", value) else {}),
+    "structural_tag": Refusal("an answer is held to one grammar from its beginning; say it as grammar"),
+    **dict.fromkeys(
+        ("disable_any_whitespace", "disable_additional_properties", "disable_fallback"),
+        replace(_COMPILED_BY, harmless=(None, False)),
+    ),
+    **dict.fromkeys(("whitespace_pattern", "backend"), _COMPILED_BY),
+}
+"""Of vLLM's StructuredOutputsParams."""
 
 _CUDA_GRAPH_MODES = ("NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
 
@@ -228,8 +261,8 @@ ENGINE: Names = {
         "compiled by Inductor",
     ),
     **dict.fromkeys(("task", "runner", "convert", "pooler_config"), _TEXT_ALONE),
-    "guided_decoding_backend": replace(_GUIDED, harmless=(None, "auto")),
-    "structured_outputs_config": _GUIDED,
+    "guided_decoding_backend": replace(_COMPILED_BY, harmless=(None, "auto", "guidance")),
+    "structured_outputs_config": replace(_COMPILED_BY, harmless=(None, {})),
     "logits_processors": SAMPLING["logits_processors"],
     "model_impl": Refusal("models are always transformers' own", harmless=(None, "auto", "transformers")),
     "tokenizer": _TOKENIZER,

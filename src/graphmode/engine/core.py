@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -23,6 +24,7 @@ from graphmode.engine.config import (
     resolve_buckets,
     resolve_limits,
 )
+from graphmode.engine.grammar import GrammarCompiler, GrammarState, GrammarWorkers
 from graphmode.engine.memory import cache_memory, check_buffers, fit_cache
 from graphmode.engine.outputs import FinishReason, NewTokens, TokenLogprobs
 from graphmode.engine.reading import read_files
@@ -66,11 +68,17 @@ class _Submitted:
     def __post_init__(self) -> None:
         self.unfinished = self.request.params.n
 
-    def begin(self) -> Iterator[Sequence]:
-        """Give the sequences that are to run, which are made when the first is asked for."""
+    def begin(self, follow: Callable[[Sequence], GrammarState] | None = None) -> Iterator[Sequence]:
+        """Give the sequences that are to run, which are made when the first is asked for.
+
+        Args:
+            follow: begins a sequence's grammar; None where they are free.
+        """
         self.make()
         for sequence in self.sequences:
             if sequence.finish_reason is None:  # it is not if the request was aborted meanwhile
+                if follow is not None:
+                    sequence.grammar = follow(sequence)
                 yield sequence
 
     def make(self) -> None:
@@ -133,11 +141,14 @@ class EngineCore:
             on_capture_failure=options.on_capture_failure,
             warmup_iterations=options.warmup_iterations,
         )
+        shape = self.loaded.shape
+        self._grammars = GrammarCompiler(self.loaded.files.tokenizer, shape.vocab_size, shape.eos_token_ids)
+        self._grammar_workers = GrammarWorkers()
         self._clock = _Clock()
         self._in_flight: StepInFlight | None = None
         self._numbers = count()
         self._active: dict[str, _Submitted] = {}
-        self._aborted: deque[tuple[_Submitted, int | None, FinishReason]] = deque()
+        self._aborted: deque[tuple[_Submitted, int | None, FinishReason, str | None]] = deque()
         self._lock = Lock()  # held to change which requests there are
         log.info(
             "graph mode %s on %s, %s, KV cache of %s blocks",
@@ -218,12 +229,17 @@ class EngineCore:
         )
 
     def check(self, request: Request) -> None:
-        """Check a request without queueing it.
+        """Check a request without queueing it. To try a grammar that is new takes up to a second.
 
         Raises:
             InputError: the prompt holds a token that the model does not have or does not fit the limits, or the model
-                cannot sample so.
+                cannot sample so, or the answers cannot be held to ``structured_outputs``.
         """
+        self._check(request)
+        if (structured := request.params.structured_outputs) is not None:
+            self._grammars.check(structured)
+
+    def _check(self, request: Request) -> None:
         if request.request_id is not None and not (isinstance(request.request_id, str) and request.request_id):
             raise checks.unfit("request_id", request.request_id, "a text that is not empty, or None")
         self.scheduler.check(len(request.prompt_token_ids), request.params.max_tokens)
@@ -235,6 +251,9 @@ class EngineCore:
     def submit(self, request: Request, taken: Collection[str] = ()) -> str:
         """Queue a request and return its name, by which outputs and :meth:`abort` know it. Any thread may call it.
 
+        A grammar is not tried: :meth:`check` must have let it pass, in this process or another. It is compiled by
+        another thread, and the request joins the queue when that is done.
+
         Args:
             request: what is asked.
             taken: names that it must not have, beside those of requests that have not ended.
@@ -242,7 +261,7 @@ class EngineCore:
         Raises:
             InputError: as for :meth:`check`, or its name is taken.
         """
-        self.check(request)
+        self._check(request)
         with self._lock:
             number = next(self._numbers)
             while request.request_id is None and (str(number) in self._active or str(number) in taken):
@@ -254,8 +273,29 @@ class EngineCore:
             if seed is None:
                 seed = derived_seed(self.options.seed, number)
             self._active[request_id] = submitted = _Submitted(request, request_id, seed)
-            self.scheduler.add(submitted.begin())
+            if request.params.structured_outputs is None:
+                self.scheduler.add(submitted.begin())
+        if request.params.structured_outputs is not None:
+            self._grammar_workers.run(partial(self._begin_in_grammar, submitted))
         return request_id
+
+    def _begin_in_grammar(self, submitted: _Submitted) -> None:
+        """Queue a request when its grammar is compiled, in a worker's thread."""
+        params, request_id = submitted.request.params, submitted.request_id
+        assert params.structured_outputs is not None
+        try:
+            grammar = self._grammars.compile(params.structured_outputs)
+        except InputError as error:
+            self._abort(submitted, None, "error", str(error))
+            return
+
+        def follow(sequence: Sequence) -> GrammarState:
+            fail = partial(self._abort, submitted, sequence.index, "error")
+            return GrammarState(grammar, sequence.params, self._grammar_workers, fail)
+
+        with self._lock:
+            if self._active.get(request_id) is submitted:  # otherwise it was aborted, or the engine started anew
+                self.scheduler.add(submitted.begin(follow))
 
     def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "abort") -> None:
         """Let a request, or one of its answers, end at the next :meth:`step`. Any thread may call it.
@@ -270,7 +310,10 @@ class EngineCore:
                 to a stop text.
         """
         if (request := self._active.get(request_id)) is not None:
-            self._aborted.append((request, index, reason))
+            self._abort(request, index, reason)
+
+    def _abort(self, request: _Submitted, index: int | None, reason: FinishReason, cause: str | None = None) -> None:
+        self._aborted.append((request, index, reason, cause))
 
     @property
     def has_requests(self) -> bool:
@@ -302,10 +345,12 @@ class EngineCore:
         news = self.end_aborted()
         with self._lock:
             unfinished = len(self._active)
+        jobs_done = self._grammar_workers.finished
         batch = self.scheduler.schedule()
         before, self._in_flight = self._in_flight, None if batch is None else self.runner.launch(batch)
         if before is None:
-            if batch is None and unfinished:
+            # Where all wait for their grammars, so does the engine; otherwise nothing is left that could go on.
+            if batch is None and unfinished and not self._grammar_workers.wait(jobs_done):
                 raise EngineError(f"{unfinished} requests have not ended, and the engine finds nothing to run for them")
             return news
         result = before.result()
@@ -316,6 +361,8 @@ class EngineCore:
             news.append(_new_tokens(sequence, token_ids, logprobs.get(sequence)))
             if sequence.finish_reason is not None:
                 self._note_end(sequence.request_id)
+            elif sequence.grammar is not None:
+                sequence.grammar.advance(token_ids)
         if batch is not None and batch.family == before.batch.family == "decode":
             self._clock.steps += before.batch.steps
             self._clock.seconds += time.perf_counter() - start
@@ -325,11 +372,13 @@ class EngineCore:
         """End what was aborted, as :meth:`step` does first, and return the last that there is of it."""
         news = []
         while self._aborted:
-            request, index, reason = self._aborted.popleft()
+            request, index, reason, cause = self._aborted.popleft()
+            if self._active.get(request.request_id) is not request:
+                continue
             request.make()
             for sequence in request.sequences if index is None else request.sequences[index : index + 1]:
                 if sequence.finish_reason is None:  # otherwise it has ended meanwhile
-                    sequence.finish_reason = reason
+                    sequence.finish_reason, sequence.stop_reason = reason, cause
                     self.scheduler.drop(sequence)
                     news.append(_new_tokens(sequence, [], None))
                     self._note_end(request.request_id)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from graphmode.engine.checks import is_integer
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 TokenLogprobs = dict[int, tuple[float, int]] | bytes
 """Log-probability and rank of a token and of the most likely ones in its place, by token id; or the logits of all,
 float32 in the host's byte order."""
@@ -31,7 +31,7 @@ class NewTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
             asked for.
         num_cached_tokens: tokens of the prompt whose keys and values were cached when it began.
         finish_reason: why it ended; None while it runs.
-        stop_reason: the token of ``stop_token_ids`` that ended it; None for any other end.
+        stop_reason: the token of ``stop_token_ids`` that ended it; the cause of an error; None for any other end.
     """
 
     request_id: str
@@ -41,7 +41,7 @@ class NewTokens(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
 
     def one_by_one(self) -> Iterator[NewTokens]:
         """Give the tokens one at a time; only the last says why the answer ended."""
@@ -130,10 +130,12 @@ class CompletionOutput:
         text: what the answer adds to the prompt's text; empty where the model has no tokenizer or none was asked for.
         token_ids: the generated tokens, with the token that ended them where there is one.
         finish_reason: ``stop`` (end of text, stop token or stop text), ``length`` (``max_tokens`` or the model's
-            limit) or ``abort`` (the request was aborted); None while it runs.
+            limit), ``abort`` (the request was aborted) or ``error`` (its grammar has become too complex to be
+            followed); None while it runs.
         logprobs: for each token, itself and the most likely ones by token id; None where they were not asked for.
         cumulative_logprob: the sum of the tokens' log-probabilities; None where they were not asked for.
-        stop_reason: the stop text, or the token of ``stop_token_ids``, that ended it; None for any other end.
+        stop_reason: the stop text, or the token of ``stop_token_ids``, that ended it; the cause of an error; None for
+            any other end.
     """
 
     index: int

@@ -30,10 +30,15 @@ class Restrictions:
 
     @property
     def bits(self) -> npt.NDArray[np.int32]:
-        """``forbidden`` as ``graphmode.ops.sampling.bans`` has it: a bit a token, int32 ``[ceil(vocab / 32)]``."""
-        padded = np.zeros(-(-len(self.forbidden) // 32) * 32, dtype=np.bool_)
-        padded[: len(self.forbidden)] = self.forbidden
-        return np.packbits(padded, bitorder="little").view("<i4")
+        """``forbidden``, packed."""
+        return packed(self.forbidden)
+
+
+def packed(tokens: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Return bool ``[vocab]`` as ``graphmode.ops.sampling.bans`` has it: a bit each, int32 ``[ceil(vocab / 32)]``."""
+    padded = np.zeros(-(-len(tokens) // 32) * 32, dtype=np.bool_)
+    padded[: len(tokens)] = tokens
+    return np.packbits(padded, bitorder="little").view("<i4")
 
 
 def restrictions(

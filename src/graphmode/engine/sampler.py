@@ -57,7 +57,7 @@ class SamplingLevel(IntEnum):
     FULL = 2
     """Penalties, bias, minimum of tokens, log-probabilities."""
     RESTRICTED = 3
-    """Allowed tokens and bad words."""
+    """Allowed tokens, bad words and structured outputs."""
     SCORED = 4
     """Log-probabilities of the prompt."""
     VOCABULARY = 5
@@ -117,10 +117,11 @@ class _Lists(NamedTuple):
 
 
 class _Bans(NamedTuple):
-    """The same for restrictions."""
+    """The same for restrictions, and how the masks of grammars get there."""
 
     tensors: Bans
     buffers: InputBuffers
+    masks: InputBuffers
 
 
 def level_of(scheduled: ScheduledSequence) -> SamplingLevel:
@@ -214,8 +215,11 @@ class Sampler:
                 )
 
     def _barred(self, params: SamplingParams) -> list[int]:
-        """Return the tokens that may not be drawn before there is the minimum of tokens."""
-        if params.min_tokens == 0:
+        """Return the tokens that may not be drawn before there is the minimum of tokens.
+
+        Of an answer in a grammar its masks say it: the grammar may come to its end before.
+        """
+        if params.min_tokens == 0 or params.structured_outputs is not None:
             return []
         stops = set(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         return sorted(token for token in stops if 0 <= token < self._vocab_size)
@@ -250,6 +254,20 @@ class Sampler:
             if self._bans is not None and params.restricts:
                 with torch.inference_mode():
                     self._admit_bans(self._bans, sequence)
+
+    def mask(self, batch: Batch) -> None:
+        """Bring what the sequences of a batch that follow grammars may not draw in its first step, as :meth:`admit`."""
+        followed = [(each.sequence, each.sequence.grammar) for each in batch.scheduled if each.samples]
+        rows = [(sequence.state_index, grammar.forbidden) for sequence, grammar in followed if grammar is not None]
+        if not rows:
+            return
+        assert self._bans is not None, "admit() allocates before a step of this level runs"
+        states, forbidden = zip(*rows, strict=True)
+        masks = self._bans.masks
+        bound = masks.bind({"rows": len(rows)})
+        with torch.inference_mode():
+            masks.load(bound, {"state_index": np.array(states), "forbidden": np.stack(forbidden)})
+            self._bans.tensors.forbidden.index_copy_(0, bound.views["state_index"], bound.views["forbidden"])
 
     def _allocate(self) -> None:
         """Make room for histories and lists, once."""
@@ -307,7 +325,15 @@ class Sampler:
             Input("state_index", torch.int64, (1,)),
             *(Input(name, torch.int32, (1, *tensor.shape[1:]), padding=-1) for name, tensor in bans._asdict().items()),
         ]
-        return _Bans(bans, InputBuffers(inputs, {}, self._backend))
+        masks = [
+            Input("state_index", torch.int64, ("rows",)),
+            Input("forbidden", torch.int32, ("rows", bans.forbidden.shape[1])),
+        ]
+        return _Bans(
+            bans,
+            InputBuffers(inputs, {}, self._backend),
+            InputBuffers(masks, {"rows": self._limits.max_num_seqs}, self._backend),
+        )
 
     def _admit_bans(self, bans: _Bans, sequence: TokenSequence) -> None:
         found = self._restrictions_of(sequence.params)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from graphmode.engine import aliases, checks
+from graphmode.engine.structured_outputs import StructuredOutputs, structured_outputs
 from graphmode.errors import InputError
 from graphmode.graph.memory import in_words
 
@@ -41,6 +42,10 @@ class SamplingParams:
         allowed_token_ids: the only tokens that are drawn; None allows all.
         bad_words: texts that no answer holds: of the tokens that make one, at the beginning of a text or after a space,
             the last is not drawn where the answer ends with the others.
+        structured_outputs: what each answer is held to, a
+            :class:`~graphmode.engine.structured_outputs.StructuredOutputs` or a dict of its names, such as
+            ``{"json": schema}``; None: nothing. The answer ends where that has come to its end, ``min_tokens`` and
+            ``ignore_eos`` notwithstanding; ``max_tokens`` and stop texts may end it before.
         max_tokens: most tokens to make, at least 1; None: as many as the model's limit leaves room for.
         min_tokens: tokens to make before the end-of-text token, ``stop_token_ids`` and ``stop`` count; the tokens
             are not drawn before.
@@ -74,6 +79,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: Collection[int] | None = None
     bad_words: str | Sequence[str] = ()
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
     seed: int | None = None
@@ -107,6 +113,12 @@ class SamplingParams:
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InputError("allowed_token_ids is empty, which allows nothing; give a token at least, or None")
         settle(checks.texts, "bad_words")
+        if self.structured_outputs is not None:
+            settle(structured_outputs, "structured_outputs")
+            if self.allowed_token_ids is not None or self.bad_words:
+                raise InputError(
+                    "allowed_token_ids and bad_words may leave no token that structured_outputs allow; give either"
+                )
         settle(checks.integer, "n", least=1)
         if self.n > MAX_COMPLETIONS:
             raise InputError(
@@ -145,7 +157,7 @@ class SamplingParams:
     @property
     def restricts(self) -> bool:
         """Whether tokens are forbidden."""
-        return self.allowed_token_ids is not None or bool(self.bad_words)
+        return self.allowed_token_ids is not None or bool(self.bad_words) or self.structured_outputs is not None
 
     @property
     def penalises(self) -> bool:

@@ -85,7 +85,7 @@ class Scheduler:
             if budget == 0 or sequence not in self.running or sequence.num_computed >= self._max_len(sequence) - 1:
                 continue
             tokens = _up_to(sequence, sequence.num_computed, min(sequence.num_pending, budget), scores)
-            if tokens == 0:
+            if tokens == 0 or (tokens == sequence.num_pending and not sequence.may_draw):
                 continue
             while not self.blocks.extend([(sequence, sequence.num_computed + tokens)]):
                 if (row := rows.pop(victim := self._preempt(), None)) is not None:
@@ -168,7 +168,8 @@ class Scheduler:
     def _append(self, sequence: Sequence, made: list[int], eos_token_ids: frozenset[int]) -> list[int]:
         """Append what a sequence made up to its end, saying why it ends there; return these tokens."""
         params = sequence.params
-        ends = frozenset() if params.ignore_eos else eos_token_ids
+        # What ends a text is drawn in a grammar only where it may, and nothing can follow it there.
+        ends = frozenset() if params.ignore_eos and sequence.grammar is None else eos_token_ids
         stops = ends.union(params.stop_token_ids)
         if not stops.isdisjoint(made):
             made = made[: 1 + next(at for at, token in enumerate(made) if token in stops)]
@@ -180,12 +181,18 @@ class Scheduler:
         return made
 
     def _repeat(self, rows: Collection[ScheduledSequence]) -> None:
-        """Let decode rows go on for several steps, where there are enough blocks; other rows keep one step."""
+        """Let decode rows go on for several steps, where there are enough blocks; other rows keep one step.
+
+        So do rows in a grammar, which cannot draw before the host knows what they drew last; the others go on.
+        """
         steps = self.limits.decode_steps
         if steps == 1 or not all(_repeats(row) for row in rows):
             return
         while steps > 1:
-            counts = [min(steps, self._max_len(row.sequence) - 1 - row.start) for row in rows]
+            counts = [
+                min(steps, self._max_len(row.sequence) - 1 - row.start) if row.sequence.grammar is None else 1
+                for row in rows
+            ]
             if self.blocks.extend([(row.sequence, row.start + n) for row, n in zip(rows, counts, strict=True)]):
                 for row, count in zip(rows, counts, strict=True):
                     row.steps = count
@@ -219,7 +226,8 @@ class Scheduler:
         self.blocks.begin(sequence, read_prefix=reads)
         cached = sequence.num_computed
         tokens = _up_to(sequence, cached, min(sequence.num_pending, budget), scores)
-        if tokens == 0 or not self.blocks.extend([(sequence, cached + tokens)]):
+        waits = tokens == sequence.num_pending and not sequence.may_draw  # it was preempted
+        if tokens == 0 or waits or not self.blocks.extend([(sequence, cached + tokens)]):
             self.blocks.release(sequence)
             return 0
         if sequence.num_cached < 0:

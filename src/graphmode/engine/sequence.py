@@ -9,6 +9,7 @@ from graphmode.engine.outputs import FinishReason, TokenLogprobs
 from graphmode.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # which loads transformers
+    from graphmode.engine.grammar import GrammarState
     from graphmode.engine.multimodal import VisionPrompt
 
 
@@ -35,7 +36,8 @@ class Sequence:
             given back stands 0, which is never read. Empty while it does not run.
         block_keys: digests of its tokens up to the end of each block, as far as they are computed.
         finish_reason: None while it runs.
-        stop_reason: the token of ``stop_token_ids`` that ended it; None for any other end.
+        stop_reason: the token of ``stop_token_ids`` that ended it; the cause of an error; None for any other end.
+        grammar: how far it has come in the grammar that it is held to; None where it is free.
     """
 
     request_id: str
@@ -54,7 +56,8 @@ class Sequence:
     block_tables: list[list[int]] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
+    grammar: GrammarState | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -68,6 +71,11 @@ class Sequence:
     def contents(self) -> list[tuple[int, int, bytes]]:
         """What tokens stand for beside themselves: ``(start, end, digest)`` of each image's."""
         return self.vision.contents if self.vision else []
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether a step may sample its next token: in a grammar, all before must be known, and what may follow."""
+        return self.grammar is None or (self.grammar.ready and not self.in_flight)
 
     @property
     def num_tokens(self) -> int:

@@ -199,6 +199,8 @@ class StepRunner:
         """Put one batch on the device and return without waiting for it."""
         level = max(level_of(each) for each in batch.scheduled)
         self.sampler.admit(batch, level)
+        if level >= SamplingLevel.RESTRICTED:
+            self.sampler.mask(batch)
         step, images = step_inputs(batch, self.tables), {}
         if self.vision is not None:
             step = self.vision.step_inputs(batch, step)

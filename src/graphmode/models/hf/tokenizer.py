@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -11,6 +13,16 @@ def decodes_as_its_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
     return isinstance(tokenizer, plain) and all(
         getattr(type(tokenizer), name) is getattr(plain, name) for name in ("decode", "_decode")
     )
+
+
+def backend_as_json(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the tokenizer of the tokenizers library behind a tokenizer, as JSON; None where there is none."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    backend = copy(tokenizer.backend_tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    return str(backend.to_str())
 
 
 def name_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -1,0 +1,323 @@
+"""Structured outputs at work: grammars are tried, compiled and followed, and say which tokens an answer may draw next.
+
+None of it is done by the thread that steps the engine. A grammar is compiled, and each mask computed, by worker threads
+(llguidance gives up the GIL meanwhile). An answer whose mask is not there yet sits the step out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property, lru_cache
+from pathlib import Path
+from threading import Condition, Lock
+from typing import Any
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from graphmode.engine import grammar_trial
+from graphmode.engine.restrictions import packed
+from graphmode.engine.sampling_params import SamplingParams
+from graphmode.engine.structured_outputs import StructuredOutputs, structured_outputs
+from graphmode.errors import InputError
+from graphmode.models.hf.tokenizer import backend_as_json
+
+_KNOWN = 256  # grammars of which it is remembered that they are fine
+_COMPILED = 64  # grammars that are kept compiled
+_WALL_SECONDS = 20.0  # of a trial, whose processor time is what is bounded, on a machine that is busy
+_START_SECONDS = 60.0
+_WORKERS = 8
+
+Mask = npt.NDArray[np.int32]
+"""A bit a token, int32 ``[ceil(vocab / 32)]``, as :class:`~graphmode.ops.Bans` has them."""
+
+
+class GrammarCompiler:
+    """Checks and compiles grammars for one model. Any thread may use it. It needs the tokenizer, and no weights.
+
+    Args:
+        tokenizer: the model's; None where it comes without one.
+        vocab_size: tokens that the model has, those without a text included.
+        eos_token_ids: tokens that end a text.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, eos_token_ids: Collection[int]
+    ) -> None:
+        self._model_tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = sorted(token for token in eos_token_ids if 0 <= token < vocab_size)
+        self._lock = Lock()
+        self._trial: _Trial | None = None
+        self._try = lru_cache(_KNOWN)(self._try_anew)
+        self._compiled = lru_cache(_COMPILED)(self._compile)
+
+    def check(self, given: StructuredOutputs | Mapping[str, Any]) -> None:
+        """Check that a grammar can be compiled: in a process of its own that may take a second, and be lost.
+
+        The first check starts that process; what was found to be fine is remembered.
+
+        Raises:
+            InputError: the model's tokenizer serves no grammars, or the grammar is malformed, too complex, or asks for
+                what is not supported.
+        """
+        structured = structured_outputs("structured_outputs", given)
+        if fault := self._try(structured):
+            raise InputError(f"structured_outputs.{structured.kind} {fault}")
+
+    def compile(self, given: StructuredOutputs | Mapping[str, Any]) -> Grammar:
+        """Compile a grammar that :meth:`check` has let pass, if it is not.
+
+        Raises:
+            InputError: it cannot be compiled.
+        """
+        return self._compiled(structured_outputs("structured_outputs", given))
+
+    def close(self) -> None:
+        """End the process that tries grammars. Another :meth:`check` starts another."""
+        with self._lock:
+            if self._trial is not None:
+                self._trial.close()
+            self._trial = None
+
+    def _try_anew(self, structured: StructuredOutputs) -> str:
+        """Return what is wrong with a grammar; empty where nothing is."""
+        _, options = self._tokenizer
+        with self._lock:
+            if self._trial is None:
+                self._trial = _Trial(options)
+            fault = self._trial.fault_of(*_source(structured))
+            if self._trial.ended:
+                self._trial = None
+        return fault
+
+    @cached_property
+    def _tokenizer(self) -> tuple[llguidance.LLTokenizer, dict[str, Any]]:
+        """llguidance's tokenizer, and what it is made of."""
+        tokenizer = self._model_tokenizer
+        if tokenizer is None:
+            raise InputError("structured_outputs need a tokenizer, and the model comes without one; leave them out")
+        if not self._eos_token_ids:
+            raise InputError(
+                "structured_outputs need a token that ends a text, and the model names none; set eos_token_id in its "
+                "config.json or generation_config.json"
+            )
+        source = backend_as_json(tokenizer)
+        size = max(self._vocab_size, 1 + max(tokenizer.get_vocab().values(), default=0))
+        options: dict[str, Any] = {"tokenizer": source, "n_vocab": size, "eos_token": self._eos_token_ids}
+        if source is not None:
+            with suppress(ValueError):
+                return llguidance.LLTokenizer(**options), options
+        raise InputError(
+            "structured_outputs need a tokenizer of the tokenizers library that tells the bytes of its tokens: "
+            "byte-level BPE, or SentencePiece with byte fallback; the model's "
+            f"({type(tokenizer).__name__}) does not. Leave them out"
+        )
+
+    @cached_property
+    def _real(self) -> npt.NDArray[np.bool_]:
+        """Which of the model's tokens the tokenizer has."""
+        assert self._model_tokenizer is not None
+        real = np.zeros(self._vocab_size, dtype=np.bool_)
+        ids = np.array(list(self._model_tokenizer.get_vocab().values()))
+        real[ids[ids < self._vocab_size]] = True
+        return real
+
+    def _compile(self, structured: StructuredOutputs) -> Grammar:
+        tokenizer, _ = self._tokenizer
+        try:
+            matcher = grammar_trial.compiled(*_source(structured), tokenizer)
+            first = grammar_trial.first_mask(matcher, -(-tokenizer.vocab_size // 32))
+        except ValueError as error:
+            raise InputError(f"structured_outputs.{structured.kind}: {grammar_trial.in_one_line(error)}") from None
+        return Grammar(matcher, first, packed(self._real), self._eos_token_ids)
+
+
+class Grammar:
+    """A compiled grammar.
+
+    Args:
+        matcher: at its beginning; answers follow copies of it.
+        first: the tokens that may come first.
+        real: the tokens that exist.
+        eos_token_ids: those that end a text.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, first: Mask, real: Mask, eos_token_ids: Sequence[int]) -> None:
+        self._matcher = matcher
+        self._first = first
+        self.real = real
+        self.eos_token_ids = eos_token_ids
+
+    def begin(self) -> tuple[llguidance.LLMatcher, Mask]:
+        """Return a matcher for an answer, and the tokens that may come first."""
+        return self._matcher.deep_copy(), self._first.copy()
+
+
+class GrammarWorkers:
+    """The threads that compile grammars and compute masks.
+
+    Attributes:
+        finished: how many jobs have come to their end.
+    """
+
+    def __init__(self) -> None:
+        self.finished = 0
+        self._running = 0
+        self._changed = Condition()
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1), thread_name_prefix="grammar")
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Let a thread run a job, which raises nothing."""
+        with self._changed:
+            self._running += 1
+        self._threads.submit(self._run, job)
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        finally:
+            with self._changed:
+                self._running -= 1
+                self.finished += 1
+                self._changed.notify_all()
+
+    def wait(self, finished: int) -> bool:
+        """Wait until a job has ended beside the first ``finished`` ones; return False where none runs."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.finished != finished or not self._running)
+            return self.finished != finished
+
+
+class GrammarState:
+    """How far an answer has come in its grammar, and what it may draw next.
+
+    A token that ends a text may be drawn where the grammar has come to an end. Before ``min_tokens``, and with
+    ``ignore_eos``, it may not, unless nothing else is left; the same holds for stop tokens before ``min_tokens``.
+
+    Args:
+        grammar: the grammar.
+        params: of the request.
+        workers: compute what may come next.
+        fail: called by a worker with the cause where the grammar cannot be followed.
+
+    Attributes:
+        ready: whether it is known what may be drawn next.
+        forbidden: what may not, once it is known.
+    """
+
+    def __init__(
+        self, grammar: Grammar, params: SamplingParams, workers: GrammarWorkers, fail: Callable[[str], None]
+    ) -> None:
+        self._grammar = grammar
+        self._params = params
+        self._workers = workers
+        self._fail = fail
+        self._drawn = 0
+        self._matcher, self._mask = grammar.begin()
+        self.forbidden = self._read()
+        self.ready = True
+
+    def advance(self, token_ids: list[int]) -> None:
+        """Go on by the tokens that the answer has drawn, in a worker's thread."""
+        self.ready = False
+        self._workers.run(lambda: self._advance(token_ids))
+
+    def _advance(self, token_ids: list[int]) -> None:
+        matcher, mask = self._matcher, self._mask
+        # An error is a state that the matcher does not leave.
+        matcher.consume_tokens(token_ids)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if matcher.is_error():
+            self._fail(f"the grammar cannot be followed: {grammar_trial.in_one_line(matcher.get_error())}")
+            return
+        self._drawn += len(token_ids)
+        self.forbidden = self._read()
+        self.ready = True
+
+    def _read(self) -> Mask:
+        """Return what may not be drawn."""
+        allowed = self._mask[: len(self._grammar.real)] & self._grammar.real
+        barred = list(self._grammar.eos_token_ids) if self._params.ignore_eos else []
+        if self._drawn < self._params.min_tokens:
+            barred += [*self._grammar.eos_token_ids, *self._params.stop_token_ids]
+        if barred:
+            left = allowed.copy()
+            for token in barred:
+                left.view(np.uint32)[token // 32] &= ~np.uint32(1 << token % 32)
+            allowed = left if left.any() else allowed
+        return ~allowed
+
+
+def _source(structured: StructuredOutputs) -> tuple[str, str]:
+    """Return what is compiled: its kind, and its text."""
+    if structured.choice is not None:
+        return "regex", "|".join(map(re.escape, structured.choice))
+    return structured.kind, str(getattr(structured, structured.kind))
+
+
+class _Trial:
+    """The process that tries grammars.
+
+    Args:
+        options: what it makes the tokenizer of.
+
+    Attributes:
+        ended: whether it is lost.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.ended = False
+        self._process = subprocess.Popen(
+            # Its folder holds modules whose names are those of Python's own: -P keeps it from sys.path.
+            [sys.executable, "-P", str(Path(grammar_trial.__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
+        self._answer_to(json.dumps(options), _START_SECONDS)
+
+    def fault_of(self, kind: str, text: str) -> str:
+        """Return what is wrong with a grammar; empty where nothing is."""
+        answer = None if self.ended else self._answer_to(json.dumps([kind, text]), _WALL_SECONDS)
+        if answer is not None:
+            cause = str(json.loads(answer))
+            return f"cannot be followed: {cause}. Leave it out or change it" if cause else ""
+        return (
+            f"is too complex: compiling it takes more than {grammar_trial.CPU_SECONDS:g} s, or nests too deep. Give a "
+            "simpler one, with fewer alternatives, repetitions and references"
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        self.ended = True
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer_to(self, line: str, seconds: float) -> str | None:
+        """Send a line and return the one that answers it; None where the process is lost."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+            if select.select([self._process.stdout], [], [], seconds)[0] and (
+                answer := self._process.stdout.readline()
+            ):
+                return answer
+        self.close()
+        return None
