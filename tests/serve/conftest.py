@@ -160,6 +160,8 @@ class ActorEngine:
         self.burst, self.moves, self.cached = 1, True, 0
         self.failure: Exception | None = None
         self.refusal: Exception | None = None
+        self.cannot_start: Exception | None = None
+        self.closed = False
         self.fails_after, self.longest = 0, MAX_MODEL_LEN
         self.answer = "Now is the winter of our discontent"
 
@@ -169,9 +171,15 @@ class ActorEngine:
 
     async def start(self) -> None: ...
 
-    async def close(self, drain_seconds: float) -> None: ...
+    async def close(self, drain_seconds: float) -> None:
+        self.closed, self.moves = True, False
+        self.failure = EngineDownError("the server is stopping")
 
-    async def wait_ready(self) -> None: ...
+    async def wait_ready(self) -> None:
+        if self.cannot_start is not None:
+            raise self.cannot_start
+        while self.state.phase != "ready":
+            await asyncio.sleep(0.005)
 
     def generate(self, request: Request, deadline_seconds: float | None = None) -> ActorStream:
         if self.refusal is not None:
@@ -231,6 +239,12 @@ def start(options: ServeOptions, keys: ApiKeys | None = None) -> Iterator[Served
         yield Served(url, engine, app, client, http)
     server.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture
+def actor() -> ActorEngine:
+    """An engine without a server."""
+    return ActorEngine(load_text(bundled_model(), EngineOptions()).tokenizer)
 
 
 @pytest.fixture(scope="package")

@@ -1,26 +1,33 @@
 """``graphmode serve`` as a process: what ends it at once, and how it starts, serves and ends."""
 
+import asyncio
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from typer.testing import CliRunner
 
 from graphmode.cli import app
-from graphmode.errors import InputError
+from graphmode.engine.config import EngineOptions
+from graphmode.engine.reading import load_text
+from graphmode.errors import EngineDownError, InputError
 from graphmode.models.bundled_model import bundled_model
+from graphmode.serve.app import create_app
 from graphmode.serve.options import ServeOptions
+from graphmode.serve.run import listen, serve
 
-from .conftest import wait_for
+from .conftest import ActorEngine, wait_for
 
 SMALL = ["--device", "cpu", "--graph-sizes", "1,8", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"]
 
@@ -79,21 +86,6 @@ def test_a_key_on_the_command_line_is_not_repeated() -> None:
         ServeOptions(api_key="sk-secret")  # type: ignore[call-arg]
 
 
-def test_a_model_that_cannot_start_ends_the_server_with_its_cause(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(bundled_model(), model)
-    weights = next(model.glob("*.safetensors"))
-    os.truncate(weights, weights.stat().st_size // 2)
-    with running(str(model)) as server:
-        assert server.wait(60) == 1
-        assert server.stdout is not None
-        assert server.stderr is not None
-        assert server.stdout.read() == ""
-        last = server.stderr.read().strip().splitlines()[-1]
-        assert last.startswith("error: ")
-        assert weights.name in last
-
-
 @contextmanager
 def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "graphmode", "serve", *arguments, *SMALL, "--port", "0"]
@@ -139,19 +131,100 @@ def test_it_serves_drains_and_ends(tmp_path: Path) -> None:
         assert "POST /v1/completions 200 prompt_tokens=" in logged
 
 
-def test_a_second_signal_ends_it_at_once() -> None:
-    with running("--drain-seconds", "1000") as server:
-        assert server.stdout is not None
-        url = server.stdout.readline().split()[3].removesuffix(",")
-        body = {"prompt": "ROMEO.\n", "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 8}
-        with (
-            httpx.Client(base_url=url, timeout=60) as client,
-            client.stream("POST", "/v1/completions", json=body) as stream,
-        ):
+class Serving:
+    """``serve`` in this thread, with an actor as its engine; another thread plays its clients and the terminal.
+
+    Args:
+        actor: the engine.
+        drain_seconds: as of the options.
+    """
+
+    def __init__(self, actor: ActorEngine, drain_seconds: float) -> None:
+        self.engine = actor
+        self.options = ServeOptions(served_model_name=["bard"], drain_seconds=drain_seconds)
+        self.listener = listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def run(self, play: Callable[[], Any]) -> Any:
+        """Serve until the play has ended it, and return what the play has found."""
+
+        def make_app() -> FastAPI:
+            return create_app(self.engine, load_text(bundled_model(), EngineOptions()), self.options)
+
+        with ThreadPoolExecutor(1) as pool, asyncio.Runner() as runner:
+            playing = pool.submit(play)
+            try:
+                runner.run(serve(self.engine, make_app, self.listener, self.options, 0.0))  # type: ignore[arg-type]
+            finally:
+                self.found = playing.result(10)
+        return self.found
+
+    def status(self) -> int:
+        """The status of /ready; 0 where nothing listens."""
+        try:
+            return httpx.get(f"{self.url}/ready").status_code
+        except httpx.TransportError:
+            return 0
+
+
+def test_a_second_signal_ends_it_at_once(capsys: pytest.CaptureFixture[str], actor: ActorEngine) -> None:
+    serving = Serving(actor, drain_seconds=1000)
+
+    def play() -> str:
+        wait_for(lambda: serving.status() == 200)
+        body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{serving.url}/v1/completions", json=body, timeout=10) as stream:
             lines = stream.iter_lines()
             next(lines)
-            server.send_signal(signal.SIGINT)
-            wait_for(lambda: httpx.get(f"{url}/ready").status_code == 503)
-            server.send_signal(signal.SIGINT)
-            assert server.wait(20) == 1
-            assert "[DONE]" not in "".join(lines)
+            actor.moves = False
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_for(lambda: serving.status() == 503)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return "".join(lines)
+
+    with pytest.raises(SystemExit) as ended:
+        serving.run(play)
+    assert ended.value.code == 1
+    assert "the server is stopping" in serving.found
+    assert "[DONE]" not in serving.found
+    assert re.fullmatch(r"serving bard at http://127.0.0.1:\d+, ready after [\d.]+ s\n", capsys.readouterr().out)
+
+
+def test_what_does_not_end_in_time_is_cut(actor: ActorEngine) -> None:
+    serving = Serving(actor, drain_seconds=0.2)
+
+    def play() -> httpx.Response:
+        wait_for(lambda: serving.status() == 200)
+        actor.moves = False
+        wait_for_request = ThreadPoolExecutor(1).submit(
+            httpx.post, f"{serving.url}/v1/completions", json={"prompt": "a"}, timeout=10
+        )
+        wait_for(lambda: actor.requests)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return wait_for_request.result()
+
+    response = serving.run(play)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
+
+
+def test_an_engine_that_cannot_start_ends_the_server_with_its_cause(
+    capsys: pytest.CaptureFixture[str], actor: ActorEngine
+) -> None:
+    actor.cannot_start = EngineDownError("the weights are not those of config.json")
+    serving = Serving(actor, drain_seconds=1000)
+    with pytest.raises(EngineDownError, match="the weights"):
+        serving.run(lambda: None)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_signal_before_it_is_ready_ends_it(capsys: pytest.CaptureFixture[str], actor: ActorEngine) -> None:
+    actor.state.phase = "starting"
+    serving = Serving(actor, drain_seconds=1000)
+
+    def play() -> None:
+        wait_for(lambda: serving.status() == 503)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    serving.run(play)
+    assert actor.closed
+    assert capsys.readouterr().out == ""

@@ -11,18 +11,20 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import typer
 import uvicorn
+from fastapi import FastAPI
 
 from graphmode.engine.config import EngineOptions
 from graphmode.engine.reading import load_text
 from graphmode.errors import InputError
 from graphmode.models.bundled_model import bundled_model
+from graphmode.models.checkpoint import find_checkpoint
 from graphmode.serve.app import create_app
 from graphmode.serve.client import EngineClient, QueueLimits
 from graphmode.serve.limits import http_protocol
@@ -61,7 +63,10 @@ def run_server(model: str | Path | None, engine_options: EngineOptions, options:
                 KEY_VARIABLE,
             )
         name = bundled_model() if model is None else model
-        text = load_text(name, engine_options)
+        # A model that is not there is told before another process begins to load it; one of a hub is fetched once.
+        find_checkpoint(
+            name, load_format=engine_options.load_format, trust_remote_code=engine_options.trust_remote_code
+        )
         if not options.served_model_name:
             served = Path(name).name if Path(name).exists() else str(name)
             options = replace(options, served_model_name=(served,))
@@ -72,19 +77,12 @@ def run_server(model: str | Path | None, engine_options: EngineOptions, options:
             restart=options.restart,
             stall_seconds=options.stall_seconds,
         )
-        app = create_app(engine, text, options, keys)
-        config = uvicorn.Config(
-            app,
-            http=http_protocol(options.slow_client_seconds),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=2,
-        )
-        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-            runner.run(_serve(config, listener, app.state.service, start))
+
+        def make_app() -> FastAPI:
+            return create_app(engine, load_text(name, engine_options), options, keys)
+
+        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+            runner.run(serve(engine, make_app, listener, options, start))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -110,7 +108,20 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which leaves signals to us."""
+    """uvicorn's server as it is used here. It leaves signals to us."""
+
+    def __init__(self, app: FastAPI, options: ServeOptions) -> None:
+        config = uvicorn.Config(
+            app,
+            http=http_protocol(options.slow_client_seconds),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        )
+        super().__init__(config)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -118,8 +129,25 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(config: uvicorn.Config, listener: socket.socket, service: Service, start: float) -> None:
-    """Serve until a signal comes, or the engine turns out not to start."""
+async def serve(
+    engine: EngineClient,
+    make_app: Callable[[], FastAPI],
+    listener: socket.socket,
+    options: ServeOptions,
+    start: float,
+) -> None:
+    """Serve until a signal comes.
+
+    Args:
+        engine: what is started, and closed at the end.
+        make_app: makes the application, beside the start of the engine: both take seconds.
+        listener: where it listens.
+        options: the server's.
+        start: when the server was started, as of ``time.perf_counter``.
+
+    Raises:
+        ModelError: as of :func:`run_server`; so are the others.
+    """
     stop, hurry = asyncio.Event(), asyncio.Event()
 
     def stopped() -> None:
@@ -128,13 +156,20 @@ async def _serve(config: uvicorn.Config, listener: socket.socket, service: Servi
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped)
-    server = _Server(config)
-    await service.engine.start()
-    serving = asyncio.create_task(server.serve([listener]))
-    stopping = asyncio.create_task(stop.wait())
-    starting = asyncio.create_task(service.engine.wait_ready())
-    hurrying = asyncio.create_task(hurry.wait())
+    stopping, hurrying = asyncio.create_task(stop.wait()), asyncio.create_task(hurry.wait())
+    starting = asyncio.create_task(engine.wait_ready())
+    server: _Server | None = None
+    serving: asyncio.Task[None] | None = None
+    await engine.start()
     try:
+        making = asyncio.create_task(asyncio.to_thread(make_app))
+        await asyncio.wait({making, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            return
+        app = making.result()
+        service: Service = app.state.service
+        server = _Server(app, options)
+        serving = asyncio.create_task(server.serve([listener]))
         await asyncio.wait({serving, stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
@@ -143,15 +178,18 @@ async def _serve(config: uvicorn.Config, listener: socket.socket, service: Servi
             gc.freeze()
             _say_ready(service, listener, time.perf_counter() - start)
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        draining = asyncio.create_task(service.drain(service.options.drain_seconds))
+        draining = asyncio.create_task(service.drain(options.drain_seconds))
         await asyncio.wait({serving, draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
         draining.cancel()
     finally:
-        await service.engine.close(0)
-        server.should_exit = True
-        await serving
+        await engine.close(0)
+        if server is not None and serving is not None:
+            server.should_exit = True
+            await serving
         for task in (stopping, starting, hurrying):
             task.cancel()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
     if hurry.is_set():
         sys.exit(1)
 
