@@ -364,6 +364,8 @@ class EngineClient:
             # Where the engine never was ready, it will not be the next time either.
             wait = None if self.info is None else self._restarts.next_wait(loop.time())
             if wait is None:
+                if self.state.restarts and self._restarts.most:
+                    cause += f". It is not started again: that was tried {self.state.restarts} times"
                 log.error("the engine is down for good: %s", cause)
                 self._change(replace(self.state, phase="dead", cause=cause))
                 return

@@ -207,7 +207,7 @@ class _Pulse(Thread):
     def __init__(self, outbox: zmq.Socket[bytes], parent: int, main_thread: int) -> None:
         super().__init__(name="sign of life", daemon=True)
         self.loop: EngineLoop | None = None
-        self.computes_on_host = False
+        self.computes_on_host = True  # while it starts, wherever it computes then
         self._outbox = outbox
         self._parent = parent
         self._main_thread = main_thread
@@ -346,6 +346,7 @@ def _serve(folder: Path, parent: int, load: Load) -> None:
         outbox.send(messages.encode(messages.Ready(_info(core))))
         loop.run()
     finally:
+        gc.unfreeze()  # what is frozen is not freed at exit, which bindings of libraries report as leaks
         pulse.end()
         context.destroy(linger=1000)
 
