@@ -1,6 +1,7 @@
 """What is sent from one process to the other arrives as it was."""
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -23,20 +24,27 @@ LOGPROBS = st.none() | st.lists(
     st.dictionaries(TOKENS, st.tuples(FLOATS, st.integers(1, 10**6))) | st.binary(max_size=20),
     max_size=3,
 )
+RESTRICTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "allowed_token_ids": st.lists(TOKENS, min_size=1, max_size=3),
+        "bad_words": st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=2),
+    },
+) | st.sampled_from([{"regex": "[0-9]+"}, {"choice": ["a", "b"]}, {"json": {"type": "object"}}]).map(
+    lambda held: {"structured_outputs": held}
+)
 PARAMS = st.fixed_dictionaries(
     {},
     optional={
         "temperature": st.floats(0, 2),
         "logit_bias": st.dictionaries(TOKENS, st.floats(-100, 100), max_size=3),
-        "allowed_token_ids": st.lists(TOKENS, min_size=1, max_size=3),
-        "bad_words": st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=2),
         "max_tokens": st.none() | st.integers(1, 100),
         "stop": st.text(st.characters(codec="utf-8"), min_size=1) | st.lists(st.just("end"), max_size=2),
         "seed": st.none() | st.integers(-(2**63), 2**63 - 1),
         "n": st.integers(1, 4),
         "logprobs": st.none() | st.integers(-1, 20),
     },
-).map(lambda given: SamplingParams(**given))
+)
 
 
 def as_received(request: Request) -> Request:
@@ -45,11 +53,14 @@ def as_received(request: Request) -> Request:
     return messages.submitted(message)
 
 
-@given(prompt=st.lists(TOKENS, min_size=1), params=PARAMS, priority=st.integers(-5, 5))
-def test_requests_arrive(prompt: list[int], params: SamplingParams, priority: int) -> None:
-    received = as_received(Request(prompt, params, priority=priority))
+@given(prompt=st.lists(TOKENS, min_size=1), params=PARAMS, restrictions=RESTRICTIONS, priority=st.integers(-5, 5))
+def test_requests_arrive(
+    prompt: list[int], params: dict[str, Any], restrictions: dict[str, Any], priority: int
+) -> None:
+    sent = SamplingParams(**params, **restrictions)
+    received = as_received(Request(prompt, sent, priority=priority))
     assert list(received.prompt_token_ids) == prompt
-    assert received.params == params
+    assert received.params == sent
     assert (received.request_id, received.priority, received.vision) == ("7", priority, None)
 
 

@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
 import torch
 from msgspec import Struct
 from msgspec.msgpack import Decoder, Encoder
@@ -78,11 +77,11 @@ class Vision(Struct, frozen=True, array_like=True):
 
 
 class Submit(Struct, frozen=True, array_like=True, tag=True):
-    """To the engine: run a request. ``prompt`` is an int32 array."""
+    """To the engine: run a request. ``prompt`` is an int32 array, ``params`` what was chosen, by name."""
 
     request_id: str
     prompt: bytes
-    params: SamplingParams
+    params: dict[str, Any]
     priority: int
     vision: Vision | None
 
@@ -241,21 +240,24 @@ def start_message(model: str | Path, options: EngineOptions, log_level: int) -> 
     Raises:
         InputError: an option that is an object of this process.
     """
-    given: dict[str, Any] = {}
-    for each in fields(options):
-        value = getattr(options, each.name)
-        if value == each.default:
-            continue
+    given = _chosen(options)
+    for name, value in given.items():
         if isinstance(value, (Path, torch.device)):
-            value = str(value)
+            given[name] = str(value)
+            continue
         try:
-            msgspec.msgpack.encode(value)
+            _encoder.encode(value)
         except TypeError:
             raise InputError(
-                f"{each.name} is {value!r}, an object of this process; the engine runs in another. Give a plain value"
+                f"{name} is {value!r}, an object of this process; the engine runs in another. Give a plain value"
             ) from None
-        given[each.name] = value
     return Start(str(model), given, log_level)
+
+
+def _chosen(options: EngineOptions | SamplingParams) -> dict[str, Any]:
+    """Return the options that are not what they are by default, by name."""
+    values = {each.name: (getattr(options, each.name), each.default) for each in fields(options)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def submission(request_id: str, request: Request) -> Submit:
@@ -269,7 +271,7 @@ def submission(request_id: str, request: Request) -> Submit:
     except (OverflowError, TypeError):
         raise InputError("the prompt holds a token id that is no integer below 2**31; give ids of the model") from None
     vision = None if request.vision is None else _as_vision(request.vision)
-    return Submit(request_id, prompt, request.params, request.priority, vision)
+    return Submit(request_id, prompt, _chosen(request.params), request.priority, vision)
 
 
 def submitted(message: Submit) -> Request:
@@ -277,7 +279,7 @@ def submitted(message: Submit) -> Request:
     vision = None if message.vision is None else _as_vision_prompt(message.vision)
     return Request(
         array("i", message.prompt),
-        message.params,
+        SamplingParams(**message.params),
         vision=vision,
         request_id=message.request_id,
         priority=message.priority,
