@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -125,6 +125,8 @@ def _kind(hint: Any) -> Kind | None:
     """Return how values of a type are written; None where they cannot be."""
     parts = _parts(hint)
     for part in parts:
+        if is_dataclass(part):
+            return Kind.VALUE
         origin = get_origin(part)
         if isinstance(origin, type) and issubclass(origin, Mapping):
             return Kind.VALUE

@@ -79,7 +79,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: Collection[int] | None = None
     bad_words: str | Sequence[str] = ()
-    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
     seed: int | None = None
