@@ -124,3 +124,39 @@ def test_captures_are_reported_as_they_are_done(tiny: Path) -> None:
     core = EngineCore(tiny, options, on_capture=lambda done, total: seen.append((done, total)))
     total = core.stats.graphs
     assert seen == [(done, total) for done in range(total + 1)]
+
+
+def test_what_runs_and_waits_is_counted(tiny: Path) -> None:
+    block = 2 * 2 * 16 * 2 * 16 * 4
+    options = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "graph_sizes": [1, 2, 32], "kv_cache_memory": 9 * block}
+    core = EngineCore(tiny, EngineOptions(device="cpu", **options))
+    assert (core.stats.running, core.stats.waiting, core.stats.blocks_used) == (0, 0, [0])
+    core.submit(Request([7] * 20, SamplingParams(temperature=0, max_tokens=4, n=3)))
+    core.step()
+    stats = core.stats
+    assert (stats.running, stats.waiting, stats.blocks_used, stats.blocks_total) == (2, 1, [3], [9])
+    while core.has_requests:
+        core.step()
+    core.step()
+    stats = core.stats
+    assert (stats.running, stats.waiting, stats.blocks_used) == (0, 0, [0])
+    assert (stats.prefix_queries, stats.prefix_hits) == (60, 16), "the third finds a block of the first two"
+    assert sum(stats.queue_seconds) == 1
+    assert sum(steps for sizes in stats.buckets.values() for steps in sizes.values()) == stats.replays == stats.steps
+    assert set(stats.buckets["decode"]) <= {1, 2}
+    padded = sum(size * steps for sizes in stats.buckets.values() for size, steps in sizes.items())
+    assert padded == stats.rows + stats.padded_rows
+    assert stats.decode_steps > 0
+    assert msgspec.json.decode(msgspec.json.encode(stats.as_dict()))["waiting"] == 0
+
+
+def test_priorities_decide_who_runs_first(llm: LLM) -> None:
+    core = llm.engine.core
+    names = [
+        core.submit(Request(PROMPT, SamplingParams(temperature=0, max_tokens=3, n=4), priority=priority))
+        for priority in (1, 1, 0, -1)
+    ]
+    ended: dict[str, None] = {}
+    while core.has_requests:
+        ended |= dict.fromkeys(new.request_id for new in core.step() if new.finish_reason is not None)
+    assert list(ended) == [names[3], names[2], names[0], names[1]]

@@ -163,7 +163,7 @@ def test_outputs_that_somebody_else_took_are_an_error_and_no_loop(llm: LLM) -> N
 
 def test_requests_that_the_scheduler_does_not_have_are_an_error_and_no_loop(llm: LLM) -> None:
     llm.engine.submit(Request(PROMPTS[0], PARAMS[0]))
-    llm.engine.core.scheduler._sources.clear()
+    llm.engine.core.scheduler._arrived.clear()
     with pytest.raises(EngineError, match="1 requests have not ended"):
         llm.engine.step()
 

@@ -174,7 +174,7 @@ def test_steps_start_before_the_last_request_is_queued_and_give_what_all_queued_
         engine.submit(Request(prompt["prompt_token_ids"], each))
     for request in engine.core._active.values():
         engine.core.scheduler.waiting.update(dict.fromkeys(request.begin()))
-    engine.core.scheduler._sources.clear()
+    engine.core.scheduler._arrived.clear()
     queued = {}
     while engine.has_requests:
         queued |= {output.request_id: output.outputs for output in engine.step()}

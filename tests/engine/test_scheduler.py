@@ -154,6 +154,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sequences: list[Sequence] = []
         self.aborted: set[str] = set()
         self.queued = 0
+        self.place: dict[Sequence, tuple[int, int]] = {}  # priority and order of submission
         self.in_flight: tuple[Batch, list[list[int]]] | None = None
 
     @rule(
@@ -161,32 +162,40 @@ class SchedulerMachine(RuleBasedStateMachine):
         answer=st.integers(1, 30),
         ignore=st.booleans(),
         scored=st.sampled_from([None, None, 0]),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
         held=st.booleans(),
     )
-    def add(self, prompt: list[int], answer: int, ignore: bool, scored: int | None, held: bool) -> None:
+    def add(self, prompt: list[int], answer: int, ignore: bool, scored: int | None, priority: int, held: bool) -> None:
         params = SamplingParams(max_tokens=answer, ignore_eos=ignore, prompt_logprobs=scored)
         if len(prompt) >= self.limits.max_model_len:
             with pytest.raises(InputError, match=str(len(prompt))):
                 self.scheduler.check(len(prompt), answer)
         else:
             self.scheduler.check(len(prompt), answer)
-            self.queue([(prompt, params)], Grammar() if held else None)
+            self.queue([(prompt, params)], priority, Grammar() if held else None)
 
-    @rule(lengths=st.lists(st.integers(1, 12), max_size=6), answer=st.integers(1, 9))
-    def add_several(self, lengths: list[int], answer: int) -> None:
+    @rule(
+        lengths=st.lists(st.integers(1, 12), max_size=6), answer=st.integers(1, 9), priority=st.sampled_from([0, 0, 2])
+    )
+    def add_several(self, lengths: list[int], answer: int, priority: int) -> None:
         params = SamplingParams(max_tokens=answer)
-        self.queue([([1] * min(length, self.limits.max_model_len - 1), params) for length in lengths])
+        self.queue([([1] * min(length, self.limits.max_model_len - 1), params) for length in lengths], priority)
 
-    def queue(self, asked: list[tuple[list[int], SamplingParams]], grammar: Grammar | None = None) -> None:
-        self.queued += len(asked)
+    def queue(
+        self, asked: list[tuple[list[int], SamplingParams]], priority: int, grammar: Grammar | None = None
+    ) -> None:
+        number, self.queued = self.queued, self.queued + len(asked)
 
         def made() -> Iterator[Sequence]:
-            for prompt, params in asked:
-                assert not self.scheduler.waiting, "one is asked for while another waits"
-                self.sequences.append(Sequence(str(len(self.sequences)), prompt, params, 0, grammar=grammar))
-                yield self.sequences[-1]
+            for at, (prompt, params) in enumerate(asked):
+                before = [self.place[each] for each in self.scheduler.waiting]
+                assert all(place > (priority, number) for place in before), "one is asked for while one before it waits"
+                name = str(len(self.sequences))
+                self.sequences.append(sequence := Sequence(name, prompt, params, 0, grammar=grammar))
+                self.place[sequence] = (priority, number + at)
+                yield sequence
 
-        self.scheduler.add(made())
+        self.scheduler.add(made(), priority)
 
     @precondition(lambda self: self.sequences)
     @rule(which=st.integers(0, 1000))
@@ -204,7 +213,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(choose=st.lists(st.sampled_from([1, 2, 2, 2, 2, EOS]), min_size=25, max_size=25))
     def step(self, choose: list[int]) -> None:
+        running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
         batch = self.scheduler.schedule()
+        self.check_order(running, waiting, () if batch is None else batch.admitted)
         before, self.in_flight = self.in_flight, None
         if batch is not None:
             self.check(batch)
@@ -223,6 +234,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         elif batch is None:
             held = [each for each in (*self.scheduler.running, *self.scheduler.waiting) if not each.may_draw]
             assert held or not self.scheduler.has_work
+
+    def check_order(self, running: list[Sequence], waiting: list[Sequence], admitted: tuple[Sequence, ...]) -> None:
+        """The first by priority and submission run: they are admitted before all that wait, and preempted after."""
+        place = self.place.__getitem__
+        for queue in (self.scheduler.running, self.scheduler.waiting):
+            assert list(map(place, queue)) == sorted(map(place, queue))
+        preempted = [sequence for sequence in running if sequence in self.scheduler.waiting]
+        kept = [sequence for sequence in running if sequence in self.scheduler.running]
+        assert not running or running[0] in kept, "the first is never preempted"
+        assert all(place(one) < place(other) for one in kept for other in preempted)
+        assert not (preempted and admitted)
+        passed_over = [sequence for sequence in waiting if sequence in self.scheduler.waiting]
+        assert all(place(one) < place(other) for one in admitted for other in passed_over)
 
     def check(self, batch: Batch) -> None:
         assert batch.scheduled
@@ -376,9 +400,9 @@ def test_no_sequence_is_made_before_a_step_has_room_for_it() -> None:
     assert not scheduler.has_work
 
 
-def run_to_end(scheduler: Scheduler, device: Device) -> list[Batch]:
+def run_to_end(scheduler: Scheduler, device: Device, in_flight: Batch | None = None) -> list[Batch]:
     batches: list[Batch] = []
-    before: tuple[Batch, list[list[int]]] | None = None
+    before = None if in_flight is None else (in_flight, device.run(in_flight, [1] * 25))
     while scheduler.has_work or before is not None:
         batch = scheduler.schedule()
         late, before = before, None
@@ -419,6 +443,23 @@ def test_a_prompt_that_begins_as_an_earlier_one_computes_only_the_rest() -> None
     batches = run_to_end(scheduler, device)
     assert again.num_cached == longer.num_cached == 20
     assert batches[0].num_tokens == 2 + 7
+
+
+def test_a_lower_priority_number_runs_first_and_is_preempted_last() -> None:
+    scheduler = Scheduler(limits := Limits(2, 32, 32), manager(limits, 9))
+    params = SamplingParams(max_tokens=20)
+    low, first, second, urgent = (Sequence(name, [n + 1] * 8, params, 0) for n, name in enumerate("abcd"))
+    scheduler.add(iter([low]), 5)
+    run = scheduler.schedule()
+    assert run is not None
+    for sequence, priority in ((first, 0), (second, 0), (urgent, -3)):
+        scheduler.add(iter([sequence]), priority)
+    batches = [run, *run_to_end(scheduler, Device([group()]), run)]
+    admitted = [sequence for batch in batches for sequence in batch.admitted]
+    assert list(dict.fromkeys(admitted)) == [low, urgent, first, second]
+    assert scheduler.preemptions > 0
+    assert [admitted.count(sequence) > 1 for sequence in (low, urgent)] == [True, False]
+    assert all(len(sequence.output_token_ids) == 20 for sequence in (low, first, second, urgent))
 
 
 def test_memory_that_runs_out_preempts_the_last_admitted_and_all_still_end() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -36,6 +36,7 @@ from graphmode.engine.types import Batch, Limits
 from graphmode.engine.worker import StepInFlight, StepResult, StepRunner
 from graphmode.errors import EngineError, InputError
 from graphmode.graph import RunnerStats, get_backend
+from graphmode.graph.axes import volume
 from graphmode.graph.memory import free_memory
 from graphmode.layers.attention import PORTABLE_ATTENTION
 from graphmode.layers.attention_npu import NPU_ATTENTION
@@ -55,6 +56,7 @@ class _Submitted:
         request: what was asked.
         request_id: its name.
         seed: of the first answer's random numbers; those of the others follow from it.
+        since: when it was submitted, as ``time.perf_counter`` has it; None once an answer has begun to run.
         sequences: of its answers, once the first of them may run; none before.
         unfinished: how many of them have not ended.
     """
@@ -62,6 +64,7 @@ class _Submitted:
     request: Request
     request_id: str
     seed: int
+    since: float | None = field(default_factory=time.perf_counter)
     sequences: list[Sequence] = field(default_factory=list)
     unfinished: int = field(init=False)
 
@@ -274,7 +277,7 @@ class EngineCore:
                 seed = derived_seed(self.options.seed, number)
             self._active[request_id] = submitted = _Submitted(request, request_id, seed)
             if request.params.structured_outputs is None:
-                self.scheduler.add(submitted.begin())
+                self.scheduler.add(submitted.begin(), request.priority)
         if request.params.structured_outputs is not None:
             self._grammar_workers.run(partial(self._begin_in_grammar, submitted))
         return request_id
@@ -295,7 +298,7 @@ class EngineCore:
 
         with self._lock:
             if self._active.get(request_id) is submitted:  # otherwise it was aborted, or the engine started anew
-                self.scheduler.add(submitted.begin(follow))
+                self.scheduler.add(submitted.begin(follow), submitted.request.priority)
 
     def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "abort") -> None:
         """Let a request, or one of its answers, end at the next :meth:`step`. Any thread may call it.
@@ -348,6 +351,8 @@ class EngineCore:
         jobs_done = self._grammar_workers.finished
         batch = self.scheduler.schedule()
         before, self._in_flight = self._in_flight, None if batch is None else self.runner.launch(batch)
+        if batch is not None:
+            self._note_admitted(batch.admitted, start)
         if before is None:
             # Where all wait for their grammars, so does the engine; otherwise nothing is left that could go on.
             if batch is None and unfinished and not self._grammar_workers.wait(jobs_done):
@@ -384,6 +389,14 @@ class EngineCore:
                     self._note_end(request.request_id)
         return news
 
+    def _note_admitted(self, sequences: Iterable[Sequence], now: float) -> None:
+        """Note how long requests have waited whose first answer begins to run."""
+        for sequence in sequences:
+            request = self._active[sequence.request_id]
+            if request.since is not None:
+                self._clock.note_queued(now - request.since)
+                request.since = None
+
     def _note_end(self, request_id: str) -> None:
         """Note that an answer has ended, and forget the request if it was the last one."""
         request = self._active[request_id]
@@ -393,40 +406,60 @@ class EngineCore:
 
     def start_anew(self) -> None:
         """Forget all requests and what the cache holds: a step that was broken off may have left any half done."""
-        preemptions = self.scheduler.preemptions
+        old = self.scheduler
         with self._lock:
             self._active.clear()
             self._aborted.clear()
             self._in_flight = None
             self.scheduler = self._make_scheduler()
-            self.scheduler.preemptions = preemptions
+            self.scheduler.preemptions = old.preemptions
+            self.scheduler.prefix_queries, self.scheduler.prefix_hits = old.prefix_queries, old.prefix_hits
 
     @property
     def stats(self) -> EngineStats:
-        """What the steps did since the start or the last :meth:`reset_stats`."""
-        graphs, clock = self.runner.graphs.stats, self._clock
+        """What runs now, and what the steps did since the start or the last :meth:`reset_stats`. Any thread may ask."""
+        graphs, clock, scheduler = self.runner.graphs.stats, self._clock, self.scheduler
         vision = self.runner.vision.graphs.stats if self.runner.vision else RunnerStats()
+        running = len(scheduler.running)
+        unfinished = sum(request.unfinished for request in list(self._active.values()))
+        buckets: dict[str, dict[int, int]] = {}
+        for (family, size), replays in graphs.buckets.copy().items():
+            buckets.setdefault(family, {})[volume(size)] = replays
         return EngineStats(
+            running=running,
+            waiting=max(0, unfinished - running),
+            blocks_used=[pool.num_blocks - pool.num_free for pool in scheduler.blocks.pools],
+            blocks_total=[pool.num_blocks for pool in scheduler.blocks.pools],
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
             steps=graphs.steps,
             replays=graphs.replays,
             eager_steps=graphs.eager_steps,
             hit_rate=graphs.hit_rate,
-            misses={str(reason): count for reason, count in graphs.misses.items()},
+            misses={str(reason): count for reason, count in graphs.misses.copy().items()},
+            rows=graphs.rows,
+            padded_rows=graphs.padded_rows,
             padding_ratio=graphs.padding_ratio,
+            buckets=buckets,
             graphs=graphs.graphs + vision.graphs,
+            captures=graphs.captures + vision.captures,
             capture_seconds=graphs.capture_seconds + vision.capture_seconds,
             graph_bytes=graphs.graph_bytes + vision.graph_bytes,
             capture_peak_bytes=max(graphs.capture_peak_bytes, vision.capture_peak_bytes),
             capture_failures=graphs.capture_failures + vision.capture_failures,
+            decode_steps=clock.steps,
+            decode_seconds=clock.seconds,
             decode_ms_per_step=1e3 * clock.seconds / clock.steps if clock.steps else None,
+            queue_seconds=list(clock.queued),
+            queue_seconds_sum=clock.queued_seconds,
             generated_tokens=clock.tokens,
-            preemptions=self.scheduler.preemptions,
+            preemptions=scheduler.preemptions,
             vision_runs=vision.steps,
-            vision_misses={str(reason): count for reason, count in vision.misses.items()},
+            vision_misses={str(reason): count for reason, count in vision.misses.copy().items()},
         )
 
     def reset_stats(self) -> None:
-        """Forget the steps so far; keep what is known of the graphs."""
+        """Forget the steps so far; keep what is known of the graphs, of the cache and of what runs."""
         self.runner.graphs.stats.reset_steps()
         if self.runner.vision:
             self.runner.vision.graphs.stats.reset_steps()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator
+from heapq import heappop, heappush
+from itertools import count, takewhile
 
 from graphmode.cache.block_manager import BlockManager
 from graphmode.engine.sequence import Sequence
@@ -16,17 +18,24 @@ from graphmode.errors import InputError
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill, prefix caching and preemption.
+    """Continuous batching with chunked prefill, prefix caching, priorities and preemption.
 
-    Running sequences come first, one token each where they decode; what is left of the token budget goes to prompts, in
-    the order of submission, the last one cut to a chunk. Blocks are taken as tokens need them. When none are left, the
-    sequence that was admitted last gives up its own and is computed again later; the one admitted first never does, so
-    every sequence ends. A step scores as many prompt tokens as it may hold sequences, so prompts that are scored are
-    cut to that.
+    Sequences are in order of priority, and of submission where that is the same. Running ones come first, one token
+    each where they decode; what is left of the token budget goes to prompts, in order, the last one cut to a chunk.
+    Blocks are taken as tokens need them. When none are left, the last in order of those that run gives up its own and
+    is computed again later; the first never does, so every sequence ends. A step scores as many prompt tokens as it may
+    hold sequences, so prompts that are scored are cut to that.
 
     Args:
         limits: what a step may hold.
         blocks: gives sequences the blocks of the cache.
+
+    Attributes:
+        waiting: the sequences that wait and are made already, in order.
+        running: those that run, in order.
+        preemptions: times that a sequence gave up its blocks.
+        prefix_queries: tokens of the prompts that were looked up in the cache, each when it first ran.
+        prefix_hits: those of them that were found there.
     """
 
     def __init__(self, limits: Limits, blocks: BlockManager) -> None:
@@ -34,14 +43,16 @@ class Scheduler:
         self.blocks = blocks
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: dict[Sequence, None] = {}
-        self._sources: deque[Iterator[Sequence]] = deque()
-        self.preemptions = 0
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self._arrived: deque[tuple[int, int, Iterator[tuple[int, Sequence]]]] = deque()
+        self._sources: list[tuple[int, int, Iterator[tuple[int, Sequence]]]] = []  # a heap
+        self._numbers = count()
         self._free_state_indices = list(range(limits.max_num_seqs, 0, -1))
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence is not finished, or may still come."""
-        return bool(self.waiting or self.running or self._sources)
+        return bool(self.waiting or self.running or self._sources or self._arrived)
 
     def check(self, prompt_tokens: int, max_tokens: int | None) -> None:
         """Check that a sequence could run.
@@ -64,15 +75,16 @@ class Scheduler:
                 f"has {there}. Give a smaller max_tokens, or raise kv_cache_memory"
             )
 
-    def add(self, sequences: Iterator[Sequence]) -> None:
-        """Queue sequences, each asked for when a step has room for it and none waits. Any thread may call it.
+    def add(self, sequences: Iterator[Sequence], priority: int = 0) -> None:
+        """Queue sequences, each asked for when a step has room for it and none before it waits. Any thread may call it.
 
         So the first step starts before the last sequence is made, and holds what it would if all had been there.
 
         Args:
             sequences: makes them; each fits (:meth:`check`). What it raises, :meth:`schedule` raises.
+            priority: lower ones run first.
         """
-        self._sources.append(sequences)
+        self._arrived.append((priority, next(self._numbers), enumerate(sequences)))
 
     def schedule(self) -> Batch | None:
         """Choose the next step, admitting waiting sequences; None where there is nothing to compute now."""
@@ -102,7 +114,7 @@ class Scheduler:
             if not (tokens := self._admit(first, budget, scores)):
                 break
             del self.waiting[first]
-            self.running[first] = None
+            _insert(self.running, first)
             admitted.append(first)
             rows[first] = row = _row(first, tokens)
             budget -= tokens
@@ -200,22 +212,27 @@ class Scheduler:
             steps //= 2
 
     def _preempt(self) -> Sequence:
-        """Take the blocks of the sequence that was admitted last, which waits to be computed again; return it."""
+        """Take the blocks of the last running sequence, which waits to be computed again; return it."""
         victim, _ = self.running.popitem()
         self._release(victim)
-        self.waiting[victim] = None
-        self.waiting.move_to_end(victim, last=False)
+        _insert(self.waiting, victim)
         self.preemptions += 1
         return victim
 
     def _next_waiting(self) -> Sequence | None:
-        """Return the sequence that is to be admitted next, asking for one where none waits; None where none comes."""
-        while not self.waiting and self._sources:
-            if (sequence := next(self._sources[0], None)) is None:
-                self._sources.popleft()
+        """Return the sequence that is to be admitted next, asking for it if it is not made; None where none comes."""
+        while self._arrived:
+            heappush(self._sources, self._arrived.popleft())
+        first = next(iter(self.waiting), None)
+        while self._sources and (first is None or self._sources[0][:2] < first.order[:2]):
+            priority, number, sequences = self._sources[0]
+            if (following := next(sequences, None)) is None:
+                heappop(self._sources)
             else:
-                self.waiting[sequence] = None
-        return next(iter(self.waiting), None)
+                at, first = following
+                first.order = (priority, number, at)
+                _insert(self.waiting, first)
+        return first
 
     def _admit(self, sequence: Sequence, budget: int, scores: int) -> int:
         """Give a waiting sequence the blocks of its first step and return its tokens; 0 where there is no room."""
@@ -232,8 +249,18 @@ class Scheduler:
             return 0
         if sequence.num_cached < 0:
             sequence.num_cached = cached
+            self.prefix_queries += len(sequence.prompt_token_ids)
+            self.prefix_hits += cached
         sequence.state_index = self._free_state_indices.pop()
         return tokens
+
+
+def _insert(queue: dict[Sequence, None], sequence: Sequence) -> None:
+    """Put a sequence where its order says: most often last."""
+    later = list(takewhile(lambda each: each.order > sequence.order, reversed(queue)))
+    queue[sequence] = None
+    for each in reversed(later):
+        queue[each] = queue.pop(each)
 
 
 def _up_to(sequence: Sequence, start: int, tokens: int, scores: int) -> int:

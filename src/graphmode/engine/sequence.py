@@ -35,6 +35,7 @@ class Sequence:
         block_tables: of each cache group its blocks, by their place in the sequence; where one behind a window was
             given back stands 0, which is never read. Empty while it does not run.
         block_keys: digests of its tokens up to the end of each block, as far as they are computed.
+        order: its priority, the number of its request and its own in that: what is less runs first.
         finish_reason: None while it runs.
         stop_reason: the token of ``stop_token_ids`` that ended it; the cause of an error; None for any other end.
         grammar: how far it has come in the grammar that it is held to; None where it is free.
@@ -55,6 +56,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     block_tables: list[list[int]] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
+    order: tuple[int, int, int] = (0, 0, 0)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     grammar: GrammarState | None = None

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from graphmode import __version__
+from graphmode.engine.stats import QUEUE_BOUNDS
 from graphmode.graph import Reason
 from graphmode.serve.client import EngineState
 from graphmode.serve.histograms import Buckets, Histogram
@@ -49,7 +50,6 @@ _REQUEST = (
 )
 _LENGTH = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 _ANSWERS = (1, 2, 5, 10, 20)
-QUEUE_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """What Prometheus' text format is called."""
