@@ -179,10 +179,9 @@ def test_recurrent_layers_stay_one_operator_on_cuda(kind: type[nn.RNNBase]) -> N
             return func(*args, **(kwargs or {}))
 
     module = kind(WIDTH, 6, batch_first=True).cuda()
-    guard = Guard(
-        torch.device("cuda"), lambda func, args, kwargs: func(*args, **kwargs), lambda func, args, kwargs: None
-    )
-    with torch.inference_mode(), Seen(), guard.installed():
+    guard = Guard(torch.device("cuda"))
+    installed = guard.installed(lambda func, args, kwargs: func(*args, **kwargs), lambda func, args, kwargs: None)
+    with torch.inference_mode(), Seen(), installed:
         module(torch.randn(BATCH, TIME, WIDTH, device="cuda"))
     assert seen.count("aten::_cudnn_rnn") == 1
     assert len(seen) < 10

@@ -132,16 +132,13 @@ class Captures:
             CaptureError: one failed and the runner is strict.
         """
         self.context.check()
-        gc.collect()
-        gc.freeze()
+        if not self._backend.capabilities.host_memory:
+            gc.collect()  # what is garbage to Python may hold memory of the device
         tried = []
-        try:
-            for key in keys:
-                if key not in self.failed:
-                    tried.append(key)
-                    self.capture(key)
-        finally:
-            gc.unfreeze()
+        for key in keys:
+            if key not in self.failed:
+                tried.append(key)
+                self.capture(key)
         for family, variant in dict.fromkeys((key.family, key.variant) for key in tried if key in self.programs):
             outputs = self.outputs_of(family, variant)
             if isinstance(outputs, str):
@@ -194,7 +191,7 @@ class Captures:
                 self._fail(key, _reason(error), str(error))
         else:
             self.programs[key] = program
-            self._addresses.watch(program.guard.reads, [*bound.views.values(), *self._pool.slabs])
+            self._addresses.watch(program.reads, [*bound.views.values(), *self._pool.slabs])
             self._replays_since_check = CHECK_EVERY  # so that its first replay is preceded by a check
             self.context.note_capture()
             self.stats.captures += 1

@@ -191,8 +191,6 @@ class Guard:
 
     Args:
         device: where the work is captured.
-        run: runs an operator that was checked, given with its arguments.
-        note_outside: is told of operators that run unchecked, while the guard is suspended.
         generators: the random generators that warm-up used; None during warm-up.
 
     Attributes:
@@ -202,15 +200,7 @@ class Guard:
         reads: the memory from outside of the function that operators read or write.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        run: Callable[[Any, Sequence[Any], dict[str, Any]], Any],
-        note_outside: Callable[[Any, Sequence[Any], dict[str, Any]], None],
-        generators: Sequence[torch.Generator] | None = None,
-    ) -> None:
-        self.run = run
-        self.note_outside = note_outside
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator] | None = None) -> None:
         self.operator: str | None = None
         self.generators: list[torch.Generator] = []
         self._states = None if generators is None else [(known, known.get_state()) for known in generators]
@@ -220,9 +210,18 @@ class Guard:
         self._produced: set[int] = set()
 
     @contextmanager
-    def installed(self) -> Iterator[Guard]:
-        """Check every operator that runs inside."""
-        with refused(lambda: self.active), _DispatchGuard(self):
+    def installed(
+        self,
+        run: Callable[[Any, Sequence[Any], dict[str, Any]], Any],
+        note_outside: Callable[[Any, Sequence[Any], dict[str, Any]], None],
+    ) -> Iterator[Guard]:
+        """Check every operator that runs inside.
+
+        Args:
+            run: runs an operator that was checked, given with its arguments.
+            note_outside: is told of operators that run unchecked, while the guard is suspended.
+        """
+        with refused(lambda: self.active), _DispatchGuard(self, run, note_outside):
             yield self
 
     @contextmanager
@@ -273,9 +272,16 @@ class Guard:
 
 
 class _DispatchGuard(TorchDispatchMode):
-    def __init__(self, guard: Guard) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        run: Callable[[Any, Sequence[Any], dict[str, Any]], Any],
+        note_outside: Callable[[Any, Sequence[Any], dict[str, Any]], None],
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._guard = guard
+        self._run = run
+        self._note_outside = note_outside
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -283,7 +289,7 @@ class _DispatchGuard(TorchDispatchMode):
         kwargs = kwargs or {}
         guard = self._guard
         if not guard.active:
-            guard.note_outside(func, args, kwargs)
+            self._note_outside(func, args, kwargs)
             return func(*args, **kwargs)
         if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
             return NotImplemented  # a wrapper subclass: the operators on its parts come here
@@ -298,7 +304,7 @@ class _DispatchGuard(TorchDispatchMode):
         guard.note_arguments(func, args, kwargs)
         written = [(tensor, tensor.shape) for tensor in written_by(func, args, kwargs)]
         with guard.suspended():  # a kernel may read what it likes: it runs again at each replay
-            results = guard.run(func, args, kwargs)
+            results = self._run(func, args, kwargs)
         if reason := _unusual_layout(tensors_in(results)) or (_resized(func, written) if written else None):
             raise UnsupportedOpError(f"{func.name()} cannot be captured: {reason}; {REMEDY}", operator=func.name())
         guard.note_results(results)

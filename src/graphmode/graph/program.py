@@ -6,7 +6,7 @@ import gc
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphmode.errors import CaptureError, CaptureMemoryError, GraphModeError, UnsupportedOpError
+from graphmode.graph.addresses import OutsideMemory
 from graphmode.graph.backends.base import Backend, Graph, MemoryTaken, Recording
 from graphmode.graph.breaks import Breaks
 from graphmode.graph.escapes import (
@@ -91,14 +92,14 @@ class Program:
         steps: graphs and the calls between them, in order.
         outputs: the function's results, flat; every replay writes the same memory.
         structure: how the results nest.
-        guard: knows the memory that the graphs read from outside.
+        reads: the memory that the graphs read from outside.
         breaks: how often the graph breaks by itself, by the operator that it breaks around.
     """
 
     steps: Sequence[Graph | OutsideCall]
     outputs: list[torch.Tensor]
     structure: Structure
-    guard: Guard
+    reads: OutsideMemory
     breaks: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -117,8 +118,11 @@ class _WarmUp:
 
     def __init__(self, backend: Backend, breaks: Breaks | None, inputs: Sequence[torch.Tensor]) -> None:
         self.memory = MemoryNotes(inputs)
-        self.guard = Guard(backend.device, self.run_operator, self.note_outside)
+        self.guard = Guard(backend.device)
         self._breaks = breaks
+
+    def installed(self) -> AbstractContextManager[Guard]:
+        return self.guard.installed(self.run_operator, self.note_outside)
 
     def run_operator(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self.memory.forget_freed()
@@ -167,7 +171,7 @@ class _Recorder:
         self.backend = backend
         self.recording = recording
         self.pool = pool
-        self.guard = Guard(backend.device, self.run_operator, self.note_outside, generators)
+        self.guard = Guard(backend.device, generators)
         self.memory = MemoryNotes(inputs)
         self.steps: list[Graph | OutsideCall] = []
         self.outputs: list[torch.Tensor] = []
@@ -188,6 +192,9 @@ class _Recorder:
         self._host_values: set[int] = set()
 
     # Operators.
+
+    def installed(self) -> AbstractContextManager[Guard]:
+        return self.guard.installed(self.run_operator, self.note_outside)
 
     def run_operator(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self.memory.forget_freed()
@@ -475,7 +482,7 @@ def record(
         warm_up = _WarmUp(backend, pool.breaks if recording.breaks_inside_operators else None, inputs)
         recorder: _Recorder | None = None
         try:
-            with _errors_located(warm_up.guard), _set(_warm_up, warm_up), warm_up.guard.installed():
+            with _errors_located(warm_up.guard), _set(_warm_up, warm_up), warm_up.installed():
                 for _ in range(warmup_iterations):
                     fn(**kwargs)
             backend.synchronize()
@@ -511,14 +518,14 @@ def record(
             raise
     pool.captured = True
     pool.breaks.tell(recorder.broken, recorder.reasons)
-    return Program(recorder.steps, recorder.outputs, structure, recorder.guard, recorder.broken)
+    return Program(recorder.steps, recorder.outputs, structure, recorder.guard.reads, recorder.broken)
 
 
 def _capture(fn: Callable[..., Any], kwargs: dict[str, Any], recorder: _Recorder) -> Structure:
     """Record one run of the function; return the structure of its results."""
     recording, guard = recorder.recording, recorder.guard
     # The guard leaves last, after whatever the device put on top of it to capture.
-    with _errors_located(guard), _set(_recorder, recorder), guard.installed():
+    with _errors_located(guard), _set(_recorder, recorder), recorder.installed():
         try:
             recorder.begin()
             outputs, structure = flatten(fn(**kwargs))
