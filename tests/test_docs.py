@@ -142,7 +142,8 @@ def test_a_command_within_a_sentence_is_one_that_is_understood(page: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, "docs/design.md", "docs/performance.md", "docs/notes/README.md", "CONTRIBUTING.md"]
+    "page",
+    [*PAGES, "docs/design.md", "docs/performance.md", "docs/serving.md", "docs/notes/README.md", "CONTRIBUTING.md"],
 )
 def test_a_link_leads_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)):

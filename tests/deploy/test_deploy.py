@@ -49,6 +49,11 @@ def test_each_alert_fires_on_its_series_and_on_no_other() -> None:
     assert outcomes == {alert["alert"]: {False, True} for alert in ALERTS}
 
 
+def test_the_documentation_lists_every_alert() -> None:
+    page = (DEPLOY.parent / "docs/serving.md").read_text()
+    assert re.findall(r"^\| `(Graphmode\w+)` \|", page, re.MULTILINE) == [alert["alert"] for alert in ALERTS]
+
+
 def names(expression: str) -> set[str]:
     return set(re.findall(r"\b(?:vllm:|graphmode_)\w+", expression))
 

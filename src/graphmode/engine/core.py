@@ -441,6 +441,7 @@ class EngineCore:
             padded_rows=graphs.padded_rows,
             padding_ratio=graphs.padding_ratio,
             buckets=buckets,
+            replay_seconds=graphs.replay_seconds,
             graphs=graphs.graphs + vision.graphs,
             captures=graphs.captures + vision.captures,
             capture_seconds=graphs.capture_seconds + vision.capture_seconds,

@@ -32,6 +32,8 @@ class EngineStats:
         padded_rows: padding tokens of the replayed steps.
         padding_ratio: share of the replayed rows that were padding.
         buckets: by family, how many steps replayed the graph of each number of tokens.
+        replay_seconds: time that the host spent in replays: on a CPU what the steps took, on an accelerator what their
+            launches did.
         graphs: graphs held.
         captures: sizes captured, each of which may have several graphs.
         capture_seconds: time spent in capture.
@@ -65,6 +67,7 @@ class EngineStats:
     padded_rows: int
     padding_ratio: float
     buckets: dict[str, dict[int, int]]
+    replay_seconds: float
     graphs: int
     captures: int
     capture_seconds: float

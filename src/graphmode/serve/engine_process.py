@@ -180,7 +180,11 @@ class EngineLoop:
         running = len(core.scheduler.running)
         stats = core.stats.as_dict()
         stats["capture_failures"] = [
-            {"graph": str(failure.key), "reason": str(failure.reason), "message": failure.message}
+            {
+                "graph": f"{failure.key.family} {failure.key.size}",
+                "reason": str(failure.reason),
+                "message": failure.message,
+            }
             for failure in core.stats.capture_failures
         ]
         return EngineSnapshot(

@@ -51,8 +51,9 @@ function phase(name, text) {
 function showEngine({ engine, now, model, totals }) {
   const { phase: name, cause, captured, to_capture: all, restarts } = engine;
   const again = restarts ? `, started again ${restarts === 1 ? "once" : `${restarts} times`}` : "";
+  const why = cause ? `: ${cause}` : "";
   const texts = {
-    starting: all ? `Capturing graphs: ${captured} of ${all}${again}` : `Loading the model${again}`,
+    starting: all ? `Capturing graphs: ${captured} of ${all}${again}${why}` : `Loading the model${again}${why}`,
     ready: `${now.graphs ?? all} graphs held${totals.capture_seconds ? `, captured in ${totals.capture_seconds.toFixed(1)} s` : ""}${again}`,
     stopping: "No new requests are taken; those that run end.",
     stalled: cause ?? "Requests run and no step ends.",
@@ -79,7 +80,7 @@ function showTiles({ now, window, model, totals }) {
   $("kv-meter").value = now.kv ?? 0;
   const hits = window.hit_rate ?? null;
   set("tile-hits", hits === null ? "–" : hits === 1 ? "100" : Math.min(99.9, 100 * hits).toFixed(1));
-  set("tile-hits-more", window.padding === null || window.padding === undefined ? "no steps in a minute" : `${percent(window.padding, 1)} % of rows padding`);
+  set("tile-hits-more", typeof window.padding === "number" ? `${percent(window.padding, 1)} % of rows padding` : window.steps ? "nothing is replayed" : "no steps in a minute");
 }
 
 function showGraphs({ window, model }) {

@@ -165,13 +165,13 @@ export class GraphColumns {
     for (const [family, columns] of shown) {
       const every = Math.ceil(30 / pitch);
       columns.forEach((each, number) => {
-        const high = (floor - 18) * (each.share / most), kind = each.eager ? " eager" : "";
+        const high = (floor - 18) * (each.share / most), kind = each.eager && each.share ? " eager" : "";
         const group = element("g");
         group.append(element("title", {}, `${family} ${each.size}: ${each.eager ? "" : `${each.steps} steps, `}${(100 * each.share).toFixed(1)} % of the last minute`));
         group.append(element("rect", { x, y: floor - 2, width: bar, height: 2, rx: 1, class: `column-base${kind}` }));
         if (each.share > 0) {
           group.append(element("rect", { x, y: floor - Math.max(high, 2), width: bar, height: Math.max(high, 2), rx: Math.min(3, bar / 2), class: `column-bar${each.lit ? " lit" : ""}${kind}` }));
-          if (pitch > 26 || each.share === most) group.append(element("text", { x: x + bar / 2, y: floor - high - 5, "text-anchor": "middle" }, `${Math.round(100 * each.share)}%`));
+          if (pitch > 26 || each.share === most) group.append(element("text", { x: x + bar / 2, y: floor - high - 5, "text-anchor": "middle" }, each.share < 0.01 ? "<1%" : `${Math.round(100 * each.share)}%`));
         }
         if (number % every === 0 || number === columns.length - 1 && number % every > every / 2) group.append(element("text", { x: x + bar / 2, y: floor + 14, "text-anchor": "middle" }, each.size));
         drawn.push(group);
