@@ -14,7 +14,7 @@ from graphmode.serve.limits import BodyLimit, EndWithClient
 from graphmode.serve.logs import RequestLog
 from graphmode.serve.metrics import Metrics
 from graphmode.serve.options import ServeOptions
-from graphmode.serve.routes import completions, dashboard, metrics, models, operations, tokenize
+from graphmode.serve.routes import chat, completions, dashboard, metrics, models, operations, responses, tokenize
 from graphmode.serve.security import ApiKeys, Authentication
 from graphmode.serve.service import Service
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from graphmode.serve.client import EngineClient
 
 ROUTERS = (
+    chat.router,
+    responses.router,
     completions.router,
     models.router,
     tokenize.router,

@@ -111,7 +111,12 @@ def _validation_error(errors: Any, known: Sequence[str]) -> ApiError:
         errors: pydantic's.
         known: the names of the body's parameters.
     """
-    first = max(errors, key=lambda each: (each["type"] == "extra_forbidden", -len(each["loc"])))
+
+    # A value of the wrong type tells least, and the deeper, the more: a list is no text, but it may be meant as a list.
+    def says(error: Any) -> tuple[bool, bool, int]:
+        return error["type"] == "extra_forbidden", not error["type"].endswith("_type"), len(error["loc"])
+
+    first = max(errors, key=says)
     where = [part for part in first["loc"][first["loc"][:1] == ("body",) :] if not _is_type_name(part)]
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or None
     kind, said = first["type"], first["msg"]

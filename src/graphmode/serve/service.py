@@ -124,6 +124,10 @@ class Generation:
                 raise ApiError(500, f"the answer cannot go on: {delta.stop_reason}", type="server_error")
         return deltas
 
+    def end(self, index: int) -> None:
+        """End one answer where its reader has seen enough of it. What is in flight of it still comes."""
+        self._stream.end(index)
+
     def close(self) -> None:
         """Abort what runs of it. Closing again does nothing."""
         if self in self._service.generations:
