@@ -13,6 +13,7 @@ from graphmode.engine.checks import shown
 from graphmode.engine.outputs import Delta, Logprob
 from graphmode.engine.prompts import PromptParts
 from graphmode.engine.sampling_params import SamplingParams
+from graphmode.engine.structured_outputs import StructuredOutputs
 from graphmode.errors import InputError
 from graphmode.serve.errors import ApiError
 from graphmode.serve.parsing.dialect import Dialect
@@ -272,7 +273,7 @@ async def submit(service: Service, task: Task, params: SamplingParams, body: Sam
     """
     question, held_to = task.question, task.structured_outputs
     if held_to is not None:
-        params = replace(params, structured_outputs=dict(held_to))
+        params = replace(params, structured_outputs=StructuredOutputs(**held_to))
     try:
         return await service.submit(
             task.prompt, params, priority=body.priority, timeout=body.timeout, keep_special=task.keep_special
