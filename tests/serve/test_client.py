@@ -41,8 +41,8 @@ class PlayedProcess:
     def kill(self) -> None:
         self.end("killed")
 
-    async def receive(self) -> FromEngine:
-        return await self.inbox.get()
+    async def receive(self) -> list[FromEngine]:
+        return [await self.inbox.get()]
 
     async def ended(self) -> str:
         return await asyncio.shield(self._ended)
@@ -121,6 +121,27 @@ def test_tokens_that_nobody_read_come_together_and_hold_nobody_up(monkeypatch: p
             assert slow.unread == 5
             assert [new.token_ids for new in await anext(slow)] == [[token] for token in range(5)]
             assert slow.unread == 0
+
+    run(body())
+
+
+def test_streams_have_their_turn_while_there_is_always_more_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with Played(monkeypatch) as played:
+            stream = played.asks()
+            unread = []
+
+            async def receive() -> list[FromEngine]:
+                unread.append(stream.unread)
+                assert len(unread) < 100
+                return [Step([NewTokens(stream.request_id, 0, [1])])]
+
+            monkeypatch.setattr(played.engine, "receive", receive)
+            played.engine.makes()
+            for _ in range(10):
+                await anext(stream)
+            stream.close()
+            monkeypatch.undo()
 
     run(body())
 
@@ -212,7 +233,7 @@ def test_what_a_dead_engine_had_fails_with_the_cause_and_the_next_one_serves(mon
 
     async def body() -> None:
         async with Played(monkeypatch) as played:
-            stream = played.asks()
+            stream, other = played.asks(), played.asks()
             played.engine.makes(NewTokens(stream.request_id, 0, [1]))
             await played.turns()
             played.engine.end("the lights went out")
@@ -220,6 +241,9 @@ def test_what_a_dead_engine_had_fails_with_the_cause_and_the_next_one_serves(mon
             with pytest.raises(EngineDownError, match="the lights went out") as down:
                 await anext(stream)
             assert down.value.retry_after is not None
+            with pytest.raises(EngineDownError, match="the lights went out") as of_other:
+                await anext(other)
+            assert of_other.value is not down.value  # each raise adds to what its traceback holds
             state = played.client.state
             assert (state.phase, state.cause, state.restarts) == ("starting", "the lights went out", 1)
             with pytest.raises(EngineDownError, match="starting: the lights went out"):

@@ -278,7 +278,7 @@ class EngineClient:
                 async with asyncio.timeout(drain_seconds):
                     await self._idle.wait()
         finally:
-            self._fail_all(EngineDownError("the server is stopping"))
+            self._fail_all("the server is stopping")
             await self._end()
 
     async def _end(self) -> None:
@@ -331,9 +331,9 @@ class EngineClient:
             if not self._streams:
                 self._idle.set()
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_all(self, cause: str, retry_after: float | None = None) -> None:
         for stream in list(self._streams.values()):
-            stream._fail(error)
+            stream._fail(EngineDownError(cause, retry_after))
 
     def _change(self, state: EngineState) -> None:
         if state.phase != self.state.phase:
@@ -349,7 +349,7 @@ class EngineClient:
         except Exception as error:  # such as a disk without room for the sockets
             log.exception("the engine process cannot be run")
             cause = f"the engine process cannot be run: {error}"
-            self._fail_all(EngineDownError(cause))
+            self._fail_all(cause)
             self._change(replace(self.state, phase="dead", cause=cause))
 
     async def _run_all(self) -> None:
@@ -358,7 +358,7 @@ class EngineClient:
             self._started_at = loop.time()
             cause = await self._run()
             stopping = self.state.phase == "stopping"
-            self._fail_all(EngineDownError(cause, None if stopping else self._start_seconds or 1.0))
+            self._fail_all(cause, None if stopping else self._start_seconds or 1.0)
             if stopping:
                 return
             # Where the engine never was ready, it will not be the next time either.
@@ -394,7 +394,7 @@ class EngineClient:
                 if cause is not None and not ended.done():
                     stopping = self.state.phase == "stopping"
                     self._change(replace(self.state, phase="stopping" if stopping else "stalled", cause=cause))
-                    self._fail_all(EngineDownError(cause, self._start_seconds or 1.0))
+                    self._fail_all(cause, self._start_seconds or 1.0)
                     process.kill()
                     await ended
                     return cause
@@ -411,12 +411,14 @@ class EngineClient:
     async def _read(self, process: EngineProcess) -> str:
         """Take in what the engine says, until that cannot be read; return why."""
         while True:
-            message = await process.receive()
+            received = await process.receive()
             try:
-                self._take_in(process, message)
+                for message in received:
+                    self._take_in(process, message)
             except Exception as error:
                 log.exception("a message of the engine cannot be taken in")
                 return f"a message of the engine cannot be taken in: {error!r}"
+            await asyncio.sleep(0)  # streams have their turn, also while there is always more to read
 
     def _take_in(self, process: EngineProcess, message: FromEngine) -> None:
         if isinstance(message, Step):

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 ENGINE_MODULE = "graphmode.serve.engine_process"
 
 _LONGEST_SOCKET_PATH = 80
+_MOST_AT_ONCE = 32
 
 
 class EngineProcess:
@@ -77,9 +78,13 @@ class EngineProcess:
         """Send a message, without waiting."""
         self._outbox.send(messages.encode(message), zmq.NOBLOCK)
 
-    async def receive(self) -> FromEngine:
-        """Return the next message."""
-        return messages.decode_from_engine(await self._inbox.recv())
+    async def receive(self) -> list[FromEngine]:
+        """Wait for messages and return those that are there, not without a bound: others want their turn."""
+        received = [messages.decode_from_engine(await self._inbox.recv())]
+        with suppress(zmq.Again):
+            while len(received) < _MOST_AT_ONCE:
+                received.append(messages.decode_from_engine(await self._inbox.recv(zmq.NOBLOCK)))
+        return received
 
     async def ended(self) -> str:
         """Wait until the process has ended, and return why."""
