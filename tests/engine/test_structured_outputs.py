@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from graphmode import LLM, SamplingParams, bundled_model
-from graphmode.engine.grammar import GrammarCompiler, GrammarState, GrammarWorkers
+from graphmode.engine.grammar import GrammarCompiler, GrammarState
 from graphmode.engine.outputs import CompletionOutput, RequestOutput
 from graphmode.engine.requests import Request
 from graphmode.engine.structured_outputs import StructuredOutputs
@@ -95,6 +95,20 @@ def test_answers_hold_and_rows_beside_them_are_as_they_are_alone(
     assert [each.token_ids for each in again] == [each.token_ids for each in outputs[6].outputs]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_answers_hold_and_rows_beside_them_keep_their_bursts(bundled: Path) -> None:
+    llm = LLM(bundled, device="cuda", max_num_seqs=16)
+    eager = LLM(bundled, device="cuda", max_num_seqs=16, enforce_eager=True, memory_share=0.3)
+    alone = [llm.generate("ROMEO.\n", each)[0].outputs[0].token_ids for each in FREE]
+    held = [params(each, temperature=at % 2, seed=at) for at, each in enumerate(HELD * 2)]
+    outputs = [each.generate(["ROMEO.\n"] * 13, [*FREE, *held]) for each in (llm, eager)]
+    one, other = ([output.outputs[0].token_ids for output in each] for each in outputs)
+    assert one == other
+    assert one[:3] == alone
+    for structured, output in zip(HELD * 2, outputs[0][3:], strict=True):
+        assert holds(structured, output.outputs[0]), output.outputs[0].text
+
+
 def test_eager_steps_and_preempted_answers_draw_the_same(llm: LLM, bundled: Path) -> None:
     """The cache is too small for all, so some give their blocks back and are computed again."""
     block = 2 * 6 * 16 * 2 * 64 * 4  # keys and values, layers, tokens, heads, dim, float32
@@ -145,12 +159,12 @@ def test_whatever_is_drawn_of_what_a_schema_allows_is_valid(
     compiler: GrammarCompiler, schema: dict[str, Any], seed: int
 ) -> None:
     """Also where the model would draw anything: tokens by chance."""
-    state = GrammarState(compiler.compile({"json": schema}), SamplingParams(), GrammarWorkers(), pytest.fail)
+    state = GrammarState(compiler.compile({"json": schema}), SamplingParams(), pytest.fail)
     chance, tokens = np.random.default_rng(seed), [-1]
     while tokens[-1] != 0:
         tokens.append(int(chance.choice(allowed(state))))
         if tokens[-1] != 0:
-            state._advance(tokens[-1:])
+            state.advance(tokens[-1:])
         assert len(tokens) < 1000
     text = AutoTokenizer.from_pretrained(bundled_model()).decode(tokens[1:-1])
     assert jsonschema_rs.is_valid(schema, json.loads(text)), text
@@ -225,6 +239,17 @@ def test_what_becomes_too_complex_ends_alone_with_its_cause(llm: LLM, alone: lis
     assert free.token_ids == alone[1]
     assert answer.finish_reason == "error"
     assert "too many expressions" in str(answer.stop_reason)
+
+
+def test_a_grammar_that_nobody_has_checked_ends_its_request_with_the_cause(llm: LLM) -> None:
+    """As the engine process of a server is given requests: they were checked in another."""
+    core = llm.engine.core
+    core.submit(Request([5], params({"regex": "a("}, n=2), request_id="unchecked"))
+    news = []
+    while core.has_requests:
+        news += core.step()
+    assert [(new.index, new.token_ids, new.finish_reason) for new in news] == [(0, [], "error"), (1, [], "error")]
+    assert all("unclosed group" in str(new.stop_reason) for new in news)
 
 
 def chain(length: int) -> dict[str, Any]:
@@ -329,7 +354,7 @@ def allowed(state: GrammarState, vocab: int = VOCAB) -> list[int]:
 def test_no_token_is_allowed_that_the_tokenizer_does_not_have(
     compiler: GrammarCompiler, structured: dict[str, Any]
 ) -> None:
-    state = GrammarState(compiler.compile(structured), params(structured), GrammarWorkers(), pytest.fail)
+    state = GrammarState(compiler.compile(structured), params(structured), pytest.fail)
     assert len(allowed(state)) > 0
     assert max(allowed(state)) < 4096
     assert (0 in allowed(state)) == ("regex" in structured)
@@ -367,14 +392,14 @@ def test_a_tokenizer_of_sentence_pieces() -> None:
     tokenizer = sentence_piece()
     compiler = GrammarCompiler(tokenizer, 512, {2})
     structured = {"regex": " ?to be, é\\n"}
-    state = GrammarState(compiler.compile(structured), params(structured), GrammarWorkers(), pytest.fail)
+    state = GrammarState(compiler.compile(structured), params(structured), pytest.fail)
     tokens = tokenizer.encode("to be, é\n", add_special_tokens=False)
     assert {"▁to▁be,▁", "<0xC3>"} <= set(tokenizer.convert_ids_to_tokens(tokens))
     for token in [*tokens, 2]:
         assert token in allowed(state, 512)
         assert not {0, 1, 511} & set(allowed(state, 512))
         if token != 2:
-            state._advance([token])
+            state.advance([token])
 
 
 def test_models_that_serve_no_grammars_say_so(tiny: Path, bundled: Path) -> None:

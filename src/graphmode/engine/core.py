@@ -288,13 +288,13 @@ class EngineCore:
         assert params.structured_outputs is not None
         try:
             grammar = self._grammars.compile(params.structured_outputs)
-        except InputError as error:
+        except Exception as error:  # it ends this request, and harms no other
             self._abort(submitted, None, "error", str(error))
             return
 
         def follow(sequence: Sequence) -> GrammarState:
             fail = partial(self._abort, submitted, sequence.index, "error")
-            return GrammarState(grammar, sequence.params, self._grammar_workers, fail)
+            return GrammarState(grammar, sequence.params, fail)
 
         with self._lock:
             if self._active.get(request_id) is submitted:  # otherwise it was aborted, or the engine started anew
@@ -361,13 +361,16 @@ class EngineCore:
         result = before.result()
         changed = self.scheduler.update(before.batch, result.tokens, self.loaded.shape.eos_token_ids)
         logprobs = _noted_logprobs(before.batch, result) if result.logprobs is not None else {}
+        drawn: list[tuple[GrammarState, list[int]]] = []
         for sequence, token_ids in changed.items():
             self._clock.tokens += len(token_ids)
             news.append(_new_tokens(sequence, token_ids, logprobs.get(sequence)))
             if sequence.finish_reason is not None:
-                self._note_end(sequence.request_id)
+                self._note_end(sequence)
             elif sequence.grammar is not None:
-                sequence.grammar.advance(token_ids)
+                drawn.append((sequence.grammar, token_ids))
+        if drawn:
+            self._grammar_workers.advance(drawn)
         if batch is not None and batch.family == before.batch.family == "decode":
             self._clock.steps += before.batch.steps
             self._clock.seconds += time.perf_counter() - start
@@ -386,7 +389,7 @@ class EngineCore:
                     sequence.finish_reason, sequence.stop_reason = reason, cause
                     self.scheduler.drop(sequence)
                     news.append(_new_tokens(sequence, [], None))
-                    self._note_end(request.request_id)
+                    self._note_end(sequence)
         return news
 
     def _note_admitted(self, sequences: Iterable[Sequence], now: float) -> None:
@@ -397,9 +400,10 @@ class EngineCore:
                 self._clock.note_queued(now - request.since)
                 request.since = None
 
-    def _note_end(self, request_id: str) -> None:
+    def _note_end(self, sequence: Sequence) -> None:
         """Note that an answer has ended, and forget the request if it was the last one."""
-        request = self._active[request_id]
+        sequence.grammar = None
+        request = self._active[request_id := sequence.request_id]
         request.unfinished -= 1
         if not request.unfinished:
             del self._active[request_id]

@@ -15,10 +15,11 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from threading import Condition, Lock
 from typing import Any
+from weakref import finalize
 
 import llguidance
 import numpy as np
@@ -29,7 +30,7 @@ from graphmode.engine import grammar_trial
 from graphmode.engine.restrictions import packed
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.engine.structured_outputs import StructuredOutputs, structured_outputs
-from graphmode.errors import InputError
+from graphmode.errors import EngineError, InputError
 from graphmode.models.hf.tokenizer import backend_as_json
 
 _KNOWN = 256  # grammars of which it is remembered that they are fine
@@ -37,6 +38,7 @@ _COMPILED = 64  # grammars that are kept compiled
 _WALL_SECONDS = 20.0  # of a trial, whose processor time is what is bounded, on a machine that is busy
 _START_SECONDS = 60.0
 _WORKERS = 8
+_MOMENT = 0.002  # seconds
 
 Mask = npt.NDArray[np.int32]
 """A bit a token, int32 ``[ceil(vocab / 32)]``, as :class:`~graphmode.ops.Bans` has them."""
@@ -173,18 +175,26 @@ class GrammarWorkers:
 
     def __init__(self) -> None:
         self.finished = 0
+        self._count = min(_WORKERS, os.cpu_count() or 1)
         self._running = 0
         self._changed = Condition()
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(min(_WORKERS, os.cpu_count() or 1), thread_name_prefix="grammar")
+        return ThreadPoolExecutor(self._count, thread_name_prefix="grammar")
 
     def run(self, job: Callable[[], None]) -> None:
         """Let a thread run a job, which raises nothing."""
         with self._changed:
             self._running += 1
         self._threads.submit(self._run, job)
+
+    def advance(self, drawn: Sequence[tuple[GrammarState, list[int]]]) -> None:
+        """Let answers go on in their grammars by the tokens that they have drawn, shared among the threads."""
+        for state, _ in drawn:
+            state.ready = False
+        for start in range(min(self._count, len(drawn))):
+            self.run(partial(_advance, drawn[start :: self._count]))
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
@@ -196,8 +206,12 @@ class GrammarWorkers:
                 self._changed.notify_all()
 
     def wait(self, finished: int) -> bool:
-        """Wait until a job has ended beside the first ``finished`` ones; return False where none runs."""
+        """Wait until a job has ended beside the first ``finished`` ones; return False where none runs.
+
+        Those that run are waited for a moment, so that the next step has their rows too.
+        """
         with self._changed:
+            self._changed.wait_for(lambda: not self._running, timeout=_MOMENT)
             self._changed.wait_for(lambda: self.finished != finished or not self._running)
             return self.finished != finished
 
@@ -211,39 +225,34 @@ class GrammarState:
     Args:
         grammar: the grammar.
         params: of the request.
-        workers: compute what may come next.
-        fail: called by a worker with the cause where the grammar cannot be followed.
+        fail: called with the cause where the grammar cannot be followed any further.
 
     Attributes:
         ready: whether it is known what may be drawn next.
         forbidden: what may not, once it is known.
     """
 
-    def __init__(
-        self, grammar: Grammar, params: SamplingParams, workers: GrammarWorkers, fail: Callable[[str], None]
-    ) -> None:
+    def __init__(self, grammar: Grammar, params: SamplingParams, fail: Callable[[str], None]) -> None:
         self._grammar = grammar
         self._params = params
-        self._workers = workers
-        self._fail = fail
+        self.fail = fail
         self._drawn = 0
         self._matcher, self._mask = grammar.begin()
         self.forbidden = self._read()
         self.ready = True
 
     def advance(self, token_ids: list[int]) -> None:
-        """Go on by the tokens that the answer has drawn, in a worker's thread."""
-        self.ready = False
-        self._workers.run(lambda: self._advance(token_ids))
+        """Go on by the tokens that the answer has drawn.
 
-    def _advance(self, token_ids: list[int]) -> None:
+        Raises:
+            ValueError: the grammar cannot be followed any further.
+        """
         matcher, mask = self._matcher, self._mask
         # An error is a state that the matcher does not leave.
         matcher.consume_tokens(token_ids)
         matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if matcher.is_error():
-            self._fail(f"the grammar cannot be followed: {grammar_trial.in_one_line(matcher.get_error())}")
-            return
+            raise ValueError(matcher.get_error())
         self._drawn += len(token_ids)
         self.forbidden = self._read()
         self.ready = True
@@ -260,6 +269,14 @@ class GrammarState:
                 left.view(np.uint32)[token // 32] &= ~np.uint32(1 << token % 32)
             allowed = left if left.any() else allowed
         return ~allowed
+
+
+def _advance(drawn: Sequence[tuple[GrammarState, list[int]]]) -> None:
+    for state, token_ids in drawn:
+        try:
+            state.advance(token_ids)
+        except Exception as error:  # it ends this answer, and harms no other
+            state.fail(f"the grammar cannot be followed any further: {grammar_trial.in_one_line(error)}")
 
 
 def _source(structured: StructuredOutputs) -> tuple[str, str]:
@@ -281,7 +298,7 @@ class _Trial:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.ended = False
-        self._process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             # Its folder holds modules whose names are those of Python's own: -P keeps it from sys.path.
             [sys.executable, "-P", str(Path(grammar_trial.__file__))],
             stdin=subprocess.PIPE,
@@ -289,7 +306,11 @@ class _Trial:
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
         )
-        self._answer_to(json.dumps(options), _START_SECONDS)
+        self._end = finalize(self, _end, process)
+        if self._answer_to(json.dumps(options), _START_SECONDS) is None:
+            raise EngineError(
+                f"the process that tries grammars did not start: {sys.executable} ended with {process.returncode}"
+            )
 
     def fault_of(self, kind: str, text: str) -> str:
         """Return what is wrong with a grammar; empty where nothing is."""
@@ -305,8 +326,7 @@ class _Trial:
     def close(self) -> None:
         """End the process."""
         self.ended = True
-        self._process.kill()
-        self._process.communicate()
+        self._end()
 
     def _answer_to(self, line: str, seconds: float) -> str | None:
         """Send a line and return the one that answers it; None where the process is lost."""
@@ -321,3 +341,8 @@ class _Trial:
                 return answer
         self.close()
         return None
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()

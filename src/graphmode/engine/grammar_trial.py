@@ -11,6 +11,7 @@ import json
 import resource
 import signal
 import sys
+from contextlib import suppress
 from threading import Thread, stack_size
 from typing import IO, Any
 
@@ -103,8 +104,9 @@ def main(requests: IO[str], answers: IO[str]) -> None:
     options: dict[str, Any] = json.loads(requests.readline())
     tokenizer = llguidance.LLTokenizer(**options)
     words = -(-tokenizer.vocab_size // 32)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for limit, most in ((resource.RLIMIT_AS, _MEMORY), (resource.RLIMIT_CORE, 0)):
+        with suppress(ValueError, OSError):  # it is lower already, or the system does not keep it
+            resource.setrlimit(limit, (most, most))
     print("ready", file=answers, flush=True)
     for line in requests:
         # The signal's default action ends the process: nothing else stops a compilation.
