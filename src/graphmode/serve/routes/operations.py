@@ -55,9 +55,9 @@ def _unavailable() -> Responses:
 
 @router.get("/health", responses=answer(Status) | _unavailable())
 async def health(request: Request) -> Response:
-    """Tell whether the server lives: 503 when the engine is dead or stands still. It needs no key."""
+    """Tell whether the server lives: 503 from when the engine fails until it runs again. It needs no key."""
     state = get_service(request).engine.state
-    if state.phase in ("dead", "stalled"):
+    if state.phase in ("dead", "stalled") or (state.phase == "starting" and state.cause is not None):
         return json_response(Status(state.phase, state.cause, restarts=state.restarts), 503)
     return json_response(Status("ok", restarts=state.restarts))
 
