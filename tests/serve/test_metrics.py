@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from graphmode.errors import EngineDownError, OverloadedError
 from graphmode.serve.histograms import Histogram
 from graphmode.serve.metrics import FAILURES, METRICS, REJECTIONS, STEP_BOUNDS, SUCCESS, Metrics
+from tests.serve.conftest import Served
 from tests.serve.fakes import FakeEngine, snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -105,13 +107,18 @@ def test_a_request_that_ends_is_counted_and_timed(metrics: Metrics, monkeypatch:
 def test_failures_and_rejections_are_counted_by_cause(metrics: Metrics) -> None:
     for reason in (*SUCCESS, *FAILURES):
         metrics.request(1).ended(reason)
-    for reason in REJECTIONS:
+    for status in (400, 401, 413, 429, 503):
+        metrics.response("POST", "/v1/completions", status)
+    for reason in ("queue_full", "engine_down", "draining"):
         metrics.rejected(reason)
+    metrics.request(1).ended("invalid")
     found = values(metrics)
     assert all(found[f"vllm:request_success_total finished_reason={reason}"] == 1 for reason in SUCCESS)
     assert all(found[f"graphmode_requests_failed_total reason={reason}"] == 1 for reason in FAILURES)
     assert all(found[f"graphmode_requests_rejected_total reason={reason}"] == 1 for reason in REJECTIONS)
     assert found["vllm:e2e_request_latency_seconds_count"] == len(SUCCESS)
+    assert found["graphmode_requests_active"] == 0
+    assert not [key for key in found if key.startswith("graphmode_requests_failed_total") and "invalid" in key]
 
 
 def test_a_client_cannot_make_series_of_its_own(metrics: Metrics) -> None:
@@ -165,3 +172,50 @@ def test_a_quantile_lies_in_the_bucket_of_the_observation(observed: list[float],
 
 def test_no_observation_has_no_quantile() -> None:
     assert Histogram(STEP_BOUNDS).buckets.quantile(0.5) is None
+
+
+def test_what_passes_through_the_server_is_counted(served: Served) -> None:
+    def read() -> dict[str, float]:
+        families = parse(served.http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.name[-7:] != "_bucket"]
+        return {
+            " ".join([each.name, *(value for name, value in each.labels.items() if name != "model_name")]): each.value
+            for each in samples
+        }
+
+    before = read()
+    body = {"prompt": "ROMEO.", "max_tokens": 4, "ignore_eos": True}
+    served.engine.burst = 2
+    assert served.post("/v1/completions", body).status_code == 200
+    assert "[DONE]" in served.post("/v1/completions", body | {"stream": True}).text
+    assert served.post("/v1/completions", body | {"max_tokens": -1}).status_code == 400
+    assert served.post("/v1/completions", body | {"prompt": "x" * 70000}).status_code == 413
+    served.engine.refusal = OverloadedError("too many wait", 3)
+    assert served.post("/v1/completions", body).status_code == 429
+    served.engine.refusal = None
+    served.engine.failure, served.engine.fails_after = EngineDownError("it died"), 2
+    assert served.post("/v1/completions", body).status_code == 503
+    after = read()
+    changed = {key: value - before.get(key, 0.0) for key, value in after.items() if value != before.get(key, 0.0)}
+    prompt = changed.pop("vllm:prompt_tokens_total")
+    assert prompt % 3 == 0
+    assert {key: value for key, value in changed.items() if not key.endswith("_sum")} == {
+        "vllm:generation_tokens_total": 4 + 4 + 2,
+        "vllm:request_success_total length": 2,
+        "vllm:time_to_first_token_seconds_count": 3,
+        "vllm:inter_token_latency_seconds_count": 2 + 2,
+        "vllm:e2e_request_latency_seconds_count": 2,
+        "vllm:request_prompt_tokens_count": 2,
+        "vllm:request_generation_tokens_count": 2,
+        "vllm:request_params_n_count": 3,
+        "graphmode_requests_failed_total engine_down": 1,
+        "graphmode_requests_rejected_total invalid": 1,
+        "graphmode_requests_rejected_total too_large": 1,
+        "graphmode_requests_rejected_total queue_full": 1,
+        "graphmode_http_responses_total POST /v1/completions 200": 2,
+        "graphmode_http_responses_total POST /v1/completions 400": 1,
+        "graphmode_http_responses_total POST unmatched 413": 1,
+        "graphmode_http_responses_total POST /v1/completions 429": 1,
+        "graphmode_http_responses_total POST /v1/completions 503": 1,
+        "graphmode_http_responses_total GET /metrics 200": 1,
+    }

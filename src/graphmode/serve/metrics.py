@@ -57,8 +57,9 @@ SUCCESS = ("stop", "length", "abort")
 """The finish reasons of requests that did not fail. What else ends one is the cause of its failure."""
 FAILURES = ("engine_down", "deadline", "error")
 """Causes for which a request fails that was accepted."""
-REJECTIONS = ("queue_full", "invalid", "unauthorized", "too_large", "engine_down", "deadline", "draining")
+REJECTIONS = ("queue_full", "invalid", "unauthorized", "too_large", "engine_down", "draining")
 """Reasons for which a request is not accepted."""
+_REFUSALS = {400: "invalid", 401: "unauthorized", 413: "too_large"}  # by the status of the answer
 
 
 def _zeros(names: Sequence[str]) -> Callable[[], Counter[str]]:
@@ -113,7 +114,12 @@ class RequestTiming:
         counts.generation_tokens += count
 
     def ended(self, reason: str) -> None:
-        """Count the end of the request, once: by a reason of :data:`SUCCESS`, or by the cause of its failure."""
+        """Count the end of the request, once.
+
+        Args:
+            reason: one of :data:`SUCCESS`, or the cause of its failure; ``invalid`` where the engine refused it, which
+                counts as the rejection that its answer is.
+        """
         counts = self._counts
         counts.active -= 1
         if reason in SUCCESS:
@@ -121,7 +127,7 @@ class RequestTiming:
             counts.latency.observe(time.perf_counter() - self._start)
             counts.prompt_length.observe(self._prompt_tokens)
             counts.answer_length.observe(self._generated)
-        else:
+        elif reason != "invalid":
             counts.failed[reason] += 1
 
 
@@ -197,12 +203,14 @@ class Metrics(Collector):
         return RequestTiming(self.requests, prompt_tokens)
 
     def rejected(self, reason: str) -> None:
-        """Count a request that was not accepted, by a reason of :data:`REJECTIONS`."""
+        """Count a request that was not accepted, by a reason of :data:`REJECTIONS` that its status does not tell."""
         self.requests.rejected[reason] += 1
 
     def response(self, method: str, route: str, status: int) -> None:
         """Count an answer of the HTTP server; ``route`` is the template of the path, never the path itself."""
         self.requests.responses[method if method in _METHODS else "other", route, str(status)] += 1
+        if status in _REFUSALS:
+            self.rejected(_REFUSALS[status])
 
     @contextmanager
     def stream(self) -> Iterator[None]:

@@ -148,6 +148,8 @@ class Generation:
 
 def _cause(error: Exception) -> str:
     """Return the cause of a failure, in the words of the metrics."""
+    if isinstance(error, InputError):
+        return "invalid"
     if isinstance(error, DeadlineExceededError):
         return "deadline"
     return "engine_down" if isinstance(error, EngineDownError) else "error"
@@ -246,9 +248,8 @@ class Service:
             request = await self.in_reader(size, read)
             deadline = min((each for each in limits if each is not None), default=None)
             stream = self.engine.generate(request, deadline_seconds=deadline)
-        except (InputError, OverloadedError, EngineDownError) as error:
-            reasons = {InputError: "invalid", OverloadedError: "queue_full", EngineDownError: "engine_down"}
-            self.metrics.rejected(reasons[type(error)])
+        except (OverloadedError, EngineDownError) as error:
+            self.metrics.rejected("queue_full" if isinstance(error, OverloadedError) else "engine_down")
             raise
         detokenizer = self.text.detokenizer
         if detokenizer is not None and keep_special:

@@ -36,7 +36,7 @@ const ENDS = { stop: "ended by themselves", length: "reached their length", abor
 const FAILED = { engine_down: "failed: engine down", deadline: "failed: deadline", error: "failed: error" };
 const REJECTED = {
   queue_full: "turned away: queue full", invalid: "turned away: invalid", unauthorized: "turned away: no key", too_large: "turned away: too large",
-  engine_down: "turned away: engine down", deadline: "turned away: deadline", draining: "turned away: shutting down",
+  engine_down: "turned away: engine down", draining: "turned away: shutting down",
 };
 
 let started = 0, number = 0, points = [], replays = {}, skew = 0;
