@@ -47,9 +47,10 @@ test-operators: $(VENV)/.ready
 test-sweep: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow tests/observe/test_sweep.py
 
-# Hundreds of requests in an engine that is always full, of which `test` runs sixty.
+# Hundreds of requests in an engine that is always full, of which `test` runs sixty; a server's faults, and ten minutes of
+# clients of every kind, of which `test` runs some seconds.
 test-soak: $(VENV)/.ready
-	$(BIN)/python -m pytest -m slow tests/engine
+	$(BIN)/python -m pytest -m slow -s tests/engine tests/serve
 
 # Every property test with 300 examples, of which `test` tries 20.
 test-properties: $(VENV)/.ready
