@@ -84,7 +84,7 @@ def read(pieces, formats=(), tools=TOOLS, **options):
     """Return the parts of an answer, without the calls' identifiers."""
     parser = AnswerParser(formats, tools, **options)
     parts = [part for piece in pieces for part in parser.feed(piece)] + parser.end()
-    return merged(replace(part, id="") if isinstance(part, CallStart) else part for part in parts)
+    return merged([replace(part, id="") if isinstance(part, CallStart) else part for part in parts])
 
 
 def said(parts, kind=Content):

@@ -132,11 +132,13 @@ class AnswerReader:
         if delta.finish_reason is not None:
             parts += self._parser.end()
             self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-        ends = [at for at, part in enumerate(parts) if isinstance(part, CallEnd)]
-        if ends and not self._several_calls:
-            parts = parts[: ends[0] + 1]
-            self.finish_reason, self.stop_reason = "stop", None
-        self.calls += sum(isinstance(part, CallStart) for part in parts)
+        for at, part in enumerate(parts):
+            if isinstance(part, CallStart):
+                self.calls += 1
+            elif isinstance(part, CallEnd) and not self._several_calls:
+                parts = parts[: at + 1]
+                self.finish_reason, self.stop_reason = "stop", None
+                break
         if self.calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
         return parts

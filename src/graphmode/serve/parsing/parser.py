@@ -37,10 +37,13 @@ class AnswerParser:
         self._source = Source()
         self._formats = formats
         self._tools = tools or {}
+        self._plain = False
         self._steps = self._answer(reasoning, thinking)
 
     def feed(self, text: str) -> list[Part]:
         """Take in the next piece of the text, and return the parts that it gives."""
+        if self._plain:  # most of most answers, token by token
+            return [Content(text)] if text else []
         self._source.feed(text)
         return self._run()
 
@@ -62,11 +65,9 @@ class AnswerParser:
             yield from self._thoughts(reasoning, thinking)
         if self._formats and self._tools:
             yield from self._content(self._formats[0].trigger)
-        source = self._source
-        while source.rest or (yield from source.more()):
-            if source.rest:
-                yield Content(source.rest)
-            source.at = len(source.text)
+        self._plain = True
+        if self._source.rest:
+            yield Content(self._source.rest)
 
     def _thoughts(self, form: ReasoningFormat, thinking: bool) -> Steps[None]:
         source, held = self._source, ""
@@ -78,9 +79,9 @@ class AnswerParser:
                 yield None
                 continue
             text = held + piece
-            if text.strip():
-                yield Reasoning(text.rstrip())
-            held = text[len(text.rstrip()) :]
+            if shown := text.rstrip():
+                yield Reasoning(shown)
+            held = text[len(shown) :]
         if (yield from source.takes(form.end)):
             yield from source.space()
 
@@ -94,10 +95,10 @@ class AnswerParser:
                     yield None
                     continue
                 text = held + piece if said or not called else (held + piece).lstrip()
-                if text.strip():
+                if shown := text.rstrip():
                     said = True
-                    yield Content(text.rstrip())
-                held = text[len(text.rstrip()) :]
+                    yield Content(shown)
+                held = text[len(shown) :]
             if not source.rest:
                 break
             if (yield from self._calls(bare=False)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
@@ -49,8 +49,10 @@ Part = Content | Reasoning | CallStart | Arguments | CallEnd
 _TEXTS = (Content, Reasoning, Arguments)
 
 
-def merged(parts: Iterable[Part]) -> list[Part]:
+def merged(parts: Sequence[Part]) -> list[Part]:
     """Return parts with the texts of neighbours of one kind joined."""
+    if len(parts) < 2:
+        return list(parts)
     joined: list[Part] = []
     for part in parts:
         last = joined[-1] if joined else None

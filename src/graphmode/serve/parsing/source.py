@@ -194,7 +194,11 @@ def collected(pieces: Pieces[Result]) -> Generator[None, None, tuple[str, Result
 def unfinished(text: str, ends: tuple[str, ...]) -> int:
     """Return how long the end of a text is that may be the beginning of one of ``ends``."""
     longest = max(map(len, ends)) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(end.startswith(text[-size:]) for end in ends):
-            return size
-    return 0
+    tail = text[-longest:] if longest else ""
+    # Of the places where one begins, the first that goes on to the end of the text counts.
+    places = sorted({at for end in ends for at in _places(tail, end[0])})
+    return next((len(tail) - at for at in places if any(end.startswith(tail[at:]) for end in ends)), 0)
+
+
+def _places(text: str, character: str) -> list[int]:
+    return [at for at, each in enumerate(text) if each == character] if character in text else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -246,7 +246,9 @@ class _ChunkMaker:
             chunk.stop_reason = reader.stop_reason
         return chunk
 
-    def _delta(self, parts: Iterable[Part]) -> Delta:
+    def _delta(self, parts: Sequence[Part]) -> Delta:
+        if len(parts) == 1 and isinstance(parts[0], Content):  # what most events are
+            return Delta(content=parts[0].text)
         texts: dict[type[Part], str] = {}
         calls: list[ToolCall] = []
         for part in parts:
