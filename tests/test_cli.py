@@ -295,6 +295,8 @@ def test_a_seed_repeats_a_sample() -> None:
         (["--use-beam-search"], "use_beam_search=True cannot be honoured"),
         (["--prompt", "\udcff"], "half of a surrogate pair"),
         (["--stop", ""], "stop is"),
+        (["--structured-outputs", '{"rgex": "a"}'], "StructuredOutputs has no rgex; did you mean regex?"),
+        (["--guided-json", "{"], "structured_outputs.json is no JSON"),
     ],
 )
 def test_bad_input_is_an_error_of_one_line(arguments: list[str], words: str) -> None:

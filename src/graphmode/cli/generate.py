@@ -16,6 +16,7 @@ from graphmode.cli.options import ENGINE, errors_in_one_line, takes
 from graphmode.engine import aliases, checks
 from graphmode.engine.option_text import text_options
 from graphmode.engine.sampling_params import SamplingParams
+from graphmode.errors import EngineError
 
 if TYPE_CHECKING:
     from graphmode.engine.llm import LLM
@@ -114,12 +115,16 @@ def _print_answers(llm: LLM, prompts: Sequence[str], params: SamplingParams) -> 
             for answer in output.outputs:
                 typer.echo(f"--- {output.prompt!r} ({answer.finish_reason})\n{answer.text}\n")
         return
+    outputs = llm.stream(prompts[0], params)  # refuses what cannot run
     typer.echo(prompts[0], nl=False)
     shown = 0
-    for output in llm.stream(prompts[0], params):
-        text = output.outputs[0].text
-        typer.echo(text[shown:], nl=False)
-        shown = len(text)
+    for output in outputs:
+        (answer,) = output.outputs
+        typer.echo(answer.text[shown:], nl=False)
+        shown = len(answer.text)
+        if answer.finish_reason == "error":
+            typer.echo()
+            raise EngineError(str(answer.stop_reason))
     typer.echo("\n")
 
 

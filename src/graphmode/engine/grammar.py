@@ -33,7 +33,7 @@ from graphmode.engine.structured_outputs import StructuredOutputs, structured_ou
 from graphmode.errors import EngineError, InputError
 from graphmode.models.hf.tokenizer import backend_as_json
 
-_KNOWN = 256  # grammars of which it is remembered that they are fine
+_KNOWN = 256  # grammars of which it is remembered what was found
 _COMPILED = 64  # grammars that are kept compiled
 _WALL_SECONDS = 20.0  # of a trial, whose processor time is what is bounded, on a machine that is busy
 _START_SECONDS = 60.0
@@ -61,21 +61,28 @@ class GrammarCompiler:
         self._eos_token_ids = sorted(token for token in eos_token_ids if 0 <= token < vocab_size)
         self._lock = Lock()
         self._trial: _Trial | None = None
-        self._try = lru_cache(_KNOWN)(self._try_anew)
+        self._faults: dict[StructuredOutputs, str] = {}  # of the grammars tried last
         self._compiled = lru_cache(_COMPILED)(self._compile)
 
     def check(self, given: StructuredOutputs | Mapping[str, Any]) -> None:
         """Check that a grammar can be compiled: in a process of its own that may take a second, and be lost.
 
-        The first check starts that process; what was found to be fine is remembered.
+        The first check starts that process. It tries one grammar at a time; what it found is remembered.
 
         Raises:
             InputError: the model's tokenizer serves no grammars, or the grammar is malformed, too complex, or asks for
                 what is not supported.
         """
         structured = structured_outputs("structured_outputs", given)
-        if fault := self._try(structured):
+        fault = self._faults.get(structured)
+        if fault is None:
+            fault = self._try(structured)
+        if fault:
             raise InputError(f"structured_outputs.{structured.kind} {fault}")
+
+    def knows(self, given: StructuredOutputs | Mapping[str, Any]) -> bool:
+        """Return whether :meth:`check` has its answer at once."""
+        return structured_outputs("structured_outputs", given) in self._faults
 
     def compile(self, given: StructuredOutputs | Mapping[str, Any]) -> Grammar:
         """Compile a grammar that :meth:`check` has let pass, if it is not.
@@ -92,15 +99,20 @@ class GrammarCompiler:
                 self._trial.close()
             self._trial = None
 
-    def _try_anew(self, structured: StructuredOutputs) -> str:
-        """Return what is wrong with a grammar; empty where nothing is."""
+    def _try(self, structured: StructuredOutputs) -> str:
+        """Return what is wrong with a grammar, and remember it; empty where nothing is."""
         _, options = self._tokenizer
         with self._lock:
+            if (fault := self._faults.get(structured)) is not None:  # it was tried for another
+                return fault
             if self._trial is None:
                 self._trial = _Trial(options)
             fault = self._trial.fault_of(*_source(structured))
             if self._trial.ended:
                 self._trial = None
+            while len(self._faults) >= _KNOWN:
+                del self._faults[next(iter(self._faults))]
+            self._faults[structured] = fault
         return fault
 
     @cached_property
