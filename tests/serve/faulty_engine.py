@@ -36,10 +36,8 @@ class PlayedCore:
         files = SimpleNamespace(checkpoint=SimpleNamespace(name=model))
         self.loaded = SimpleNamespace(shape=shape, files=files, model=SimpleNamespace(dtype=torch.float32))
         self.num_blocks, self.cache_groups = (4,), (SimpleNamespace(block_size=16),)
-        pool = SimpleNamespace(num_blocks=4, num_free=4)
-        self.scheduler = SimpleNamespace(running={}, blocks=SimpleNamespace(pools=(pool,)))
         self.graphs = SimpleNamespace(
-            stats=SimpleNamespace(steps=0, buckets={}),
+            stats=SimpleNamespace(steps=0),
             policy=SimpleNamespace(enabled=True, buckets={"decode": (1, 2)}),
             backend=SimpleNamespace(synchronize=self._synchronize),
         )
@@ -51,7 +49,8 @@ class PlayedCore:
     @property
     def stats(self) -> EngineStats:
         numbers: dict[str, Any] = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
-        return EngineStats(**{**numbers, "capture_failures": [], "misses": {}, "vision_misses": {}})
+        known = {"capture_failures": [], "misses": {}, "vision_misses": {}, "buckets": {"decode": {8: 3}}}
+        return EngineStats(**{**numbers, **known, "blocks_used": [1], "blocks_total": [4], "queue_seconds": []})
 
     @property
     def has_requests(self) -> bool:

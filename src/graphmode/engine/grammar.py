@@ -38,6 +38,7 @@ _COMPILED = 64  # grammars that are kept compiled
 _WALL_SECONDS = 20.0  # of a trial, whose processor time is what is bounded, on a machine that is busy
 _START_SECONDS = 60.0
 _WORKERS = 8
+_LONGEST_WAIT = 0.005  # seconds
 _MOMENT = 0.002  # seconds
 
 Mask = npt.NDArray[np.int32]
@@ -218,14 +219,15 @@ class GrammarWorkers:
                 self._changed.notify_all()
 
     def wait(self, finished: int) -> bool:
-        """Wait until a job has ended beside the first ``finished`` ones; return False where none runs.
+        """Wait until a job has ended beside the first ``finished`` ones; return False where none has and none runs.
 
-        Those that run are waited for a moment, so that the next step has their rows too.
+        Those that run are waited for a moment, so that the next step has their rows too, but never for long: other
+        requests may come meanwhile.
         """
         with self._changed:
             self._changed.wait_for(lambda: not self._running, timeout=_MOMENT)
-            self._changed.wait_for(lambda: self.finished != finished or not self._running)
-            return self.finished != finished
+            self._changed.wait_for(lambda: self.finished != finished or not self._running, timeout=_LONGEST_WAIT)
+            return self.finished != finished or self._running > 0
 
 
 class GrammarState:

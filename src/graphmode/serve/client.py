@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 Phase = Literal["starting", "ready", "stalled", "dead", "stopping"]
 
 _TICK_SECONDS = 0.25
-_EXIT_SECONDS = 5.0
+_EXIT_SECONDS = 10.0
 """How long the engine process may take to exit when it is told to."""
 _LONGEST_RETRY_SECONDS = 60.0
 

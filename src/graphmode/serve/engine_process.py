@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread, get_ident
 from types import FrameType
@@ -42,14 +41,6 @@ _PR_SET_PDEATHSIG = 1
 Load = Callable[[str, EngineOptions, Callable[[int, int], object]], "EngineCore"]
 
 
-@dataclass(slots=True)
-class _Running:
-    """A request that runs: its answers that have not ended, and its prompt's tokens until the first answer began."""
-
-    answers: int
-    prompt_tokens: int
-
-
 class EngineLoop:
     """Steps an engine for the HTTP process.
 
@@ -57,17 +48,21 @@ class EngineLoop:
         core: the engine.
         inbox: where requests come from.
         outbox: where tokens go.
+
+    Attributes:
+        busy: whether there is anything to do.
+        turns: how often it went round.
     """
 
     def __init__(self, core: EngineCore, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
         self.core = core
         self.busy = True
+        self.turns = 0
         self._inbox = inbox
         self._outbox = outbox
-        self._running: dict[str, _Running] = {}
-        self._unbegun: set[str] = set()
+        self._running: dict[str, int] = {}  # answers that have not ended, by request
         self._stopping = False
-        self._prefix_queries = self._prefix_hits = self._failed_steps = 0
+        self._failed_steps = 0
         self._step_seconds = [0] * (len(messages.STEP_BOUNDS) + 1)
         self._step_seconds_sum = 0.0
         self._next_snapshot = 0.0
@@ -79,6 +74,7 @@ class EngineLoop:
             EngineError: a step failed and left the device unusable.
         """
         while not self._stopping:
+            self.turns += 1
             if not self.core.has_requests:
                 self._rest()
             self._receive()
@@ -112,8 +108,7 @@ class EngineLoop:
             log.exception("request %s cannot be queued", message.request_id)
             self._outbox.send(messages.encode(messages.Refused(message.request_id, _in_words(error), of_input=False)))
         else:
-            self._running[message.request_id] = _Running(request.params.n, len(request.prompt_token_ids))
-            self._unbegun.add(message.request_id)
+            self._running[message.request_id] = request.params.n
 
     def _step(self) -> None:
         launched = self.core.runner.graphs.stats.steps
@@ -126,30 +121,19 @@ class EngineLoop:
         now = time.perf_counter()
         if answers:
             self._outbox.send(messages.encode(messages.Step(answers)))
-            self._note(answers)
+            self._note_ends(answers)
         if steps := self.core.runner.graphs.stats.steps - launched:
             self._step_seconds[bisect.bisect_left(messages.STEP_BOUNDS, (now - start) / steps)] += steps
             self._step_seconds_sum += now - start
-        elif not answers:
-            self._inbox.poll(1)  # what there is waits for something else, such as the compiler of its grammar
         if now >= self._next_snapshot:
             self._send_snapshot()
 
-    def _note(self, answers: list[NewTokens]) -> None:
-        """Keep count of what runs, by what a step made."""
-        if self._unbegun:
-            for answer in answers:
-                if answer.request_id in self._unbegun and answer.token_ids:
-                    self._unbegun.discard(answer.request_id)
-                    self._prefix_queries += self._running[answer.request_id].prompt_tokens
-                    self._prefix_hits += answer.num_cached_tokens
+    def _note_ends(self, answers: list[NewTokens]) -> None:
         for answer in answers:
             if answer.finish_reason is not None:
-                running = self._running[answer.request_id]
-                running.answers -= 1
-                if running.answers == 0:
+                self._running[answer.request_id] -= 1
+                if not self._running[answer.request_id]:
                     del self._running[answer.request_id]
-                    self._unbegun.discard(answer.request_id)
 
     def _fail(self, error: Exception) -> None:
         """End all requests, which a step that raised has ended; go on, unless the device does not answer any more.
@@ -162,7 +146,6 @@ class EngineLoop:
         self._failed_steps += 1
         self._outbox.send(messages.encode(messages.StepFailed(list(self._running), cause)))
         self._running.clear()
-        self._unbegun.clear()
         try:
             self.core.runner.graphs.backend.synchronize()
         except Exception as lost:
@@ -175,28 +158,23 @@ class EngineLoop:
         self._next_snapshot = time.perf_counter() + SNAPSHOT_SECONDS
 
     def _snapshot(self) -> EngineSnapshot:
-        core = self.core
-        pools = core.scheduler.blocks.pools
-        running = len(core.scheduler.running)
-        stats = core.stats.as_dict()
+        found = self.core.stats
+        stats = found.as_dict()
         stats["capture_failures"] = [
-            {
-                "graph": f"{failure.key.family} {failure.key.size}",
-                "reason": str(failure.reason),
-                "message": failure.message,
-            }
-            for failure in core.stats.capture_failures
+            {"graph": str(failure.key), "reason": str(failure.reason), "message": failure.message}
+            for failure in found.capture_failures
         ]
+        buckets = stats.pop("buckets")
         return EngineSnapshot(
+            running=stats.pop("running"),
+            waiting=stats.pop("waiting"),
+            kv_blocks_used=stats.pop("blocks_used"),
+            kv_blocks_total=stats.pop("blocks_total"),
+            prefix_queries=stats.pop("prefix_queries"),
+            prefix_hits=stats.pop("prefix_hits"),
+            replays={f"{family}:{size}": steps for family, sizes in buckets.items() for size, steps in sizes.items()},
             stats=stats,
-            running=running,
-            waiting=max(sum(each.answers for each in self._running.values()) - running, 0),
-            kv_blocks_used=[pool.num_blocks - pool.num_free for pool in pools],
-            kv_blocks_total=[pool.num_blocks for pool in pools],
-            prefix_queries=self._prefix_queries,
-            prefix_hits=self._prefix_hits,
             failed_steps=self._failed_steps,
-            replays={f"{family}:{size}": count for (family, size), count in core.runner.graphs.stats.buckets.items()},
             step_seconds=list(self._step_seconds),
             step_seconds_sum=self._step_seconds_sum,
         )
@@ -220,11 +198,11 @@ class _Pulse(Thread):
     def run(self) -> None:
         """Send signs of life until the end."""
         moves, cpu_seconds = 0, time.process_time()
-        place: list[tuple[int, int]] = []
+        place: tuple[int, list[tuple[int, int]]] = 0, []
         while True:
             if os.getppid() != self._parent:
                 os._exit(1)
-            before, place = place, _place(self._main_thread)
+            before, place = place, (0 if self.loop is None else self.loop.turns, _place(self._main_thread))
             cpu_before, cpu_seconds = cpu_seconds, time.process_time()
             # Where the host computes, the thread may be seen at the same operator of one layer after the other.
             computes = self.computes_on_host and cpu_seconds - cpu_before > SIGN_OF_LIFE_SECONDS / 5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,11 +78,19 @@ class Vision(Struct, frozen=True, array_like=True):
 
 
 class Submit(Struct, frozen=True, array_like=True, tag=True):
-    """To the engine: run a request. ``prompt`` is an int32 array, ``params`` what was chosen, by name."""
+    """To the engine: run a request.
+
+    Attributes:
+        request_id: its name.
+        prompt: its tokens, an int32 array.
+        params: what was chosen of its sampling parameters, by name; encoded, since most requests choose what others do.
+        priority: of the request.
+        vision: its images and videos; None where it has none.
+    """
 
     request_id: str
     prompt: bytes
-    params: dict[str, Any]
+    params: bytes
     priority: int
     vision: Vision | None
 
@@ -185,7 +194,7 @@ class EngineSnapshot(Struct, frozen=True, array_like=True, tag=True):
     """From the engine some four times a second while it runs, and when it comes to rest.
 
     Attributes:
-        stats: :class:`~graphmode.engine.stats.EngineStats` as plain values.
+        stats: what else :class:`~graphmode.engine.stats.EngineStats` has, as plain values.
         running: answers that hold blocks.
         waiting: answers that do not yet.
         kv_blocks_used: of each cache group, blocks that sequences hold.
@@ -217,6 +226,7 @@ FromEngine = Capturing | Ready | Step | Refused | StepFailed | Alive | EngineSna
 _encoder = Encoder()
 _to_engine: Decoder[ToEngine] = Decoder(ToEngine)
 _from_engine: Decoder[FromEngine] = Decoder(FromEngine)
+_decode_params = Decoder(dict[str, Any]).decode
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
@@ -271,7 +281,7 @@ def submission(request_id: str, request: Request) -> Submit:
     except (OverflowError, TypeError):
         raise InputError("the prompt holds a token id that is no integer below 2**31; give ids of the model") from None
     vision = None if request.vision is None else _as_vision(request.vision)
-    return Submit(request_id, prompt, _chosen(request.params), request.priority, vision)
+    return Submit(request_id, prompt, _encoder.encode(_chosen(request.params)), request.priority, vision)
 
 
 def submitted(message: Submit) -> Request:
@@ -279,11 +289,17 @@ def submitted(message: Submit) -> Request:
     vision = None if message.vision is None else _as_vision_prompt(message.vision)
     return Request(
         array("i", message.prompt),
-        SamplingParams(**message.params),
+        _params(message.params),
         vision=vision,
         request_id=message.request_id,
         priority=message.priority,
     )
+
+
+@lru_cache(256)
+def _params(encoded: bytes) -> SamplingParams:
+    """Return sampling parameters, whose checks take longer than all else that a request needs here."""
+    return SamplingParams(**_decode_params(encoded))
 
 
 def _as_vision(prompt: VisionPrompt) -> Vision:
