@@ -131,7 +131,7 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
     assert all(read(page).count("```") == 2 * len(re.findall(r"^```\w+$", read(page), re.MULTILINE)) for page in PAGES)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/serving.md"])
 def test_a_command_within_a_sentence_is_one_that_is_understood(page: str) -> None:
     for command in re.findall(r"`graphmode ([^`]*)`", read(page)):
         name, *arguments = shlex.split(command)

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
 
+from graphmode.cli import app
 from graphmode.serve.metrics import METRICS
 
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ALERTS = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]
 EXPOSED = {
@@ -52,6 +55,19 @@ def test_each_alert_fires_on_its_series_and_on_no_other() -> None:
 def test_the_documentation_lists_every_alert() -> None:
     page = (DEPLOY.parent / "docs/serving.md").read_text()
     assert re.findall(r"^\| `(Graphmode\w+)` \|", page, re.MULTILINE) == [alert["alert"] for alert in ALERTS]
+
+
+def test_the_server_has_the_options_that_it_is_started_with() -> None:
+    known = {option for parameter in COMMANDS["serve"].params for option in parameter.opts}
+    service = re.search(
+        r"^ExecStart=.*/graphmode serve (.*)$", (DEPLOY / "graphmode.service").read_text(), re.MULTILINE
+    )
+    image = re.search(r"^CMD (\[.*\])$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert service is not None
+    assert image is not None
+    compose = yaml.safe_load((DEPLOY / "compose.yml").read_text())["services"]["graphmode"]["command"]
+    for command in (service[1].split(), json.loads(image[1]), compose):
+        assert {each for each in command if each.startswith("--")} <= known
 
 
 def names(expression: str) -> set[str]:
