@@ -48,6 +48,13 @@ LATENT = {  # multi-head latent attention, with sizes that are no powers of two
 SPARSE = {**LATENT, "index_topk": 7, "index_n_heads": 16, "index_head_dim": 12}
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 HYBRID = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA4 = {
+    **HYBRID,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "vocab_size_per_layer_input": 200,
+    "hidden_size_per_layer_input": 16,
+}
 # The model type and what its configuration sets beyond SMALL: all that its attention can ask for, windows that cut.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -74,15 +81,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4": ("exaone4", {**HYBRID, "sliding_window_pattern": 2}),
     "glm": ("glm", {"head_dim": 8}),
     "glm4": ("glm4", {"head_dim": 8, "attention_bias": True}),
-    "gemma4, layers of two sizes": ("gemma4_text", {**HYBRID, "head_dim": 8, "global_head_dim": 16}),
+    "gemma4, layers of two sizes": ("gemma4_text", GEMMA4),
     "gemma4, layers that share keys and values": (
         "gemma4_text",
         {
-            **HYBRID,
+            **GEMMA4,
             "num_hidden_layers": 4,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "head_dim": 8,
-            "global_head_dim": 16,
             "num_kv_shared_layers": 2,
         },
     ),
