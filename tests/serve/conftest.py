@@ -239,6 +239,7 @@ def start(options: ServeOptions, keys: ApiKeys | None = None) -> Iterator[Served
         yield Served(url, engine, app, client, http)
     server.should_exit = True
     thread.join(10)
+    app.state.service.close()
 
 
 @pytest.fixture

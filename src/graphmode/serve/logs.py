@@ -19,6 +19,8 @@ from graphmode.serve.errors import api_error
 
 log = logging.getLogger(__name__)
 
+DIRECT_SEND = "graphmode.send"
+"""The key of a scope under which a stream finds what sends an event without passing through all that stands before it."""
 CLIENT_LEFT = 499
 """In the log, in place of a status: the client left before there was an answer."""
 
@@ -100,6 +102,7 @@ class RequestLog:
                 message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
             return send(message)
 
+        scope[DIRECT_SEND] = send
         try:
             await self._app(scope, receive, sent)
         except Exception as error:

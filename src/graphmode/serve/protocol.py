@@ -63,6 +63,7 @@ class SamplingFields(Strict):
     bad_words: str | list[str] | None = None
     allowed_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     skip_reading_prefix_cache: bool | None = None
@@ -127,7 +128,7 @@ def sampling_params(
         body: the request.
         defaults: those of requests that say nothing.
         options: the server's, for its limits.
-        **others: parameters that the route has read itself, by their names here; None leaves one out.
+        **others: parameters that the route has read itself, by any name that SamplingParams takes; None leaves one out.
 
     Raises:
         InputError: one is out of range.
@@ -153,8 +154,10 @@ def sampling_params(
     # Defaults of the model do not contradict what is asked for: a least length may be above the model's most.
     if "max_tokens" not in given and given.get("min_tokens", 0) > (defaults.max_tokens or checks.LARGEST):
         given["max_tokens"] = given["min_tokens"]
-    merged = {name: given.get(name, getattr(defaults, name)) for name in _SAMPLING}
-    return SamplingParams(**merged)
+    merged = {name: getattr(defaults, name) for name in _SAMPLING} | given
+    return SamplingParams(
+        **{name: value for name, value in merged.items() if value is not None or name == "max_tokens"}
+    )
 
 
 def check_seconds(name: str, seconds: float | None) -> float | None:

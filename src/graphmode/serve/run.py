@@ -186,6 +186,7 @@ async def serve(
         if server is not None and serving is not None:
             server.should_exit = True
             await serving
+            server.config.app.state.service.close()
         for task in (stopping, starting, hurrying):
             task.cancel()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -15,6 +15,7 @@ from fastapi import Request as HttpRequest
 
 from graphmode.engine import checks
 from graphmode.engine.checks import shown
+from graphmode.engine.grammar import GrammarCompiler
 from graphmode.engine.outputs import Delta, NewTokens, RequestOutput
 from graphmode.engine.prompts import PromptParts
 from graphmode.engine.requests import ActiveRequest, Request
@@ -171,6 +172,7 @@ class Service:
         created: when the server started, in seconds since 1970.
         draining: whether the server is ending, so that it takes no more requests.
         generations: those in flight.
+        grammars: tries what answers are held to, before the engine compiles it.
     """
 
     def __init__(self, engine: EngineClient, text: ModelText, options: ServeOptions, metrics: Metrics) -> None:
@@ -187,6 +189,7 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.generations: set[Generation] = set()
+        self.grammars = GrammarCompiler(text.tokenizer, text.vocab_size, text.eos_token_ids)
         self._reader = ThreadPoolExecutor(1, "reader")
         self._jobs: set[Future[Any]] = set()
 
@@ -241,6 +244,8 @@ class Service:
             self.metrics.rejected("draining")
             raise _shutting_down()
         try:
+            if params.structured_outputs is not None:
+                await asyncio.to_thread(self.grammars.check, params.structured_outputs)
             if (info := self.engine.info) is None:
                 raise EngineDownError(f"the engine is {self.engine.state.phase}", retry_after=5)
             size = self._size(prompt, params, info.max_model_len)
@@ -322,6 +327,11 @@ class Service:
         """Return the name of a new answer of a kind, such as ``cmpl``, and the time in seconds since 1970."""
         record = CURRENT.get()
         return f"{kind}-{uuid4().hex if record is None else record.request_id}", int(time.time())
+
+    def close(self) -> None:
+        """End the threads and the process that read for requests."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        self.grammars.close()
 
     async def drain(self, seconds: float) -> None:
         """Take no more requests, and wait for those that run, at most for so long."""

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from graphmode.serve.errors import api_error
-from graphmode.serve.logs import log_failure
+from graphmode.serve.logs import DIRECT_SEND, log_failure
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,10 @@ class _EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events. A client that leaves cancels this."""
 
-        def sent(data: bytes, more: bool = True) -> Awaitable[None]:
-            return send({"type": "http.response.body", "body": data, "more_body": more})
+        direct = scope.get(DIRECT_SEND, send)
+
+        def sent(data: bytes) -> Awaitable[None]:
+            return direct({"type": "http.response.body", "body": data, "more_body": True})  # type: ignore[no-any-return]
 
         with scope["app"].state.service.metrics.stream():
             try:
@@ -68,6 +70,6 @@ class _EventStream(Response):
                     if failed.status_code == 500:
                         log_failure(log, error)
                     await sent(event(failed.body(), b"error"))
-                await sent(b"", more=False)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
             finally:
                 await self._events.aclose()  # type: ignore[attr-defined]

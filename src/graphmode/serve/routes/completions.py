@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -47,6 +48,9 @@ class CompletionRequest(SamplingFields):
     stream: bool | None = Field(default=None, description="Send the answer in server-sent events as it comes.")
     stream_options: StreamOptions | None = None
     best_of: int | None = Field(default=None, description="Answers are not ranked: it may be n, and nothing else.")
+    response_format: dict[str, Any] | None = Field(
+        default=None, description="What the answer is held to, in OpenAI's words; structured_outputs says more."
+    )
     suffix: str | None = Field(default=None, description="There is no text after the answer: it may be empty, or null.")
     add_special_tokens: bool = Field(
         default=True, description="The tokenizer adds its tokens, such as that of the begin."
@@ -69,7 +73,7 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int]
 
 
-class Choice(msgspec.Struct, omit_defaults=True):
+class Choice(msgspec.Struct, omit_defaults=True, gc=False):
     """One completion, or what is new of one."""
 
     index: int
@@ -82,7 +86,7 @@ class Choice(msgspec.Struct, omit_defaults=True):
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
-class Completion(msgspec.Struct):
+class Completion(msgspec.Struct, gc=False):
     """The answer, or an event of it.
 
     Attributes:
@@ -172,6 +176,7 @@ def _read(service: Service, body: CompletionRequest) -> _Asked:
     params = service.sampling_params(
         body,
         max_tokens=1 if prompt_alone else body.max_tokens,
+        response_format=body.response_format,
         prompt_logprobs=body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs,
     )
     prompts = _prompts(body.prompt)
