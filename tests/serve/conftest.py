@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -227,6 +228,7 @@ def start(options: ServeOptions, keys: ApiKeys | None = None) -> Iterator[Served
     engine = ActorEngine(text.tokenizer)
     app = create_app(engine, text, options, keys)
     listener = listen("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that what is not read comes back soon
     protocol = http_protocol(options.slow_client_seconds)
     config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False)
     server = uvicorn.Server(config)

@@ -46,7 +46,6 @@ def test_a_client_that_leaves_while_it_sends_costs_nothing(served: Served) -> No
 
 
 def test_a_client_that_does_not_read_is_let_go(served: Served) -> None:
-    served.engine.longest = 4096
     body = {"prompt": "a", "n": 4, "max_tokens": 10**6, "ignore_eos": True, "stream": True, "logprobs": 20}
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -20,7 +20,7 @@ from graphmode.serve.errors import api_error
 log = logging.getLogger(__name__)
 
 DIRECT_SEND = "graphmode.send"
-"""The key of a scope under which a stream finds what sends an event without passing through all that stands before it."""
+"""The key of a scope under which a stream finds what sends an event past all that stands before the routes."""
 CLIENT_LEFT = 499
 """In the log, in place of a status: the client left before there was an answer."""
 

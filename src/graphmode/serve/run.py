@@ -11,9 +11,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -158,8 +159,7 @@ async def serve(
         loop.add_signal_handler(number, stopped)
     stopping, hurrying = asyncio.create_task(stop.wait()), asyncio.create_task(hurry.wait())
     starting = asyncio.create_task(engine.wait_ready())
-    server: _Server | None = None
-    serving: asyncio.Task[None] | None = None
+    closing: Callable[[], Awaitable[None]] | None = None
     await engine.start()
     try:
         making = asyncio.create_task(asyncio.to_thread(make_app))
@@ -170,6 +170,7 @@ async def serve(
         service: Service = app.state.service
         server = _Server(app, options)
         serving = asyncio.create_task(server.serve([listener]))
+        closing = partial(_close, server, serving, service)
         await asyncio.wait({serving, stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
@@ -183,16 +184,22 @@ async def serve(
         draining.cancel()
     finally:
         await engine.close(0)
-        if server is not None and serving is not None:
-            server.should_exit = True
-            await serving
-            server.config.app.state.service.close()
+        if closing is not None:
+            await closing()
+        gc.unfreeze()
         for task in (stopping, starting, hurrying):
             task.cancel()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
     if hurry.is_set():
         sys.exit(1)
+
+
+async def _close(server: _Server, serving: asyncio.Task[None], service: Service) -> None:
+    """End the server once it has sent what there is."""
+    server.should_exit = True
+    await serving
+    service.close()
 
 
 def _say_ready(service: Service, listener: socket.socket, seconds: float) -> None:
