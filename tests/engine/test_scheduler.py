@@ -343,7 +343,9 @@ def test_sequences_made_when_there_is_room_run_in_the_steps_of_those_that_wait_f
         if one_by_one:
             scheduler.add(made)
         else:
-            scheduler.waiting.update(dict.fromkeys(made))
+            for number, sequence in enumerate(made):
+                sequence.order = (0, 0, number)
+                scheduler.waiting[sequence] = None
         return [
             [(row.sequence.request_id, row.start, row.num_tokens, row.steps) for row in batch.scheduled]
             for batch in run_to_end(scheduler, Device([group()]))

@@ -70,6 +70,7 @@ class BlockManager:
         sizes = [group.block_size for group in groups]
         self._key_tokens = min(sizes)  # each key is of so many tokens more than the one before
         self._hit_tokens = lcm(*sizes)  # a prefix ends where a block of every group does
+        self._windows = any(group.window is not None for group in groups)
         self._finest = sizes.index(self._key_tokens)
         if any(size % self._key_tokens for size in sizes):
             raise ValueError(f"block sizes are {sizes}; each must be a multiple of the smallest")
@@ -130,8 +131,8 @@ class BlockManager:
     def _settle(self, sequence: CachedSequence) -> None:
         """Make full blocks findable, then give those back that no later token reads."""
         known, before = min(len(sequence.token_ids), sequence.num_computed), sequence.num_settled
-        if known <= before:
-            return
+        if known <= before or (not self._windows and known // self._key_tokens == before // self._key_tokens):
+            return  # no block has become full, and none lies behind a window
         sequence.num_settled = known
         for (group, pool), table in zip(self._each, sequence.block_tables, strict=True):
             size = group.block_size

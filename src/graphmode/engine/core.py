@@ -484,13 +484,15 @@ def _noted_logprobs(batch: Batch, result: StepResult) -> dict[Sequence, list[Tok
 
 
 def _new_tokens(sequence: Sequence, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> NewTokens:
-    first = len(sequence.token_ids) == len(sequence.prompt_token_ids) + len(token_ids)
+    scored = None
+    if sequence.params.prompt_logprobs is not None and len(sequence.output_token_ids) == len(token_ids):
+        scored = sequence.prompt_logprobs
     return NewTokens(
         sequence.request_id,
         sequence.index,
         token_ids,
         None if logprobs is None else logprobs[: len(token_ids)],
-        sequence.prompt_logprobs if first and sequence.params.prompt_logprobs is not None else None,
+        scored,
         max(0, sequence.num_cached),
         sequence.finish_reason,
         sequence.stop_reason,

@@ -16,6 +16,8 @@ from graphmode.engine.sequence import Sequence
 from graphmode.engine.types import Batch, Family, Limits, ScheduledSequence
 from graphmode.errors import InputError
 
+_NONE = range(0)
+
 
 class Scheduler:
     """Continuous batching with chunked prefill, prefix caching, priorities and preemption.
@@ -92,45 +94,51 @@ class Scheduler:
         admitted = []
         budget, scores = self.limits.max_num_batched_tokens, self.limits.max_num_seqs
         preemptions = self.preemptions
+        decoding: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            (prompts if sequence.num_pending > 1 else decoding).append(sequence)
         # Decoding sequences before prompts: a long prompt must not hold up those that are already answering.
-        for sequence in sorted(self.running, key=lambda sequence: sequence.num_pending > 1):
-            if budget == 0 or sequence not in self.running or sequence.num_computed >= self._max_len(sequence) - 1:
+        for sequence in decoding + prompts:
+            if budget == 0 or sequence not in self.running or sequence.num_computed >= sequence.max_len - 1:
                 continue
-            tokens = _up_to(sequence, sequence.num_computed, min(sequence.num_pending, budget), scores)
-            if tokens == 0 or (tokens == sequence.num_pending and not sequence.may_draw):
+            if (row := _part(sequence, budget, scores)) is None:
                 continue
-            while not self.blocks.extend([(sequence, sequence.num_computed + tokens)]):
-                if (row := rows.pop(victim := self._preempt(), None)) is not None:
-                    budget += row.num_tokens
-                    scores += len(row.scored)
+            while not self.blocks.extend([(sequence, row.start + row.num_tokens)]):
+                if (other := rows.pop(victim := self._preempt(), None)) is not None:
+                    budget += other.num_tokens
+                    scores += len(other.scored)
                 if victim is sequence:
                     break
             else:
-                rows[sequence] = row = _row(sequence, tokens)
-                budget -= tokens
+                rows[sequence] = row
+                budget -= row.num_tokens
                 scores -= len(row.scored)
         # Whoever gave up its blocks in this step waits for the next one.
         while budget > 0 and self.preemptions == preemptions and (first := self._next_waiting()) is not None:
-            if not (tokens := self._admit(first, budget, scores)):
+            if (row := self._admit(first, budget, scores)) is None:
                 break
             del self.waiting[first]
             _insert(self.running, first)
             admitted.append(first)
-            rows[first] = row = _row(first, tokens)
-            budget -= tokens
+            rows[first] = row
+            budget -= row.num_tokens
             scores -= len(row.scored)
         if not rows:
             return None
         chosen = tuple(rows.values())
         if self.preemptions == preemptions:
             self._repeat(chosen)
+        query_len, num_tokens = self.limits.decode_query_len, 0
+        family: Family = "decode"
         for row in chosen:
-            row.sequence.num_computed += row.num_tokens + row.steps - 1
+            sequence = row.sequence
+            sequence.num_computed += row.num_tokens + row.steps - 1
             if row.samples:
-                row.sequence.in_flight += row.steps
-        num_tokens = sum(row.num_tokens for row in chosen)
-        decode = all(row.num_tokens == self.limits.decode_query_len for row in chosen)
-        family: Family = "decode" if decode else "mixed"
+                sequence.in_flight += row.steps
+            num_tokens += row.num_tokens
+            if row.num_tokens != query_len:
+                family = "mixed"
         return Batch(family, chosen, num_tokens, tuple(admitted))
 
     def update(self, batch: Batch, tokens: list[list[int]], eos_token_ids: frozenset[int]) -> dict[Sequence, list[int]]:
@@ -170,9 +178,6 @@ class Scheduler:
             self._free_state_indices.append(sequence.state_index)
         sequence.state_index = 0
 
-    def _max_len(self, sequence: Sequence) -> int:
-        return self._longest(len(sequence.prompt_token_ids), sequence.params.max_tokens)
-
     def _longest(self, prompt_tokens: int, max_tokens: int | None) -> int:
         limit = self.limits.max_model_len
         return limit if max_tokens is None else min(prompt_tokens + max_tokens, limit)
@@ -182,13 +187,13 @@ class Scheduler:
         params = sequence.params
         # What ends a text is drawn in a grammar only where it may, and nothing can follow it there.
         ends = frozenset() if params.ignore_eos and sequence.grammar is None else eos_token_ids
-        stops = ends.union(params.stop_token_ids)
+        stops = ends.union(params.stop_token_ids) if params.stop_token_ids else ends
         if not stops.isdisjoint(made):
             made = made[: 1 + next(at for at, token in enumerate(made) if token in stops)]
             sequence.finish_reason = "stop"
             sequence.stop_reason = None if made[-1] in ends else made[-1]
         sequence.token_ids += made
-        if sequence.finish_reason is None and len(sequence.token_ids) >= self._max_len(sequence):
+        if sequence.finish_reason is None and len(sequence.token_ids) >= sequence.max_len:
             sequence.finish_reason = "length"
         return made
 
@@ -202,8 +207,7 @@ class Scheduler:
             return
         while steps > 1:
             counts = [
-                min(steps, self._max_len(row.sequence) - 1 - row.start) if row.sequence.grammar is None else 1
-                for row in rows
+                min(steps, row.sequence.max_len - 1 - row.start) if row.sequence.grammar is None else 1 for row in rows
             ]
             if self.blocks.extend([(row.sequence, row.start + n) for row, n in zip(rows, counts, strict=True)]):
                 for row, count in zip(rows, counts, strict=True):
@@ -234,25 +238,25 @@ class Scheduler:
                 _insert(self.waiting, first)
         return first
 
-    def _admit(self, sequence: Sequence, budget: int, scores: int) -> int:
-        """Give a waiting sequence the blocks of its first step and return its tokens; 0 where there is no room."""
+    def _admit(self, sequence: Sequence, budget: int, scores: int) -> ScheduledSequence | None:
+        """Give a waiting sequence the blocks of its part of the step, and return that; None where there is no room."""
         if len(self.running) >= self.limits.max_num_seqs:
-            return 0
+            return None
         params = sequence.params
         reads = params.prompt_logprobs is None and not params.skip_reading_prefix_cache
         self.blocks.begin(sequence, read_prefix=reads)
         cached = sequence.num_computed
-        tokens = _up_to(sequence, cached, min(sequence.num_pending, budget), scores)
-        waits = tokens == sequence.num_pending and not sequence.may_draw  # it was preempted
-        if tokens == 0 or waits or not self.blocks.extend([(sequence, cached + tokens)]):
+        row = _part(sequence, budget, scores)
+        if row is None or not self.blocks.extend([(sequence, cached + row.num_tokens)]):
             self.blocks.release(sequence)
-            return 0
+            return None
+        sequence.max_len = self._longest(len(sequence.prompt_token_ids), params.max_tokens)
         if sequence.num_cached < 0:
             sequence.num_cached = cached
             self.prefix_queries += len(sequence.prompt_token_ids)
             self.prefix_hits += cached
         sequence.state_index = self._free_state_indices.pop()
-        return tokens
+        return row
 
 
 def _insert(queue: dict[Sequence, None], sequence: Sequence) -> None:
@@ -263,17 +267,25 @@ def _insert(queue: dict[Sequence, None], sequence: Sequence) -> None:
         queue[each] = queue.pop(each)
 
 
-def _up_to(sequence: Sequence, start: int, tokens: int, scores: int) -> int:
-    """Return how many of the ``tokens`` from ``start`` on a step computes that has room for ``scores`` scored ones."""
-    scored = _scored(sequence, start, start + tokens)
-    return tokens if len(scored) <= scores else scored.start + scores - start
+def _part(sequence: Sequence, budget: int, scores: int) -> ScheduledSequence | None:
+    """Return the part of a step that a sequence can have; None where it can have none.
 
-
-def _scored(sequence: Sequence, start: int, end: int) -> range:
-    """Return the positions from ``start`` to ``end`` whose next token is of the prompt and still to be scored."""
-    if sequence.params.prompt_logprobs is None:
-        return range(0)
-    return range(max(start, len(sequence.prompt_logprobs)), min(end, len(sequence.prompt_token_ids) - 1))
+    Args:
+        sequence: whose next tokens are computed.
+        budget: the tokens that there is room for.
+        scores: the prompt tokens that there is room to score.
+    """
+    start, pending = sequence.num_computed, sequence.num_pending
+    tokens, scored = min(pending, budget), _NONE
+    if sequence.params.prompt_logprobs is not None:
+        first, last = len(sequence.prompt_logprobs), len(sequence.prompt_token_ids) - 1
+        scored = range(max(start, first), min(start + tokens, last))
+        if len(scored) > scores:
+            scored = scored[:scores]
+            tokens = scored.stop - start
+    if tokens == 0 or (tokens == pending and not sequence.may_draw):
+        return None
+    return ScheduledSequence(sequence, start, tokens, int(tokens == pending), scored)
 
 
 def _repeats(row: ScheduledSequence) -> bool:
@@ -289,8 +301,3 @@ def _repeats(row: ScheduledSequence) -> bool:
         and row.sequence.params.logprobs is None
         and not (vision and vision.spans_in(row.start, row.start + 1))
     )
-
-
-def _row(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
-    start, end = sequence.num_computed, sequence.num_computed + num_tokens
-    return ScheduledSequence(sequence, start, num_tokens, end == sequence.num_tokens, _scored(sequence, start, end))

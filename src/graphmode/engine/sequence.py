@@ -35,6 +35,7 @@ class Sequence:
         block_tables: of each cache group its blocks, by their place in the sequence; where one behind a window was
             given back stands 0, which is never read. Empty while it does not run.
         block_keys: digests of its tokens up to the end of each block, as far as they are computed.
+        max_len: tokens that it may have, prompt and answer together; known once it runs.
         order: its priority, the number of its request and its own in that: what is less runs first.
         finish_reason: None while it runs.
         stop_reason: the token of ``stop_token_ids`` that ended it; the cause of an error; None for any other end.
@@ -56,6 +57,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     block_tables: list[list[int]] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
+    max_len: int = 0
     order: tuple[int, int, int] = (0, 0, 0)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -87,4 +89,4 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens not computed yet: the rest of the prompt, or the last generated token."""
-        return self.num_tokens - self.num_computed
+        return len(self.token_ids) + self.in_flight - self.num_computed
