@@ -75,9 +75,9 @@ def names(expression: str) -> set[str]:
 
 
 def labels(expression: str) -> set[str]:
-    inside = " ".join(re.findall(r"\{(.*?)\}", expression)) + " "
+    inside = " ".join(re.findall(r"\{(.*?)\}", expression))
     grouped = ",".join(re.findall(r"\bby \((.*?)\)", expression))
-    return set(re.findall(r"(\w+)\s*=~?", inside)) | {each.strip() for each in grouped.split(",") if each.strip()}
+    return set(re.findall(r"(\w+)\s*(?:=|!=|=~|!~)\"", inside)) | set(re.findall(r"\w+", grouped))
 
 
 def dashboard() -> dict[str, Any]:
