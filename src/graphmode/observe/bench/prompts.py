@@ -59,7 +59,8 @@ class WordPrompts:
                 f"a prompt of {tokens} tokens is too short: the server adds about {self.beside:.0f} of its own; "
                 f"ask for at least {self.least}"
             )
-        return " ".join(rng.choices(self.words, k=count))
+        # A word may be one token after a space and several where a text begins, so all begin alike.
+        return " ".join([_WORDS[0], *rng.choices(self.words, k=count - 1)])
 
 
 _REFUSED = (EndpointError, httpx.HTTPError, ValueError, LookupError, TypeError)  # also answers of another shape
@@ -115,14 +116,14 @@ def find_prompts(
                     return prompts
     kind = "words of one token each (/tokenize)"
     try:
-        base = len(tokenize("the"))
-        words = [word for word in _WORDS if len(tokenize(f"the {word}")) == base + 1]
+        base = len(tokenize(_WORDS[0]))
+        words = [word for word in _WORDS if len(tokenize(f"{_WORDS[0]} {word}")) == base + 1]
     except _REFUSED:
         words = []
     if len(words) < 20:
         words, kind = _WORDS, "words, of about so many tokens"
     try:
-        few, many = (prompt_tokens(" ".join(words[:count])) for count in (16, len(words)))
+        few, many = (prompt_tokens(" ".join([_WORDS[0], *words[: count - 1]])) for count in (16, len(words)))
     except _REFUSED as error:
         raise EndpointError(f"the endpoint does not answer to a prompt of words: {error}") from error
     per_word = (many - few) / (len(words) - 16)

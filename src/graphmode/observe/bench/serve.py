@@ -8,11 +8,13 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -223,6 +225,21 @@ def _processes_of(pid: int | None) -> list[psutil.Process]:
         raise InputError(f"server_pid is {pid}: {error}; give the id of a process that runs here") from error
 
 
+def _device(server: Server) -> str:
+    """Return the name of the server's device; of a server on another machine, what it calls it."""
+    import torch
+
+    from graphmode.observe.machine import device_name
+
+    named = server.version.get("device")
+    if not isinstance(named, str):
+        return "unknown device"
+    if urlsplit(server.url).hostname in ("127.0.0.1", "localhost", "::1"):
+        with suppress(RuntimeError):  # it is a name already
+            return device_name(torch.device(named))
+    return named
+
+
 def _command(process: psutil.Process) -> str:
     """Return what of a command line tells processes of Python apart: the module that it runs, or the program."""
     line = process.cmdline()
@@ -279,14 +296,13 @@ def _row(
             {"command": _command(process), "cpu_seconds_per_token": each}
             for process, each in zip(watched, took, strict=True)
         ]
-    version = sender.server.version
     return replace(
         row,
         model=sender.server.model,
         mode=load.label,
         batch=streams,
         figures=figures,
-        device=str(version.get("device", "unknown device")),
+        device=_device(sender.server),
         details=details,
     )
 
