@@ -122,7 +122,8 @@ class Generation:
                 self._reason = reason
             if reason == "error":
                 self.close()
-                raise ApiError(500, f"the answer cannot go on: {delta.stop_reason}", type="server_error")
+                # The grammar is the request's own: it allows so much that reading it on would take too long.
+                raise ApiError(400, f"the answer cannot go on: {delta.stop_reason}", code="grammar_too_complex")
         return deltas
 
     def end(self, index: int) -> None:
