@@ -57,6 +57,17 @@ def test_a_client_that_does_not_read_is_let_go(served: Served) -> None:
         assert not served.app.state.service.generations
 
 
+def test_a_client_that_does_not_send_is_let_go(served: Served) -> None:
+    whole = request_bytes({"prompt": "a" * 1000})
+    with connect(served) as silent, connect(served) as half:
+        silent.sendall(whole[:20])
+        half.sendall(whole[:-500])
+        assert silent.recv(1000) == b""
+        answer = half.recv(1000)
+        assert b" 408 " in answer
+        assert b"body_too_slow" in answer
+
+
 def test_requests_follow_each_other_on_a_connection(served: Served) -> None:
     with connect(served) as client:
         client.sendall(request_bytes({"prompt": "a", "max_tokens": 1}) * 3)

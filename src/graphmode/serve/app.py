@@ -49,7 +49,8 @@ def create_app(engine: EngineClient, text: ModelText, options: ServeOptions, key
     middleware = [Middleware(RequestLog, answered=counts.response)]
     if keys is not None:
         middleware.append(Middleware(Authentication, keys=keys))
-    middleware += [Middleware(BodyLimit, most=options.max_body_bytes), Middleware(EndWithClient)]
+    middleware += [Middleware(BodyLimit, most=options.max_body_bytes, seconds=options.slow_client_seconds)]
+    middleware.append(Middleware(EndWithClient))
     app = FastAPI(title="graphmode", version=__version__, middleware=middleware, redirect_slashes=False)
     app.state.service = service
     install_error_handlers(app)

@@ -56,7 +56,8 @@ class ServeOptions:
         restart: an engine that died or stands still is started again.
         stall_seconds: the engine stands still when requests run and it has made no step for so long.
         request_seconds: how long a request may take in all; it may ask for less as its timeout. Default: no limit.
-        slow_client_seconds: how long a client may leave an answer unread until its request is aborted.
+        slow_client_seconds: how long a client may leave an answer unread, or its own request unfinished, until it is
+            let go.
         max_body_bytes: bytes of a request's body.
         max_prompts: prompts of a request for completions.
         max_answers: answers to a prompt (n).

@@ -188,6 +188,7 @@ _STATUSES = {
     400: "A parameter is not known, malformed or out of range, or the body is not JSON.",
     401: "The API key is missing or wrong.",
     404: "The model is not served here.",
+    408: "The body has not come.",
     413: "The body is too large.",
     429: "Too many requests wait; Retry-After says when to try again.",
     500: "The server has failed at this request.",
@@ -203,7 +204,7 @@ def errors(*statuses: int) -> Responses:
     return {status: {"model": ErrorBody, "description": _STATUSES[status]} for status in statuses}
 
 
-GENERATION_ERRORS = errors(400, 401, 404, 413, 429, 500, 503, 504)
+GENERATION_ERRORS = errors(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
 
 def answer(type_: type, *, stream: bool = False) -> Responses:

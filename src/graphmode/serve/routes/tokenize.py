@@ -65,7 +65,7 @@ class Text(msgspec.Struct):
     prompt: str
 
 
-@router.post("/tokenize", responses=answer(Tokens) | errors(400, 401, 404, 413, 500))
+@router.post("/tokenize", responses=answer(Tokens) | errors(400, 401, 404, 408, 413, 500))
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Return the tokens of a text, or of a conversation."""
     service = get_service(request)
@@ -100,7 +100,7 @@ def _rendered(service: Service, body: TokenizeRequest) -> str:
     return template.prompt(body.messages)["prompt"]
 
 
-@router.post("/detokenize", responses=answer(Text) | errors(400, 401, 404, 413, 500))
+@router.post("/detokenize", responses=answer(Text) | errors(400, 401, 404, 408, 413, 500))
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """Return the text of tokens."""
     service = get_service(request)
