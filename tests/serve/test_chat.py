@@ -1,16 +1,23 @@
 """Chat completions as OpenAI's clients see them."""
 
 import asyncio
+import base64
 import json
+from io import BytesIO
 from typing import Any
 
 import pytest
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, BadRequestError
+from PIL import Image
 from pydantic import BaseModel
 
+from graphmode.engine.config import EngineOptions
+from graphmode.engine.reading import load_text
 from graphmode.serve.parsing.dialect import dialect
+from tests.multimodal import IMAGE as IMAGE_TOKEN
+from tests.multimodal import save_model, save_processors
 from tests.serve.conftest import Served
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -297,6 +304,37 @@ def test_no_image_is_fetched(served: Served, url: str) -> None:
         assert "give a data URL" in error["message"]
     text_alone = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": IMAGE}}]}]}
     assert "takes text alone" in refused(served, text_alone)["message"]
+
+
+def test_images_come_as_data_urls(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("vision")
+    save_model("qwen2_vl", folder)
+    save_processors(folder)
+    service = served.app.state.service
+    monkeypatch.setattr(service, "text", load_text(folder, EngineOptions(device="cpu")))
+    template = (
+        "{% for part in messages[0].content %}{{ part.text if part.type == 'text' else "
+        "'<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}"
+    )
+    monkeypatch.setattr(service, "chat_template", template)
+    monkeypatch.setattr(service, "dialect", dialect(template, {}))
+    Image.new("RGB", (16, 8), "red").save(file := BytesIO(), "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    parts = [{"type": "text", "text": "see "}, {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}]
+    chat(served, messages=[{"role": "user", "content": parts}])
+    vision = served.engine.requests[-1].vision
+    assert vision is not None
+    assert served.engine.requests[-1].prompt_token_ids.count(IMAGE_TOKEN) == 2  # 4 x 2 patches, four a token
+
+    served.client.responses.create(
+        model="bard", input=[{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]
+    )
+    assert served.engine.requests[-1].prompt_token_ids.count(IMAGE_TOKEN) == 2
+    served.engine.requests.clear()
+    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    assert "image 1" in refused(served, {"messages": [{"role": "user", "content": [broken]}]})["message"]
 
 
 def test_an_unknown_format_of_calls_is_told(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
