@@ -246,6 +246,31 @@ def test_sampling_and_template_parameters_arrive(served: Served) -> None:
     assert len(answer.prompt_logprobs) == len(answer.prompt_token_ids)
 
 
+def test_a_template_that_knows_no_developer_gets_a_system_message(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = served.app.state.service
+    for template, role in (
+        ("{{ messages[0].role }}", "system"),
+        ("{{ messages[0].role }}{# developer #}", "developer"),
+    ):
+        monkeypatch.setattr(service, "chat_template", template)
+        monkeypatch.setattr(service, "dialect", dialect(template, {}))
+        chat(served, messages=[{"role": "developer", "content": "A hall."}])
+        assert prompt(served) == role
+
+
+def test_templates_take_arguments_as_objects_or_as_texts(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    messages = [*HI, {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": function}]}]
+    service, arguments = served.app.state.service, "messages[1].tool_calls[0].function.arguments"
+    for template, text in ((f"{{{{ {arguments}.a }}}}", "1"), (f"{{{{ {arguments} + '' }}}}", '{"a": 1}')):
+        monkeypatch.setattr(service, "chat_template", template)
+        monkeypatch.setattr(service, "dialect", dialect(template, {}))
+        chat(served, messages=messages)
+        assert prompt(served) == text
+
+
 def test_the_last_message_goes_on(served: Served) -> None:
     messages = [*HI, {"role": "assistant", "content": "Well"}]
     chat(served, messages=messages, extra_body={"continue_final_message": True})

@@ -168,8 +168,11 @@ async def prepare(service: Service, question: Question) -> Task:
         tools=[_for_template(tool) for tool in question.tools] or None,
         options=_options(question, dialect),
     )
-    size = sum(len(str(message.get("content"))) for message in question.messages)
-    prompt = await service.in_reader(size, partial(_render, template, question.messages))
+    messages = question.messages
+    if "developer" not in dialect.template:  # it is the newer name of the same
+        messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
+    size = sum(len(str(message["content"])) for message in messages)
+    prompt = await service.in_reader(size, partial(_render, template, messages))
     whole = question.structured is not None  # it is all of the answer, and leaves no room for thoughts
     thoughts = Thoughts() if whole else dialect.thoughts(prompt["prompt"])
     held_to = question.structured or _held_to(question, dialect, thoughts)
