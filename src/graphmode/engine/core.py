@@ -288,7 +288,7 @@ class EngineCore:
         assert params.structured_outputs is not None
         try:
             grammar = self._grammars.compile(params.structured_outputs)
-        except Exception as error:  # it ends this request, and harms no other
+        except BaseException as error:  # also a panic of Rust: it ends this request, and harms no other
             self._abort(submitted, None, "error", str(error))
             return
 

@@ -34,7 +34,7 @@ from graphmode.errors import EngineError, InputError
 from graphmode.models.hf.tokenizer import backend_as_json
 
 _KNOWN = 256  # grammars of which it is remembered what was found
-_COMPILED = 64  # grammars that are kept compiled
+_COMPILED = 32  # grammars that are kept compiled
 _WALL_SECONDS = 20.0  # of a trial, whose processor time is what is bounded, on a machine that is busy
 _START_SECONDS = 60.0
 _WORKERS = 8
@@ -151,32 +151,48 @@ class GrammarCompiler:
     def _compile(self, structured: StructuredOutputs) -> Grammar:
         tokenizer, _ = self._tokenizer
         try:
-            matcher = grammar_trial.compiled(*_source(structured), tokenizer)
-            first = grammar_trial.first_mask(matcher, -(-tokenizer.vocab_size // 32))
+            made = partial(grammar_trial.compiled, *_source(structured), tokenizer)
+            return Grammar(made, -(-tokenizer.vocab_size // 32), packed(self._real), self._eos_token_ids)
         except ValueError as error:
             raise InputError(f"structured_outputs.{structured.kind}: {grammar_trial.in_one_line(error)}") from None
-        return Grammar(matcher, first, packed(self._real), self._eos_token_ids)
 
 
 class Grammar:
     """A compiled grammar.
 
+    Matchers that are copies of one share what they have found of the texts that it allows, which makes them fast. How
+    much that may be is limited, so where they have come to the limit, those that go on get a new one to share.
+
     Args:
-        matcher: at its beginning; answers follow copies of it.
-        first: the tokens that may come first.
+        compiled: returns a matcher at its beginning.
+        words: entries of a mask.
         real: the tokens that exist.
         eos_token_ids: those that end a text.
+
+    Raises:
+        ValueError: it cannot be compiled.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, first: Mask, real: Mask, eos_token_ids: Sequence[int]) -> None:
-        self._matcher = matcher
-        self._first = first
+    def __init__(
+        self, compiled: Callable[[], llguidance.LLMatcher], words: int, real: Mask, eos_token_ids: Sequence[int]
+    ) -> None:
         self.real = real
         self.eos_token_ids = eos_token_ids
+        self._compiled = compiled
+        self._lock = Lock()
+        self._shared = compiled()
+        self._first = grammar_trial.first_mask(self._shared, words)
 
     def begin(self) -> tuple[llguidance.LLMatcher, Mask]:
-        """Return a matcher for an answer, and the tokens that may come first."""
-        return self._matcher.deep_copy(), self._first.copy()
+        """Return what the matcher of an answer is a copy of, and the tokens that may come first."""
+        return self._shared, self._first.copy()
+
+    def another(self, shared: llguidance.LLMatcher) -> llguidance.LLMatcher:
+        """Return what matchers are to be copies of that were copies of ``shared``, and could not go on."""
+        with self._lock:
+            if self._shared is shared:
+                self._shared = self._compiled()
+            return self._shared
 
 
 class GrammarWorkers:
@@ -250,8 +266,9 @@ class GrammarState:
         self._grammar = grammar
         self._params = params
         self.fail = fail
-        self._drawn = 0
-        self._matcher, self._mask = grammar.begin()
+        self._drawn: list[int] = []
+        self._shared, self._mask = grammar.begin()
+        self._matcher = self._shared.deep_copy()
         self.forbidden = self._read()
         self.ready = True
 
@@ -261,21 +278,26 @@ class GrammarState:
         Raises:
             ValueError: the grammar cannot be followed any further.
         """
-        matcher, mask = self._matcher, self._mask
-        # An error is a state that the matcher does not leave.
-        matcher.consume_tokens(token_ids)
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if matcher.is_error():
-            raise ValueError(matcher.get_error())
-        self._drawn += len(token_ids)
+        self._drawn += token_ids
+        if not self._follow(token_ids):
+            self._shared = self._grammar.another(self._shared)
+            self._matcher = self._shared.deep_copy()
+            if not self._follow(self._drawn):
+                raise ValueError(self._matcher.get_error())
         self.forbidden = self._read()
         self.ready = True
+
+    def _follow(self, token_ids: list[int]) -> bool:
+        """Take tokens in and compute the mask behind them; return whether that could be done."""
+        self._matcher.consume_tokens(token_ids)
+        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        return not self._matcher.is_error()  # a state that a matcher does not leave
 
     def _read(self) -> Mask:
         """Return what may not be drawn."""
         allowed = self._mask[: len(self._grammar.real)] & self._grammar.real
         barred = list(self._grammar.eos_token_ids) if self._params.ignore_eos else []
-        if self._drawn < self._params.min_tokens:
+        if len(self._drawn) < self._params.min_tokens:
             barred += [*self._grammar.eos_token_ids, *self._params.stop_token_ids]
         if barred:
             left = allowed.copy()
@@ -289,7 +311,7 @@ def _advance(drawn: Sequence[tuple[GrammarState, list[int]]]) -> None:
     for state, token_ids in drawn:
         try:
             state.advance(token_ids)
-        except Exception as error:  # it ends this answer, and harms no other
+        except BaseException as error:  # also a panic of Rust: it ends this answer, and harms no other
             state.fail(f"the grammar cannot be followed any further: {grammar_trial.in_one_line(error)}")
 
 
