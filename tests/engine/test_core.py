@@ -160,3 +160,13 @@ def test_priorities_decide_who_runs_first(llm: LLM) -> None:
     while core.has_requests:
         ended |= dict.fromkeys(new.request_id for new in core.step() if new.finish_reason is not None)
     assert list(ended) == [names[3], names[2], names[0], names[1]]
+
+
+def test_prompts_of_one_call_have_priorities(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3)
+    outputs = llm.stream([PROMPT[:4]] * 8, params, priority=[1, 1, 1, 1, 0, 0, 0, 0])
+    ended = [int(output.request_id) for output in outputs if output.finished]
+    first = min(ended)
+    assert [number - first for number in ended] == [4, 5, 6, 7, 0, 1, 2, 3]
+    one, other = (llm.generate(PROMPT, params, priority=priority) for priority in (None, 7))
+    assert one[0].outputs == other[0].outputs

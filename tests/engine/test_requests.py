@@ -129,7 +129,9 @@ def test_parameters_that_are_none_are_refused(without_text: LLM, params: Any, wo
     [
         ({"use_tqdm": "yes"}, "progress is 'yes'; it must be True or False, or None"),
         ({"lora_request": object()}, "lora_request=.* cannot be honoured: LoRA adapters are not applied yet"),
-        ({"priority": [1]}, r"priority=\[1\] cannot be honoured"),
+        ({"priority": [1, 2]}, "1 prompts, but 2 priorities; give one, or one each"),
+        ({"priority": "high"}, "priority is 'high'; it must be an integer, or a list with one for each prompt"),
+        ({"priority": [1.5]}, "priority is 1.5; it must be an integer"),
         ({"prompt_token_ids": [GOOD]}, r"tokens are prompts themselves: generate\(\[\[1, 2, 3\]\]\)"),
         ({"use_tqm": True}, r"generate has no use_tqm; did you mean use_tqdm\? It has progress"),
         ({"use_tqdm": True, "progress": False}, "contradict"),

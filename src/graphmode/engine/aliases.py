@@ -231,7 +231,10 @@ ENGINE: Names = {
     "max_seq_len_to_capture": Refusal(
         "graphs serve sequences of every length; leave it out. max_graph_tokens bounds a step that has one"
     ),
-    "scheduling_policy": Refusal("requests run in the order in which they come", harmless=(None, "fcfs")),
+    "scheduling_policy": Refusal(
+        "requests run by their priority, and within one in the order in which they come",
+        harmless=(None, "fcfs", "priority"),
+    ),
     "preemption_mode": Refusal("what is preempted is computed again", harmless=(None, "recompute")),
     **dict.fromkeys(("disable_custom_all_reduce", "disable_log_stats", "disable_log_requests"), _NOTHING_TO_SET),
     "use_v2_block_manager": _NOTHING_TO_SET,
@@ -287,7 +290,6 @@ ENGINE: Names = {
 CALL: Names = {
     "use_tqdm": Alias("progress"),
     **dict.fromkeys(("lora_request", "prompt_adapter_request"), _LORA),
-    "priority": Refusal("requests run in the order in which they come"),
     "tokenization_kwargs": Refusal("give the prompt as the tokens that you want"),
     "prompt_token_ids": Refusal("tokens are prompts themselves: generate([[1, 2, 3]])"),
     "chat_template_content_format": Refusal(

@@ -81,6 +81,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] | None = None,
         progress: bool | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
@@ -90,6 +91,7 @@ class LLM:
             prompts: texts, lists of token ids, ``{"prompt_token_ids": [...]}``, or with images or videos
                 :class:`~graphmode.engine.prompts.PromptParts`; one or a list.
             sampling_params: for all prompts, or one for each. None: :meth:`get_default_sampling_params`.
+            priority: of all prompts, or one for each: lower ones run first. None is 0.
             progress: whether to show a progress bar; None: as the engine was made.
             **others: other names, as :mod:`graphmode.engine.aliases` has them.
 
@@ -100,7 +102,7 @@ class LLM:
             InputError: a prompt that does not fit; none is run then.
         """
         progress = self._shows_progress("generate", progress, others)
-        return self._generate(as_prompts(prompts), sampling_params, progress)
+        return self._generate(as_prompts(prompts), sampling_params, priority, progress)
 
     def chat(
         self,
@@ -113,6 +115,7 @@ class LLM:
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        priority: int | Sequence[int] | None = None,
         progress: bool | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
@@ -130,6 +133,7 @@ class LLM:
             tools: JSON schemas or functions, for the template.
             chat_template_kwargs: what else the template reads, such as ``{"enable_thinking": False}``.
             mm_processor_kwargs: as in prompts.
+            priority: as of :meth:`generate`.
             progress: as of :meth:`generate`.
             **others: as of :meth:`generate`.
 
@@ -153,12 +157,14 @@ class LLM:
         prompts = [template.prompt(conversation) for conversation in conversations(messages)]
         if mm_processor_kwargs is not None:
             prompts = [{**prompt, "mm_processor_kwargs": mm_processor_kwargs} for prompt in prompts]
-        return self._generate(prompts, sampling_params, progress)
+        return self._generate(prompts, sampling_params, priority, progress)
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] | None = None,
         **others: Any,
     ) -> Iterator[RequestOutput]:
         """Generate for one prompt or several together, yielding a prompt's output after each of its tokens.
@@ -170,13 +176,14 @@ class LLM:
         Args:
             prompts: as of :meth:`generate`.
             sampling_params: as of :meth:`generate`.
+            priority: as of :meth:`generate`.
             **others: as of :meth:`generate`.
 
         Raises:
             InputError: a prompt does not fit; before the first output is asked for.
         """
         self._shows_progress("stream", None, others)
-        return self._stream(self._requests(as_prompts(prompts), sampling_params, stream=True))
+        return self._stream(self._requests(as_prompts(prompts), sampling_params, priority, stream=True))
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
         # Closed by us: some versions of Python keep what a closed generator iterates until that is collected.
@@ -194,6 +201,7 @@ class LLM:
         self,
         prompts: Sequence[str | PromptParts],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int] | None,
         *,
         stream: bool = False,
     ) -> list[Request]:
@@ -212,10 +220,17 @@ class LLM:
             params *= len(prompts)
         if len(params) != len(prompts):
             raise InputError(f"{len(prompts)} prompts, but {len(params)} sampling parameters; give one, or one each")
+        same = [0 if priority is None else priority] * len(prompts)
+        priorities = [
+            checks.integer("priority", one, also=", or a list with one for each prompt")
+            for one in (priority if isinstance(priority, (list, tuple)) else same)
+        ]
+        if len(priorities) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts, but {len(priorities)} priorities; give one, or one each")
         requests, max_model_len = [], self.engine.core.limits.max_model_len
-        for index, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+        for index, (prompt, each, one) in enumerate(zip(prompts, params, priorities, strict=True)):
             try:
-                request = self.engine.text.request(prompt, each, max_model_len, stream=stream)
+                request = self.engine.text.request(prompt, each, max_model_len, stream=stream, priority=one)
                 self.engine.check(request)
                 requests.append(request)
             except InputError as error:
@@ -245,9 +260,10 @@ class LLM:
         self,
         prompts: Sequence[str | PromptParts],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int] | None,
         progress: bool,
     ) -> list[RequestOutput]:
-        requests = self._requests(prompts, sampling_params)
+        requests = self._requests(prompts, sampling_params, priority)
         last: dict[int, RequestOutput] = {}
         with (
             _progress(sum(request.params.n for request in requests), progress) as advance,
