@@ -190,3 +190,10 @@ def test_tokens_of_prompt_and_answer_are_told_where_asked_for(served: Served) ->
 def test_the_first_token_of_a_half_text_waits(served: Served) -> None:
     served.engine.answer = "naïve 漢字 😀"
     assert "".join(each["choices"][0]["text"] for each in chunks(served)) == "naïve 漢字 😀"
+
+
+def test_answers_are_held_to_schemas_and_grammars(served: Served) -> None:
+    create(served, extra_body={"structured_outputs": {"regex": "[0-9]+"}})
+    create(served, extra_body={"response_format": {"type": "json_object"}})
+    made = [each.params.structured_outputs for each in served.engine.requests]
+    assert [each.kind for each in made] == ["regex", "json"]

@@ -46,6 +46,8 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
         ({"stream": True, "stream_options": {"include_use": True}}, "stream_options.include_use", "no parameter"),
         ({"timeout": 0}, "timeout", "above 0"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "regex"),
+        ({"structured_outputs": {}}, "structured_outputs", "give exactly one of json"),
         ({"prompt": []}, "prompt", "not empty"),
         ({"prompt": None}, "prompt", "prompt"),
         ({"prompt": ["a"] * 5}, "prompt", "there may be 4"),
@@ -165,3 +167,12 @@ def test_a_deadline_ends_a_request(served: Served) -> None:
     response = served.post("/v1/completions", PROMPT | {"timeout": 0.05})
     assert error_of(response, 504)["code"] == "deadline_exceeded"
     assert response.headers["x-should-retry"] == "false"
+
+
+def test_grammars_that_are_new_wait_in_a_queue_that_ends(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"structured_outputs": {"choice": ["known"]}}
+    assert served.post("/v1/completions", PROMPT | known).status_code == 200
+    monkeypatch.setattr("graphmode.serve.service._MOST_TRIALS", 0)
+    assert served.post("/v1/completions", PROMPT | known).status_code == 200
+    new = {"structured_outputs": {"choice": ["new"]}}
+    assert error_of(served.post("/v1/completions", PROMPT | new), 429)["code"] == "queue_full"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +19,7 @@ from graphmode.engine.outputs import Delta, NewTokens, RequestOutput
 from graphmode.engine.prompts import PromptParts
 from graphmode.engine.requests import ActiveRequest, Request
 from graphmode.engine.sampling_params import SamplingParams
+from graphmode.engine.structured_outputs import StructuredOutputs
 from graphmode.engine.text import Detokenizer
 from graphmode.errors import DeadlineExceededError, EngineDownError, InputError, OverloadedError
 from graphmode.serve.errors import ApiError
@@ -27,6 +27,7 @@ from graphmode.serve.logs import CURRENT, RequestRecord
 from graphmode.serve.options import ServeOptions
 from graphmode.serve.parsing.dialect import dialect
 from graphmode.serve.protocol import SamplingFields, Usage, check_seconds, sampling_params, usage
+from graphmode.serve.threads import OneThread
 
 if TYPE_CHECKING:
     from graphmode.engine.reading import ModelText
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_MOST_TRIALS = 32
+"""Grammars that may wait to be tried; one that is hard takes a second."""
 _LONG_TEXT = 16384
 """Characters of a prompt from which on it is tokenized in a thread, so that no stream waits for it."""
 
@@ -191,8 +194,8 @@ class Service:
         self.draining = False
         self.generations: set[Generation] = set()
         self.grammars = GrammarCompiler(text.tokenizer, text.vocab_size, text.eos_token_ids)
-        self._reader = ThreadPoolExecutor(1, "reader")
-        self._jobs: set[Future[Any]] = set()
+        self._reader = OneThread("reader")
+        self._trials = OneThread("grammars")
 
     @property
     def model_name(self) -> str:
@@ -246,7 +249,7 @@ class Service:
             raise _shutting_down()
         try:
             if params.structured_outputs is not None:
-                await asyncio.to_thread(self.grammars.check, params.structured_outputs)
+                await self._check_grammar(params.structured_outputs)
             if (info := self.engine.info) is None:
                 raise EngineDownError(f"the engine is {self.engine.state.phase}", retry_after=5)
             size = self._size(prompt, params, info.max_model_len)
@@ -261,13 +264,6 @@ class Service:
         if detokenizer is not None and keep_special:
             detokenizer = detokenizer.keeping(keep_special)
         return Generation(self, request, stream, detokenizer)
-
-    async def run(self, prompt: str | PromptParts, params: SamplingParams, **options: Any) -> RequestOutput:
-        """Return the complete answers to a prompt.
-
-        Arguments as of :meth:`submit`. It also raises what :class:`Generation` raises.
-        """
-        return await collect(await self.submit(prompt, params, **options))
 
     def _size(self, prompt: str | PromptParts, params: SamplingParams, max_model_len: int) -> int:
         """Return how many characters are read for a prompt; images count as many.
@@ -299,12 +295,25 @@ class Service:
             size: characters that it reads.
             function: what is called.
         """
-        if size < _LONG_TEXT and not self._jobs:  # it would wait for the tokenizer, and every stream with it
+        if size < _LONG_TEXT and not self._reader.jobs:  # it would wait for the tokenizer, and every stream with it
             return function()
-        job = self._reader.submit(function)
-        self._jobs.add(job)
-        job.add_done_callback(self._jobs.discard)
-        return await asyncio.wrap_future(job)
+        return await self._reader.run(function)
+
+    async def _check_grammar(self, structured: StructuredOutputs | Mapping[str, Any]) -> None:
+        """Check what answers are held to. What was seen before does not wait for what others send.
+
+        Raises:
+            InputError: the engine could not compile it, or not in reasonable time.
+            OverloadedError: too many that are new wait.
+        """
+        if self.grammars.knows(structured):
+            self.grammars.check(structured)
+            return
+        if self._trials.jobs >= _MOST_TRIALS:
+            raise OverloadedError(
+                f"{_MOST_TRIALS} schemas and grammars wait to be tried for the first time; try again later", 1.0
+            )
+        await self._trials.run(partial(self.grammars.check, structured))
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a text.
@@ -331,7 +340,8 @@ class Service:
 
     def close(self) -> None:
         """End the threads and the process that read for requests."""
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._reader.close()
+        self._trials.close()
         self.grammars.close()
 
     async def drain(self, seconds: float) -> None:
