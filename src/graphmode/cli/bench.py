@@ -161,7 +161,8 @@ def _serve(
     requests: Annotated[
         int | None,
         typer.Option(
-            help="Requests of a row. Default: 3 waves; 8 times --concurrency; 100 of a rate.", show_default=False
+            help="Of a row. Default: 3 waves, at least 20; 8 times --concurrency; 100 of a rate.",
+            show_default=False,
         ),
     ] = None,
     warmup: Annotated[

@@ -27,6 +27,7 @@ from graphmode.observe.bench.streams import Answer, endpoint
 from graphmode.observe.bench.traffic import TOKENS, Lengths, Planned, arrival_times, read_trace
 from graphmode.observe.endpoint import Server, advice, find_server, refusal
 
+_LEAST = 20  # requests in waves
 _STREAMS_PER_PROCESS = 64
 _SLOW = 0.010  # seconds that the client may be behind before its times are doubtful
 
@@ -47,7 +48,8 @@ class Load:
         trace: a file of requests, with their times where none of the three is given.
         prompt_tokens: of prompts.
         max_tokens: of answers.
-        requests: of a row. Default: 3 waves; 8 times the concurrency; 100 of a rate; the trace once.
+        requests: of a row. Default: 3 waves, and at least 20 requests; 8 times the concurrency; 100 of a rate; the
+            trace once.
         warmup: requests before each row, which are not counted in. Default: as many as streams, 8 of a rate.
         ignore_eos: ask for answers of exactly ``max_tokens``.
         body: what else requests hold, such as ``temperature``. Default: nothing, so that the server samples as it does
@@ -161,7 +163,10 @@ def _plans(load: Load, longest: int | None) -> Iterator[tuple[str, float, list[l
                 )
         count = len(planned) or load.requests
         if count is None:
-            count = {"wave": 3 * int(number), "concurrency": 8 * int(number)}.get(kind, 100)
+            streams = math.ceil(number)
+            count = {"wave": max(3 * streams, -(-_LEAST // streams) * streams), "concurrency": 8 * streams}.get(
+                kind, 100
+            )
         if kind == "wave":
             count = max(1, count // int(number)) * int(number)
         planned = planned or [
