@@ -1,6 +1,9 @@
 """The loop of the engine process, on a played core, in this process."""
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from graphmode.engine.requests import Request
 from graphmode.engine.sampling_params import SamplingParams
 from graphmode.errors import EngineError
 from graphmode.serve import messages
-from graphmode.serve.engine_process import EngineLoop
+from graphmode.serve.engine_process import EngineLoop, _Pulse
 from graphmode.serve.messages import Abort, Refused, Step, StepFailed, Stop, ToEngine
 from tests.serve.faulty_engine import LOSE_DEVICE, RAISE, UNFIT, PlayedCore
 
@@ -49,9 +52,10 @@ class Pair:
 
         self.core._step = acting  # type: ignore[method-assign]
 
-    def received(self) -> list[Any]:
+    def received(self, *, wait: bool = False) -> list[Any]:
+        """Return what the loop has sent; wait until there is something."""
         found = []
-        while self._receive.poll(0):
+        while self._receive.poll(None if wait and not found else 0):
             found.append(messages.decode_from_engine(self._receive.recv()))
         return found
 
@@ -132,3 +136,37 @@ def test_snapshots_hold_what_the_core_counts(pair: Pair) -> None:
     assert (snapshot.kv_blocks_used, snapshot.kv_blocks_total, snapshot.replays) == ([1], [4], {"decode:8": 3})
     assert snapshot.stats["generated_tokens"] == 0
     assert messages.decode_from_engine(messages.encode(snapshot)) == snapshot
+
+
+def test_signs_of_life_say_whether_the_thread_moves(pair: Pair) -> None:
+    wakes, ends = Event(), Event()
+
+    def stands_still_then_moves() -> None:
+        wakes.wait()
+        while not ends.is_set():
+            sum(range(100))
+
+    thread = Thread(target=stands_still_then_moves)
+    thread.start()
+    outbox = pair.context.socket(zmq.PUSH)
+    outbox.connect("inproc://out")
+    assert thread.ident is not None
+    pulse = _Pulse(outbox, os.getppid(), thread.ident)
+    pulse.computes_on_host, pulse.loop = False, pair.loop
+    pulse.start()
+
+    def moves() -> Iterator[int]:
+        while True:
+            [alive] = pair.received(wait=True)
+            yield alive.moves
+
+    with closing(moves()) as seen:
+        next(seen)
+        before = next(seen)
+        assert next(seen) == before
+        wakes.set()
+        while next(seen) == before:
+            pass
+    ends.set()
+    thread.join()
+    pulse.end()

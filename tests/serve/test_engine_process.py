@@ -139,10 +139,15 @@ def test_it_is_started_again_after_kill_9_and_serves(faulty: Server) -> None:
     faulty.run(body())
 
 
-def test_it_is_killed_and_started_again_where_it_is_stopped_or_hangs(faulty: Server) -> None:
+def test_it_is_killed_and_started_again_where_it_is_stopped(faulty: Server) -> None:
+    faulty.run(fails_mid_stream(faulty, lambda pid: os.kill(pid, signal.SIGSTOP), "no sign of life for 2 s", "stalled"))
+
+
+@pytest.mark.slow
+def test_it_is_killed_and_started_again_where_a_step_hangs(faulty: Server) -> None:
     async def body() -> None:
-        await fails_mid_stream(faulty, lambda pid: os.kill(pid, signal.SIGSTOP), "no sign of life for 2 s", "stalled")
         await fails_mid_stream(faulty, lambda pid: faulty.asks(first=HANG), "completed no step for 2 s", "stalled")
+        await serves(faulty)
 
     faulty.run(body())
 
@@ -166,18 +171,22 @@ def test_it_ends_when_the_process_that_started_it_is_killed() -> None:
     shutil.rmtree(folder)
 
 
-def test_a_process_that_ends_before_it_says_anything_is_noticed() -> None:
-    with started("this", "any", EngineOptions()) as server:  # prints a poem and exits
+@pytest.mark.parametrize(
+    ("module", "cause"), [("this", "ended with status 0; its log"), ("tests.serve.failing_engine", "^no room for it$")]
+)
+def test_a_process_that_ends_at_once_is_noticed_with_what_it_said(module: str, cause: str) -> None:
+    with started(module, "any", EngineOptions()) as server:
 
         async def body() -> None:
-            with pytest.raises(EngineDownError, match="ended with status 0"):
+            with pytest.raises(EngineDownError, match=cause):
                 await server.client.wait_ready()
             assert (server.client.state.phase, server.client.state.restarts) == ("dead", 0)
 
         server.run(body())
 
 
-@pytest.mark.parametrize("fault", ["truncated", pytest.param("missing", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["truncated", "missing"])
 def test_a_model_that_cannot_be_loaded_is_said_in_a_line_and_not_tried_again(tmp_path: Path, fault: str) -> None:
     model = tmp_path / "model"
     if fault == "truncated":
