@@ -11,10 +11,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread, get_ident
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import zmq
@@ -279,8 +280,8 @@ def load_core(model: str, options: EngineOptions, on_capture: Callable[[int, int
     return EngineCore(model, options, on_capture=on_capture)
 
 
-def main(arguments: list[str], load: Load = load_core) -> None:
-    """Run the engine process.
+def main(arguments: list[str], load: Load = load_core) -> NoReturn:
+    """Run the engine process, and exit.
 
     Args:
         arguments: the folder of the sockets, the file descriptor that takes the cause if the engine ends by an error,
@@ -293,13 +294,18 @@ def main(arguments: list[str], load: Load = load_core) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.set_inheritable(report, False)
+    status = 0
     try:
         _serve(folder, parent, load)
     except BaseException as error:
         if not isinstance(error, GraphModeError):
             log.critical("the engine ends", exc_info=error)
         os.write(report, _in_words(error).encode(errors="replace")[:4096])  # what a pipe takes at once
-        sys.exit(1)
+        status = 1
+    logging.shutdown()
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+    os._exit(status)  # to take the interpreter apart takes seconds, in which a device's library may hang
 
 
 def _serve(folder: Path, parent: int, load: Load) -> None:
@@ -328,7 +334,6 @@ def _serve(folder: Path, parent: int, load: Load) -> None:
         outbox.send(messages.encode(messages.Ready(_info(core))))
         loop.run()
     finally:
-        gc.unfreeze()  # what is frozen is not freed at exit, which bindings of libraries report as leaks
         pulse.end()
         context.destroy(linger=1000)
 
