@@ -205,6 +205,16 @@ def test_structured_answers(served: Served) -> None:
     assert "%json" in both.grammar
 
 
+def test_a_schema_that_cannot_be_honoured_is_told_with_the_parameter_that_asks_for_it(served: Served) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    error = refused(served, {"messages": HI, "tools": [tool], "tool_choice": "required"})
+    assert error["param"] == "tools"
+    assert "uniqueItems" in error["message"]
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    assert refused(served, {"messages": HI, "response_format": form})["param"] == "response_format"
+
+
 def test_thoughts_are_split_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     service = served.app.state.service
     monkeypatch.setattr(service, "dialect", dialect("tools <tool_call> </think> reasoning_effort", {}))
@@ -360,6 +370,12 @@ def test_images_come_as_data_urls(
     served.engine.requests.clear()
     broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     assert "image 1" in refused(served, {"messages": [{"role": "user", "content": [broken]}]})["message"]
+
+
+def test_a_conversation_that_cannot_fit_is_not_even_rendered(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.app.state.service, "chat_template", "{{ raise_exception('rendered') }}")
+    error = refused(served, {"messages": [{"role": "user", "content": "a " * 16000}]})
+    assert "the prompt has 32000 characters" in error["message"]
 
 
 def test_an_unknown_format_of_calls_is_told(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

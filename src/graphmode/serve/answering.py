@@ -144,7 +144,7 @@ class AnswerReader:
         return parts
 
 
-async def prepare(service: Service, question: Question) -> Task:
+async def prepare(service: Service, question: Question, params: SamplingParams) -> Task:
     """Return a question as what can be submitted.
 
     Raises:
@@ -171,13 +171,22 @@ async def prepare(service: Service, question: Question) -> Task:
     messages = question.messages
     if "developer" not in dialect.template:  # it is the newer name of the same
         messages = [{**each, "role": "system"} if each["role"] == "developer" else each for each in messages]
-    size = sum(len(str(message["content"])) for message in messages)
+    size = sum(_characters(message["content"]) for message in messages)
+    if service.engine.info is not None:
+        service.check_characters(size, params, service.engine.info.max_model_len)
     prompt = await service.in_reader(size, partial(_render, template, messages))
     whole = question.structured is not None  # it is all of the answer, and leaves no room for thoughts
     thoughts = Thoughts() if whole else dialect.thoughts(prompt["prompt"])
     held_to = question.structured or _held_to(question, dialect, thoughts)
     keep = frozenset(dialect.special) if question.tools or thoughts.form is not None else frozenset()
     return Task(prompt, held_to, keep, question, dialect, thoughts)
+
+
+def _characters(content: str | Sequence[Mapping[str, Any]]) -> int:
+    """Return the characters of a message's texts."""
+    if isinstance(content, str):
+        return len(content)
+    return sum(len(part["text"]) for part in content if part["type"] == "text")
 
 
 def _check(question: Question, dialect: Dialect) -> None:

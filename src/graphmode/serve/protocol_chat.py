@@ -119,9 +119,6 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, description="With logprobs: the most likely tokens, 20 at most.")
     response_format: ResponseFormat | None = None
-    structured_outputs: dict[str, Any] | None = Field(
-        default=None, description="What the answer is held to: exactly one of json, regex, choice and grammar."
-    )
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="If false, an answer has one call at most.")

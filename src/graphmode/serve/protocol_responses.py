@@ -97,9 +97,6 @@ class ResponsesRequest(SamplingFields):
     parallel_tool_calls: bool | None = Field(default=None, description="If false, an answer has one call at most.")
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    structured_outputs: dict[str, Any] | None = Field(
-        default=None, description="What the answer is held to: exactly one of json, regex, choice and grammar."
-    )
     top_logprobs: int | None = Field(default=None, description="The most likely tokens, with include. 20 at most.")
     include: list[Literal["message.output_text.logprobs"]] | None = None
     stream: bool | None = Field(default=None, description="Send the response in server-sent events as it comes.")

@@ -274,13 +274,21 @@ class Service:
         if not isinstance(prompt, str) and "multi_modal_data" in prompt:
             return _LONG_TEXT
         size = len(prompt if isinstance(prompt, str) else prompt.get("prompt", ""))
+        self.check_characters(size, params, max_model_len)
+        return size
+
+    def check_characters(self, size: int, params: SamplingParams, max_model_len: int) -> None:
+        """Check that a text of so many characters may fit the model, so that one that cannot is never tokenized.
+
+        Raises:
+            InputError: it does not.
+        """
         most = max_model_len * self._longest_token
         if size > most and params.truncate_prompt_tokens is None:
             raise InputError(
                 f"the prompt has {size} characters; {most} at most fit into max_model_len={max_model_len} tokens. "
                 "Shorten it, or give truncate_prompt_tokens"
             )
-        return size
 
     @cached_property
     def _longest_token(self) -> int:

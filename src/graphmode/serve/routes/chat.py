@@ -51,7 +51,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     service = get_service(request)
     model = service.check_model(body.model)
     params = _params(service, body)
-    task = await prepare(service, _question(body))
+    task = await prepare(service, _question(body), params)
     generation = await submit(service, task, params, body)
     name, created = service.new_name("chatcmpl")
     asked = _Asked(body, name, created, model, task)

@@ -52,7 +52,7 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     service = get_service(request)
     model = service.check_model(body.model)
     params = _params(service, body)
-    task = await prepare(service, _question(body))
+    task = await prepare(service, _question(body), params)
     generation = await submit(service, task, params, body)
     name, created = service.new_name("resp")
     maker = _ResponseMaker(body, task, generation, _response(body, params, name, created, model))
