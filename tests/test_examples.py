@@ -1,7 +1,6 @@
 """The examples run as the README says, and what they claim holds: replays are the function's own results."""
 
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -31,18 +30,27 @@ def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return import_module(request.param)
 
 
-def test_examples_run_as_scripts() -> None:
-    """In one process, which loads torch once."""
-    run = "import runpy, sys\nfor name in sys.argv[1:]:\n    runpy.run_path(name, run_name='__main__')\n"
-    command = [sys.executable, "-c", run, "policy.py", "vocoder.py", "demo.py"]
-    result = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    for words in (
-        *(" 1 robots", "64 robots", "11 graphs", "hit rate 1.000"),
-        *("64 frames, piecewise", "8 graphs"),
-        *("the same tokens", "batch 1: eager", "batch 8: eager"),
-    ):
-        assert words in result.stdout
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("policy.py", (" 1 robots", "64 robots", "11 graphs", "hit rate 1.000")),
+        ("vocoder.py", ("64 frames, piecewise", "8 graphs")),
+        ("demo.py", ("the same tokens", "batch 1: eager", "batch 8: eager")),
+    ],
+)
+def test_an_example_runs_as_a_script(
+    name: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    status: object = 0
+    try:
+        runpy.run_path(name, run_name="__main__")
+    except SystemExit as ended:
+        status = ended.code
+    assert not status
+    printed = capsys.readouterr().out
+    assert all(each in printed for each in words)
 
 
 @pytest.mark.parametrize(
