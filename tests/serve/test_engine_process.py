@@ -248,7 +248,7 @@ def test_nothing_is_left_behind(server: Server) -> None:
     process = server.client._process
     assert process is not None
     server.run(server.until(lambda: process._folder is None))  # removed when all sockets are connected
-    children = {child.pid for child in psutil.Process().children(recursive=True)}
-    assert process.pid in children
+    engine = psutil.Process(process.pid)
+    family = [engine, *engine.children(recursive=True)]
     server.run(server.client.close(10))
-    assert not {child.pid for child in psutil.Process().children(recursive=True)} & children
+    assert not [each for each in family if psutil.pid_exists(each.pid)]
