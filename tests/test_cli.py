@@ -21,6 +21,21 @@ from graphmode.engine.sampling_params import SamplingParams
 from graphmode.observe.sweep import try_model
 
 STATS = {
+    "running",
+    "waiting",
+    "blocks_used",
+    "blocks_total",
+    "prefix_queries",
+    "prefix_hits",
+    "rows",
+    "padded_rows",
+    "buckets",
+    "replay_seconds",
+    "captures",
+    "decode_steps",
+    "decode_seconds",
+    "queue_seconds",
+    "queue_seconds_sum",
     "steps",
     "replays",
     "eager_steps",
