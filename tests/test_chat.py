@@ -87,6 +87,12 @@ def test_commands_and_lines_that_go_on(server: FakeServer, tmp_path: Path) -> No
     assert server.asked[0].items() >= {**sent, "model": "fake", "stream": True}.items()
 
 
+@pytest.mark.parametrize("lines", ['"""\na\nb', "a\\\nb", "a\\\nb\\\n"])
+def test_a_message_that_the_end_of_input_cuts_is_answered(server: FakeServer, lines: str) -> None:
+    assert talk(lines, "--base-url", server.url) == "ababab\n"
+    assert server.asked[-1]["messages"] == [{"role": "user", "content": "a\nb"}]
+
+
 def test_nothing_that_steers_a_terminal_is_printed(server: FakeServer) -> None:
     server.text, server.reasoning = "\x1b[31mä\x07\n", "hm\x9b2J"
     assert talk("hi\n", "--base-url", server.url) == "[31mä\n" * 3 + "\n"

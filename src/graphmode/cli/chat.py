@@ -119,7 +119,9 @@ def _speaker(
     sampling: dict[str, Any],
 ) -> Iterator[Speaker]:
     if base_url is None:
-        text = None if template is None else template.read_text(encoding="utf-8")
+        from graphmode.serve.options import read_text
+
+        text = None if template is None else read_text("chat_template", template)
         if model is None:
             sampling = {"stop": _END_OF_SPEECH} | sampling
         yield _Local(load(model, engine, progress=True), model or "the bundled model", text, sampling)
@@ -270,22 +272,25 @@ class _Talk:
     def _inputs(self) -> Iterator[str]:
         """Yield what the user says; an interrupt drops the lines so far."""
         while True:
+            lines: list[str] = []
             try:
                 line = self._line(">>> ")
                 if line.strip() == '"""':
-                    lines = []
                     while (line := self._line("... ")).strip() != '"""':
                         lines.append(line)
-                    yield "\n".join(lines)
-                    continue
-                while line.endswith("\\"):
-                    line = line[:-1] + "\n" + self._line("... ")
-                yield line
+                else:
+                    while line.endswith("\\"):
+                        lines.append(line[:-1])
+                        line = self._line("... ")
+                    lines.append(line)
+                yield "\n".join(lines)
             except KeyboardInterrupt:
                 self._console.print()
                 if not self._at_terminal:
                     raise
             except EOFError:
+                if lines:  # the input ends before the message does
+                    yield "\n".join(lines)
                 if self._at_terminal:
                     self._console.print()
                 return
