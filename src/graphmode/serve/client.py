@@ -301,6 +301,8 @@ class EngineClient:
             return EngineDownError(f"the engine is down: {state.cause}")
         if state.phase == "stopping":
             return EngineDownError("the server is stopping")
+        if state.phase == "stalled":
+            return EngineDownError(f"the engine stands still: {state.cause}", self._start_seconds)
         passed = asyncio.get_running_loop().time() - self._started_at
         expected = 10.0 if self._start_seconds is None else self._start_seconds
         because = "" if state.cause is None else f": {state.cause}"
