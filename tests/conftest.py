@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 # Time decides no test: a busy machine must not fail one. `make test-properties` asks for many more examples.
 settings.register_profile("graphmode", parent=settings(), deadline=None, max_examples=20)

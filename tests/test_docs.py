@@ -136,7 +136,10 @@ def test_a_command_within_a_sentence_is_one_that_is_understood(page: str) -> Non
     for command in re.findall(r"`graphmode ([^`]*)`", read(page)):
         name, *arguments = shlex.split(command)
         assert name in COMMANDS, command
-        known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+        called = COMMANDS[name]
+        while arguments and arguments[0] in getattr(called, "commands", {}):
+            called = called.commands[arguments.pop(0)]
+        known = {option for parameter in called.params for option in parameter.opts}
         given = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
         assert given <= known | {"--help"}, command
 
