@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -242,6 +243,17 @@ def start(options: ServeOptions, keys: ApiKeys | None = None) -> Iterator[Served
     server.should_exit = True
     thread.join(10)
     app.state.service.close()
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """The command line sets up logging for its process, which is that of all tests."""
+    loggers = [logging.getLogger(name) for name in (None, "graphmode")]
+    before = [(each, each.level, each.handlers[:]) for each in loggers]
+    yield
+    for each, level, handlers in before:
+        each.setLevel(level)
+        each.handlers[:] = handlers
 
 
 @pytest.fixture

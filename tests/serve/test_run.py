@@ -4,13 +4,8 @@ import asyncio
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,7 +24,7 @@ from graphmode.serve.run import listen, serve
 
 from .conftest import ActorEngine, wait_for
 
-SMALL = ["--device", "cpu", "--graph-sizes", "1,8", "--max-num-seqs", "8", "--max-num-batched-tokens", "64"]
+LONG = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
 
 
 def refused(*arguments: str, status: int = 1) -> str:
@@ -41,27 +36,16 @@ def refused(*arguments: str, status: int = 1) -> str:
     return lines[-1] if status == 1 else result.output
 
 
-def test_a_port_in_use_is_one_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        line = refused("--port", port)
-        assert f"host 127.0.0.1, port {port} cannot be listened on" in line
-        assert "in use; give another --host or --port" in line
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["/nowhere/model"], "/nowhere/model"),
         (["--api-key-file", "/nowhere/keys"], "api_key_file /nowhere/keys cannot be read: No such file"),
-        (["--chat-template", "/nowhere/template"], "chat_template /nowhere/template cannot be read"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["--port", "70000"], "port is 70000; it must be an integer from 0 to 65535"),
-        (["--max-queue", "0"], "max_queue is 0"),
         (["--drain-seconds", "-1"], "drain_seconds"),
         (["--log-level", "loud"], "log_level is 'loud'; it must be one of debug, info, warning, error"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
-        (["--api-key", "secret"], "--api-key-file"),
         (["--ssl-keyfile", "x"], "reverse proxy"),
         (["--tool-call-parser", "none-such"], "none-such"),
     ],
@@ -75,60 +59,9 @@ def test_what_the_command_line_cannot_read_ends_with_2() -> None:
     refused("", status=2)
 
 
-def test_a_template_that_is_none_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "template.jinja"
-    file.write_text("{% for message in messages %}\n{{ message")
-    assert "is no Jinja template: line 2" in refused("--chat-template", str(file))
-
-
 def test_a_key_on_the_command_line_is_not_repeated() -> None:
     with pytest.raises(InputError):
         ServeOptions(api_key="sk-secret")  # type: ignore[call-arg]
-
-
-@contextmanager
-def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "graphmode", "serve", *arguments, *SMALL, "--port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("GRAPHMODE_API_KEY", None)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as server:
-        try:
-            yield server
-        finally:
-            server.kill()
-
-
-def test_it_serves_drains_and_ends(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("sk-secret\n")
-    with running("--api-key-file", str(keys), "--served-model-name", "bard", "--served-model-name", "b") as server:
-        assert server.stdout is not None
-        assert server.stderr is not None
-        line = server.stdout.readline()
-        found = re.fullmatch(r"serving bard, b at (http://127.0.0.1:\d+), ready after [\d.]+ s\n", line)
-        assert found, line
-        headers = {"authorization": "Bearer sk-secret"}
-        with httpx.Client(base_url=found[1], headers=headers, timeout=60) as client:
-            assert client.get("/ready").json() == {"status": "ok"}
-            body = {"model": "b", "prompt": "ROMEO.\n", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
-            whole = client.post("/v1/completions", json=body).json()
-            assert whole["usage"]["completion_tokens"] == 60
-            with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
-                lines = stream.iter_lines()
-                text = next(lines)
-                server.send_signal(signal.SIGTERM)
-                wait_for(lambda: httpx.get(f"{found[1]}/ready", headers=headers).status_code == 503)
-                refusal = httpx.post(f"{found[1]}/v1/completions", json=body, headers=headers)
-                assert refusal.json()["error"]["code"] == "shutting_down"
-                text += "".join(lines)
-            assert text.endswith("data: [DONE]")
-        assert server.wait(20) == 0
-        logged = server.stderr.read()
-        assert "sk-secret" not in logged
-        assert "ROMEO" not in logged
-        assert "POST /v1/completions 200 prompt_tokens=" in logged
 
 
 class Serving:
@@ -167,13 +100,33 @@ class Serving:
             return 0
 
 
+def test_a_signal_lets_what_runs_end_and_nothing_begin(actor: ActorEngine) -> None:
+    serving = Serving(actor, drain_seconds=1000)
+
+    def play() -> str:
+        wait_for(lambda: serving.status() == 200)
+        with httpx.stream("POST", f"{serving.url}/v1/completions", json=LONG, timeout=10) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            actor.moves = False
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(lambda: serving.status() == 503)
+            refusal = httpx.post(f"{serving.url}/v1/completions", json=LONG).json()
+            assert refusal["error"]["code"] == "shutting_down"
+            assert httpx.get(f"{serving.url}/health").status_code == 200
+            actor.moves = True
+            return "".join(lines)
+
+    assert serving.run(play).endswith("data: [DONE]")
+    assert actor.closed
+
+
 def test_a_second_signal_ends_it_at_once(capsys: pytest.CaptureFixture[str], actor: ActorEngine) -> None:
     serving = Serving(actor, drain_seconds=1000)
 
     def play() -> str:
         wait_for(lambda: serving.status() == 200)
-        body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{serving.url}/v1/completions", json=body, timeout=10) as stream:
+        with httpx.stream("POST", f"{serving.url}/v1/completions", json=LONG, timeout=10) as stream:
             lines = stream.iter_lines()
             next(lines)
             actor.moves = False

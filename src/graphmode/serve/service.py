@@ -193,6 +193,7 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.generations: set[Generation] = set()
+        self._defaults = text.default_sampling_params()
         self.grammars = GrammarCompiler(text.tokenizer, text.vocab_size, text.eos_token_ids)
         self._reader = OneThread("reader")
         self._trials = OneThread("grammars")
@@ -218,7 +219,7 @@ class Service:
 
     def sampling_params(self, body: SamplingFields, **others: Any) -> SamplingParams:
         """Return the sampling parameters of a request; see :func:`~graphmode.serve.protocol.sampling_params`."""
-        return sampling_params(body, self.text.default_sampling_params(), self.options, **others)
+        return sampling_params(body, self._defaults, self.options, **others)
 
     async def submit(
         self,
