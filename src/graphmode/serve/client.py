@@ -286,7 +286,7 @@ class EngineClient:
         if self._supervision is None:
             return
         process = self._process
-        if process is not None and self.info is not None:
+        if process is not None and self._watchdog.ready:
             process.send(Stop())
             await asyncio.wait({self._supervision}, timeout=_EXIT_SECONDS)
         if not self._supervision.done():  # it loads its model, or hangs
@@ -413,9 +413,8 @@ class EngineClient:
     async def _read(self, process: EngineProcess) -> str:
         """Take in what the engine says, until that cannot be read; return why."""
         while True:
-            received = await process.receive()
             try:
-                for message in received:
+                for message in await process.receive():
                     self._take_in(process, message)
             except Exception as error:
                 log.exception("a message of the engine cannot be taken in")
