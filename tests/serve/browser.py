@@ -91,7 +91,7 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def until(self, condition: str, seconds: float = 20) -> Any:
+    def until(self, condition: str, seconds: float = 60) -> Any:
         """Wait until an expression is true; return its value."""
         end = time.monotonic() + seconds
         while not (value := self.run(condition)):

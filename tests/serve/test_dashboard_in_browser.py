@@ -184,6 +184,14 @@ def test_a_prompt_is_answered_as_a_stream(page: Page) -> None:
     assert text(page, "send") == "Send"
 
 
+def test_a_prompt_can_be_said_in_a_chat(page: Page) -> None:
+    page.run("document.getElementById('kind').value = 'chat'; document.getElementById('tokens').value = '8'")
+    page.run("document.getElementById('text').value = 'Who goes there?'; document.getElementById('send').click()")
+    assert shown(page, "answer-status", "text.includes('tokens/s')").startswith("8 tokens, ")
+    assert text(page, "answer").startswith("Who goes there?\n\n")
+    assert len(text(page, "answer")) > len("Who goes there?\n\n")
+
+
 def test_a_prompt_can_be_stopped(page: Page) -> None:
     page.run("document.getElementById('tokens').value = '900'; document.getElementById('send').click()")
     shown(page, "answer-status", "text.startsWith('First token')")
