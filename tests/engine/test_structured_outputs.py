@@ -374,6 +374,15 @@ def test_no_token_is_allowed_that_the_tokenizer_does_not_have(
     assert (0 in allowed(state)) == ("regex" in structured)
 
 
+def test_every_token_that_ends_a_text_may_end_an_answer(bundled: Path) -> None:
+    compiler = GrammarCompiler(AutoTokenizer.from_pretrained(bundled), VOCAB, {0, 9, VOCAB})
+    state = GrammarState(compiler.compile({"regex": "a?"}), params({"regex": "a?"}), pytest.fail)
+    letter = AutoTokenizer.from_pretrained(bundled).encode("a")
+    assert allowed(state) == [0, 9, *letter]
+    state.advance(letter)
+    assert allowed(state) == [0, 9]
+
+
 @given(choices=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=5, unique=True))
 def test_any_text_can_be_chosen(compiler: GrammarCompiler, choices: list[str]) -> None:
     matcher = compiler.compile({"choice": choices}).begin()[0].deep_copy()
