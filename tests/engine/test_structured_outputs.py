@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import jsonschema_rs
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from graphmode import LLM, SamplingParams, bundled_model
-from graphmode.engine.grammar import GrammarCompiler, GrammarState
+from graphmode.engine.grammar import GrammarCompiler, GrammarState, GrammarWorkers
 from graphmode.engine.outputs import CompletionOutput, RequestOutput
 from graphmode.engine.requests import Request
 from graphmode.engine.structured_outputs import StructuredOutputs
@@ -462,3 +463,14 @@ def test_names_that_ask_for_nothing() -> None:
     assert SamplingParams(**nothing) == SamplingParams()
     with pytest.raises(InputError, match="response_format is"):
         SamplingParams(response_format={"type": "xml"})  # type: ignore[call-arg]
+
+
+def test_a_grammar_that_takes_long_does_not_keep_the_engine_from_other_requests() -> None:
+    workers, ends = GrammarWorkers(), Event()
+    workers.run(ends.wait)
+    assert workers.wait(finished=0)  # returns, although the job runs
+    assert workers.finished == 0
+    ends.set()
+    while not workers.finished:
+        assert workers.wait(finished=0)
+    assert not workers.wait(finished=1)

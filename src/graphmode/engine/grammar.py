@@ -212,7 +212,7 @@ class GrammarWorkers:
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self._count, thread_name_prefix="grammar")
 
-    def run(self, job: Callable[[], None]) -> None:
+    def run(self, job: Callable[[], object]) -> None:
         """Let a thread run a job, which raises nothing."""
         with self._changed:
             self._running += 1
@@ -225,7 +225,7 @@ class GrammarWorkers:
         for start in range(min(self._count, len(drawn))):
             self.run(partial(_advance, drawn[start :: self._count]))
 
-    def _run(self, job: Callable[[], None]) -> None:
+    def _run(self, job: Callable[[], object]) -> None:
         try:
             job()
         finally:
