@@ -60,8 +60,9 @@ def test_what_the_command_line_cannot_read_ends_with_2() -> None:
 
 
 def test_a_key_on_the_command_line_is_not_repeated() -> None:
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="--api-key-file") as refusal:
         ServeOptions(api_key="sk-secret")  # type: ignore[call-arg]
+    assert "secret" not in str(refusal.value)
 
 
 class Serving:

@@ -76,6 +76,7 @@ def api_error(error: BaseException) -> ApiError:
 def _parameter(message: str) -> str | None:
     """Return the parameter that a message begins with: ours name the value first."""
     first, _, rest = message.partition(" ")
+    first = first.removesuffix(":")
     if first == "prompt_token_ids" or (first in ("the", "a") and rest.startswith("prompt")):
         return "prompt"
     return first if _NAMES.fullmatch(first) and first not in ("the", "a", "an") else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,23 @@ from graphmode.serve.parsing.formats import AUTO, reasoning_format, tool_formats
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+
+def _no_key(value: object) -> Mapping[str, object]:
+    """Refuse a key without repeating it."""
+    if value is None:
+        return {}
+    raise InputError(
+        "api_key is a key on a command line, where other users of the machine see it; use --api-key-file, or "
+        "GRAPHMODE_API_KEY in the environment"
+    )
+
+
 _PROXY = Refusal("the server speaks plain HTTP at the root; put a reverse proxy in front of it")
 SERVER: Names = {
     "uvicorn_log_level": Alias("log_level"),
     "max_request_body_bytes": Alias("max_body_bytes"),
     "max_num_queued_requests": Alias("max_queue"),
-    "api_key": Refusal(
-        "other users of the machine see a key on a command line; use --api-key-file, or GRAPHMODE_API_KEY in the "
-        "environment"
-    ),
+    "api_key": Alias(options=_no_key),
     "enable_auto_tool_choice": Refusal("tools are always offered to the model", harmless=(None, True)),
     "enable_request_id_headers": Refusal("every answer has X-Request-Id", harmless=(None, True)),
     "disable_uvicorn_access_log": Refusal("there is a line a request; raise --log-level", harmless=(None, True, False)),

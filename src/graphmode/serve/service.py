@@ -217,6 +217,19 @@ class Service:
         message = f"the model {shown(name)} is not served here; there is {known}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
+    def check_room(self, answers: int) -> None:
+        """Check that a request's answers find room where there are no others.
+
+        Raises:
+            InputError: they never do.
+        """
+        info = self.engine.info
+        if info is not None and answers > (most := info.max_num_seqs + self.options.max_queue):
+            raise InputError(
+                f"n times the number of prompts is {answers}; {most} at most run and wait (max_num_seqs="
+                f"{info.max_num_seqs} and max_queue={self.options.max_queue}). Send several requests"
+            )
+
     def sampling_params(self, body: SamplingFields, **others: Any) -> SamplingParams:
         """Return the sampling parameters of a request; see :func:`~graphmode.serve.protocol.sampling_params`."""
         return sampling_params(body, self._defaults, self.options, **others)

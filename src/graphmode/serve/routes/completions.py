@@ -185,6 +185,7 @@ def _read(service: Service, body: CompletionRequest) -> _Asked:
             "prompt",
             f"there are {len(prompts)} prompts; there may be {service.options.max_prompts}. Send several requests",
         )
+    service.check_room(len(prompts) * answers)
     name, created = service.new_name("cmpl")
     return _Asked(body, name, created, model, prompts, params, prompt_alone)
 
