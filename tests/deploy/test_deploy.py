@@ -140,3 +140,5 @@ def test_what_the_files_of_compose_mount_is_there() -> None:
     assert added["graphmode"]["build"]["args"]["VARIANT"] in variants
     copied = re.findall(r"^COPY (?!--)(.*) \S+$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
     assert all((DEPLOY.parent / name).exists() for names in copied for name in names.split())
+    sent = re.findall(r"^!(.*)$", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
+    assert set(" ".join(copied).split()) == set(sent)
