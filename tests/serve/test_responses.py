@@ -150,6 +150,11 @@ def test_an_async_client(served: Served) -> None:
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
         ({"truncation": "auto"}, "truncation", "auto"),
         ({"reasoning": {"effort": "low"}}, "reasoning_effort", "the chat template does not read"),
+        (
+            {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+            "contradicts text.format",
+        ),
         ({"max_output_tokens": 0}, "max_tokens", "at least 1"),
     ],
 )
@@ -157,6 +162,14 @@ def test_what_is_refused(served: Served, more: dict[str, Any], param: str, words
     error = refused(served, {"input": "Hi"} | more, "/v1/responses")
     assert error["param"] == param
     assert words in error["message"]
+
+
+def test_what_no_answer_could_hold_is_refused(served: Served) -> None:
+    body = json.dumps({"input": "Hi", "metadata": {"a": "\ud800"}})
+    answer = served.post("/v1/responses", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert "half of a surrogate pair" in answer.json()["error"]["message"]
+    assert not served.engine.requests
 
 
 def test_no_image_is_fetched(served: Served) -> None:

@@ -37,6 +37,7 @@ class Question:
         choice: ``auto`` (the model chooses), ``none``, ``required``, or the name of the tool that must be called.
         several_calls: whether an answer may hold more than one.
         schema: the JSON schema of the answer; None where it may be any text.
+        schema_parameter: the name of the parameter that asks for it.
         structured: what else the answer is held to, as ``structured_outputs``.
         template_options: what the chat template reads beside all that.
         add_generation_prompt: whether the prompt ends with the beginning of an answer.
@@ -49,6 +50,7 @@ class Question:
     choice: str = "auto"
     several_calls: bool = True
     schema: Mapping[str, Any] | None = None
+    schema_parameter: str = "response_format"
     structured: Mapping[str, Any] | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
@@ -198,7 +200,7 @@ def _check(question: Question, dialect: Dialect) -> None:
     if question.choice not in ("auto", "none", "required", *names):
         raise refused("tool_choice", f"tool_choice names {question.choice}; the tools are {', '.join(names)}")
     if question.structured is not None and (names or question.schema is not None):
-        other = "tools" if names else "response_format"
+        other = "tools" if names else question.schema_parameter
         raise refused(
             "structured_outputs",
             f"structured_outputs is all of the answer and contradicts {other}; give one of them, or tool_choice none",
@@ -286,15 +288,15 @@ async def submit(service: Service, task: Task, params: SamplingParams, body: Sam
         InputError: the prompt or the parameters do not fit the model.
     """
     question, held_to = task.question, task.structured_outputs
-    if held_to is not None:
-        params = replace(params, structured_outputs=StructuredOutputs(**held_to))
     try:
+        if held_to is not None:
+            params = replace(params, structured_outputs=StructuredOutputs(**held_to))
         return await service.submit(
             task.prompt, params, priority=body.priority, timeout=body.timeout, keep_special=task.keep_special
         )
     except InputError as error:
         if question.structured is None and held_to is not None and "structured_outputs" in str(error):
-            what = "tools" if question.tools else "response_format"
+            what = "tools" if question.tools else question.schema_parameter
             raise refused(what, f"{what} cannot be made a grammar of answers: {error}") from error
         raise
 

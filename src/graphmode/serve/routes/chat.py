@@ -115,8 +115,6 @@ def _params(service: Service, body: ChatRequest) -> SamplingParams:
             f"max_tokens is {body.max_tokens} and max_completion_tokens is {body.max_completion_tokens}; they are one "
             "parameter: give the second alone",
         )
-    if body.response_format is not None and body.structured_outputs is not None:
-        raise refused("response_format", "response_format and structured_outputs ask for two things; give one of them")
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     ours = body.model_copy(update={"logprobs": logprobs, "max_tokens": most})

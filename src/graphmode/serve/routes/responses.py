@@ -52,10 +52,10 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     service = get_service(request)
     model = service.check_model(body.model)
     params = _params(service, body)
+    response = _response(body, params, *service.new_name("resp"), model)
     task = await prepare(service, _question(body), params)
     generation = await submit(service, task, params, body)
-    name, created = service.new_name("resp")
-    maker = _ResponseMaker(body, task, generation, _response(body, params, name, created, model))
+    maker = _ResponseMaker(body, task, generation, response)
     if body.stream:
         return await event_stream(_encoded(maker))
     async with aclosing(maker.events()) as events:
@@ -110,14 +110,13 @@ def _question(body: ResponsesRequest) -> Question:
     """
     choice = body.tool_choice or "auto"
     form = None if body.text is None else body.text.format
-    if form is not None and form.type != "text" and body.structured_outputs is not None:
-        raise refused("text.format", "text.format and structured_outputs ask for two things; give one of them")
     return Question(
         messages=_messages(body),
         tools=[] if choice == "none" else [Function(**tool.model_dump(exclude={"type"})) for tool in body.tools or ()],
         choice=choice.name if isinstance(choice, FunctionChoice) else choice,
         several_calls=body.parallel_tool_calls is not False,
         schema=_schema(form),
+        schema_parameter="text.format",
         structured=body.structured_outputs,
         template_options=body.chat_template_kwargs or {},
         effort=None if body.reasoning is None else body.reasoning.effort,
@@ -198,10 +197,14 @@ def _content(where: str, content: str | Sequence[ContentPart]) -> str | list[dic
 
 
 def _response(body: ResponsesRequest, params: SamplingParams, name: str, created: int, model: str) -> ResponseBody:
-    """Return the response before anything has come of it."""
+    """Return the response before anything has come of it, with what was asked for.
+
+    Raises:
+        ApiError: that holds what no UTF-8 text has, so that it could not be sent.
+    """
     form = TextFormat() if body.text is None or body.text.format is None else body.text.format
     choice = body.tool_choice or "auto"
-    return ResponseBody(
+    response = ResponseBody(
         id=name,
         created_at=created,
         model=model,
@@ -219,6 +222,15 @@ def _response(body: ResponsesRequest, params: SamplingParams, name: str, created
         metadata=body.metadata or {},
         user=body.user,
     )
+    try:
+        json_response(response)
+    except UnicodeEncodeError as error:
+        raise refused(
+            "input",
+            f"the request holds {error.object[error.start]!r}, half of a surrogate pair, which no "
+            "UTF-8 text has; decode the text anew, or replace it",
+        ) from None
+    return response
 
 
 class _ResponseMaker:
