@@ -177,3 +177,17 @@ def test_grammars_that_are_new_wait_in_a_queue_that_ends(served: Served, monkeyp
     assert served.post("/v1/completions", PROMPT | known).status_code == 200
     new = {"structured_outputs": {"choice": ["new"]}}
     assert error_of(served.post("/v1/completions", PROMPT | new), 429)["code"] == "queue_full"
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_read(served: Served) -> None:
+    error = error_of(served.post("/v1/completions", {"prompt": "a" * 60000}), 400)
+    assert "the prompt has 60000 characters" in error["message"]
+    assert served.engine.requests == []
+    body = {"prompt": "word " * 8000, "truncate_prompt_tokens": 5, "max_tokens": 1}
+    assert served.post("/v1/completions", body).json()["usage"]["prompt_tokens"] == 5
+
+
+def test_more_answers_than_ever_find_room_are_refused(served: Served) -> None:
+    served.engine.info.max_num_seqs = 2 - served.app.state.service.options.max_queue  # type: ignore[union-attr]
+    assert "max_queue" in error_of(served.post("/v1/completions", {"prompt": ["a"] * 3}), 400)["message"]
+    assert served.post("/v1/completions", {"prompt": ["a"] * 2}).status_code == 200

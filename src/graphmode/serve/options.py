@@ -30,12 +30,19 @@ def _no_key(value: object) -> Mapping[str, object]:
 _PROXY = Refusal("the server speaks plain HTTP at the root; put a reverse proxy in front of it")
 SERVER: Names = {
     "uvicorn_log_level": Alias("log_level"),
-    "max_request_body_bytes": Alias("max_body_bytes"),
-    "max_num_queued_requests": Alias("max_queue"),
     "api_key": Alias(options=_no_key),
     "enable_auto_tool_choice": Refusal("tools are always offered to the model", harmless=(None, True)),
     "enable_request_id_headers": Refusal("every answer has X-Request-Id", harmless=(None, True)),
     "disable_uvicorn_access_log": Refusal("there is a line a request; raise --log-level", harmless=(None, True, False)),
+    "enable_prompt_tokens_details": Refusal("usage always tells cached tokens", harmless=(None, True)),
+    "enable_log_outputs": Refusal("answers are in no log", harmless=(None, False)),
+    "max_log_len": Refusal("prompts are in no log", harmless=(None, 0)),
+    "api_server_count": Refusal("one process speaks HTTP", harmless=(None, 1)),
+    "chat_template_content_format": Refusal(
+        "parts of a message reach the template as they are where the model takes images, else as one text",
+        harmless=(None, "auto"),
+    ),
+    "allowed_origins": Refusal("pages of other sites may not use the server from a browser; use a reverse proxy"),
     "response_role": Refusal("the role of an answer is assistant", harmless=(None, "assistant")),
     "allowed_local_media_path": Refusal("no path that a client names is read", harmless=(None, "")),
     "allowed_media_domains": Refusal("no address that a client names is fetched; images come as data URLs"),
