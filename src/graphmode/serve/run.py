@@ -82,7 +82,7 @@ def run_server(model: str | Path | None, engine_options: EngineOptions, options:
         def make_app() -> FastAPI:
             return create_app(engine, load_text(name, engine_options), options, keys)
 
-        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
             runner.run(serve(engine, make_app, listener, options, start))
 
 
