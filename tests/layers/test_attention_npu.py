@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from graphmode.cache.specs import LayerCache
 from graphmode.layers.attention import AttentionBatch, cached_attention
 from graphmode.layers.attention_npu import NPU_ATTENTION, host_lengths, npu_attention
+from graphmode.ops import Scoring
 from tests.devices.fake_npu_attention import NAME
 
 MAX_LEN, BLOCK, HEADS, KV_HEADS, DIM = 256, NPU_ATTENTION.block_size, 4, 2, 16
@@ -89,8 +90,7 @@ def run(attend: Any, batch: AttentionBatch, dtype: torch.dtype, **asked: Any) ->
     memory = torch.randn(2, seqs * 2, BLOCK, KV_HEADS, DIM, generator=generator).to(dtype)
     query = torch.randn(tokens, HEADS, DIM, generator=generator).to(dtype)
     key, value = torch.randn(2, tokens, KV_HEADS, DIM, generator=generator).to(dtype)
-    options = {"scale": 0.25, "window": None, "soft_cap": None, "sinks": None, "selection": None, **asked}
-    output = attend(query, key, value, LayerCache(memory[0], memory[1]), batch, **options)
+    output = attend(query, key, value, LayerCache(memory[0], memory[1]), batch, Scoring(0.25, **asked), None)
     # Rows of padding may hold anything.
     real = int((batch.slot_mapping[0] >= 0).sum())
     return output[:real], memory

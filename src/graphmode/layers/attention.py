@@ -105,15 +105,11 @@ def attend(
     query: torch.Tensor,
     cache: LayerCache,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: torch.Tensor | None,
+    scoring: Scoring,
     selection: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to the cache, which holds the new keys and values. Arguments and result as of :func:`cached_attention`."""
-    plan = batch.split_kv_plan(cache.keys.shape[2], window, None if selection is None else selection.shape[1])
-    scoring = Scoring(scale, window, soft_cap, sinks)
+    plan = batch.split_kv_plan(cache.keys.shape[2], scoring.window, None if selection is None else selection.shape[1])
     return paged_attention(query, cache.keys, cache.values, batch.paged(cache.group), scoring, selection, plan)
 
 
@@ -123,10 +119,7 @@ def cached_attention(
     value: torch.Tensor,
     cache: LayerCache,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: torch.Tensor | None,
+    scoring: Scoring,
     selection: torch.Tensor | None,
 ) -> torch.Tensor:
     """Write new keys and values to the cache, then attend to it.
@@ -137,17 +130,14 @@ def cached_attention(
         value: ``[tokens, kv_heads, value_dim]``.
         cache: the layer's.
         batch: the step's.
-        scale: this and what follows as in :class:`~graphmode.ops.Scoring`.
-        window: of sliding-window attention.
-        soft_cap: of the scores.
-        sinks: one logit of each query head.
+        scoring: how scores become weights.
         selection: of keys, for sparse attention.
 
     Returns:
         ``[tokens, q_heads, value_dim]``.
     """
     write_kv(key, value, cache.new_keys, cache.values, batch.slot_mapping[cache.group])
-    return attend(query, cache, batch, scale, window, soft_cap, sinks, selection)
+    return attend(query, cache, batch, scoring, selection)
 
 
 def cached_selection(
@@ -222,13 +212,13 @@ class Attention:
         eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
         slots = batch.slot_mapping[cache.group]
         inputs = HeadInputs(q_norm, k_norm, eps, self.rotation, positions, cache.keys, cache.values, slots)
+        scoring = Scoring(self.scale, self.window)
         if batch.max_query_len == 1 and not batch.piecewise:
             plan = batch.split_kv_plan(cache.keys.shape[2], self.window)
-            scoring = Scoring(self.scale, self.window)
             new = self.qkv.of_norm(x, self.norm)
             heads = rotate_and_attend(new, inputs, batch.paged(cache.group), scoring, plan)
         else:
             queries = self.qkv.heads_of_norm(x, self.norm, inputs)
             run = attend_outside_graph if batch.piecewise else attend
-            heads = run(queries, cache, batch, self.scale, self.window, None, None)
+            heads = run(queries, cache, batch, scoring)
         return heads.flatten(1)

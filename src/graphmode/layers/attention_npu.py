@@ -19,7 +19,7 @@ import torch
 
 from graphmode.cache.specs import LayerCache
 from graphmode.layers.attention import AttentionBatch, DeviceAttention, cached_attention
-from graphmode.ops import write_kv
+from graphmode.ops import Scoring, write_kv
 
 # Of the cache: the operator takes multiples of 128 up to 512.
 _BLOCK_SIZE = 128
@@ -35,18 +35,15 @@ def npu_attention(
     value: torch.Tensor,
     cache: LayerCache,
     batch: AttentionBatch,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: torch.Tensor | None,
+    scoring: Scoring,
     selection: torch.Tensor | None,
 ) -> torch.Tensor:
     """Compute the same as :func:`~graphmode.layers.attention.cached_attention`; padding rows are undefined."""
     tokens, heads, head_dim = query.shape
     alike = key.shape == value.shape and cache.keys.shape == cache.values.shape
-    plain = alike and window is None and soft_cap is None and sinks is None and selection is None
+    plain = alike and scoring == Scoring(scoring.scale) and selection is None
     if not plain or query.dtype not in (torch.float16, torch.bfloat16) or head_dim % 16 or head_dim > _MAX_HEAD_DIM:
-        return cached_attention(query, key, value, cache, batch, scale, window, soft_cap, sinks, selection)
+        return cached_attention(query, key, value, cache, batch, scoring, selection)
     write_kv(key, value, cache.keys, cache.values, batch.slot_mapping[cache.group])
     lengths = batch.host_arguments
     tables = batch.block_tables[cache.group]
@@ -61,7 +58,7 @@ def npu_attention(
         actual_seq_lengths_kv=lengths["actual_seq_lengths_kv"],
         block_table=tables,
         num_heads=heads,
-        scale=scale,
+        scale=scoring.scale,
         input_layout="TND",
         num_key_value_heads=cache.keys.shape[2],
         sparse_mode=_CAUSAL,

@@ -14,6 +14,7 @@ from graphmode.layers.attention import AttentionBatch
 from graphmode.models.hf.latent import absorb_keys, expand_values, keeps_latents
 from graphmode.models.hf.sparse import BatchAsMask
 from graphmode.models.hf.versions import SPARSE_LAYER_TYPES
+from graphmode.ops import Scoring
 
 ATTENTION_NAME = "graphmode"
 
@@ -73,10 +74,7 @@ def attention_hook(
         value[0].transpose(0, 1),
         cache,
         attention_batch,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window,
-        softcap,
-        s_aux,
+        Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap, s_aux),
         None if indices is None else indices[0],
     )
     if latent:

@@ -35,6 +35,7 @@ from graphmode.layers.attention import AttentionBatch
 from graphmode.models.hf.experts import real_rows
 from graphmode.models.hf.fuse import close
 from graphmode.models.hf.grid_positions import has_grid_positions
+from graphmode.ops import Scoring
 
 log = logging.getLogger(__name__)
 
@@ -145,8 +146,10 @@ class CompiledLayer:
         batch = call.batch
         values = dict(zip(self.names, [*self.weights, *call.tensors], strict=True))
         self.before(values)
-        query, key, value, *options = [values[each] if isinstance(each, str) else each for each in self.asked]
-        values[self.answer] = batch.attention(query, key, value, batch.caches[self.cache], batch, *options)
+        asked: list[Any] = [values[each] if isinstance(each, str) else each for each in self.asked]
+        query, key, value, *scoring, selection = asked
+        cache = batch.caches[self.cache]
+        values[self.answer] = batch.attention(query, key, value, cache, batch, Scoring(*scoring), selection)
         self.after(values)
         [result] = self.after.outputs
         return values[result]
@@ -316,9 +319,11 @@ def _trace(
 
     asked: list[tuple[LayerCache, list[Any], torch.Tensor]] = []
 
-    def ask(query: Any, key: Any, value: Any, cache: LayerCache, batch: object, *options: Any) -> torch.Tensor:
+    def ask(
+        query: Any, key: Any, value: Any, cache: LayerCache, batch: object, scoring: Scoring, selection: Any
+    ) -> torch.Tensor:
         answer: torch.Tensor = query.new_empty(*query.shape[:2], value.shape[2])
-        asked.append((cache, [query, key, value, *options], answer))
+        asked.append((cache, [query, key, value, *scoring, selection], answer))
         return answer
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:

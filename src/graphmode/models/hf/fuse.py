@@ -28,7 +28,7 @@ from graphmode.layers.residual import Norm
 from graphmode.models.hf.attention import sliding_window
 from graphmode.models.hf.experts import real_rows
 from graphmode.models.hf.routers import fuse_routers
-from graphmode.ops import Rotation, embed
+from graphmode.ops import Rotation, Scoring, embed
 
 log = logging.getLogger(__name__)
 
@@ -271,10 +271,8 @@ def _agrees(layer: Any, fused: DecoderLayer, rotary: Any, positions: torch.Tenso
     small, large = (x.mul(size).to(device, dtype) for size in (0.01, 100.0))
     pairs = [*zip(run(layer, small)[1:], run(fused, small)[1:], strict=True)]
     pairs.append((run(layer, large)[0], run(fused, large)[0]))
-    for scale, window, *rest in asked:
-        if (scale, window) != (attention.scale, attention.window) or any(option is not None for option in rest):
-            return False
-    return len(asked) == 2 and all(close(own, other) for own, other in pairs)
+    wanted = (Scoring(attention.scale, attention.window), None)
+    return asked == [wanted] * 2 and all(close(own, other) for own, other in pairs)
 
 
 def _head_agrees(norm: Any, head: Any, fused: Head) -> bool:
