@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import shutil
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,12 @@ from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, BadRequestError
 from PIL import Image
 from pydantic import BaseModel
+from transformers import AutoTokenizer
 
 from graphmode.engine.config import EngineOptions
+from graphmode.engine.grammar import GrammarCompiler
 from graphmode.engine.reading import load_text
+from graphmode.models.bundled_model import bundled_model
 from graphmode.serve.parsing.dialect import dialect
 from tests.multimodal import IMAGE as IMAGE_TOKEN
 from tests.multimodal import save_model, save_processors
@@ -145,6 +150,33 @@ def test_tools_are_called(served: Served, burst: int) -> None:
     results = [{"role": "tool", "tool_call_id": call.id, "content": "Rain."} for call in message.tool_calls]
     chat(served, messages=[*HI, message, *results], tools=[WEATHER, NOW])
     assert "SECOND LORD.\n" + TWO_CALLS + "\n\nMESSENGER.\nRain.\n\n" in prompt(served)
+
+
+def test_special_tokens_that_mark_calls_are_read_and_no_others_are_shown(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mistral"
+    shutil.copytree(bundled_model(), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]", "[ARGS]", "[OTHER]"]})
+    tokenizer.chat_template = "{{ tools }}{{ messages[-1].content }}{# [TOOL_CALLS] [ARGS] #}"
+    tokenizer.save_pretrained(folder)
+    service, text = served.app.state.service, load_text(folder, EngineOptions(device="cpu"))
+    monkeypatch.setattr(service, "text", text)
+    monkeypatch.setattr(service, "dialect", dialect(tokenizer.chat_template, text.detokenizer.special))
+    monkeypatch.setattr(served.engine, "tokenizer", text.tokenizer)
+    served.engine.answer = "So.[OTHER][TOOL_CALLS]now[ARGS]{}"
+    message = chat(served, tools=[NOW]).choices[0].message
+    assert (message.content, message.tool_calls[0].function.name) == ("So.", "now")
+    assert len(message.tool_calls[0].id) == 9
+    assert chat(served).choices[0].message.content == "So.now{}"
+
+    grammars = GrammarCompiler(text.tokenizer, len(text.tokenizer), text.eos_token_ids)
+    monkeypatch.setattr(service, "grammars", grammars)
+    chat(served, tools=[NOW], tool_choice="required")
+    grammars.close()
+    mark = text.tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")
+    assert f"<[{mark}]>" in served.engine.requests[-1].params.structured_outputs.grammar
 
 
 @pytest.mark.parametrize("stream", [False, True])
