@@ -60,7 +60,9 @@ class Engine:
         Raises:
             InputError: as for :meth:`check`, or a request of that name has not ended.
         """
-        self.check(request)
+        self.text.check(request.params)
+        if request.params.structured_outputs is not None:
+            self.core.check(request)  # submit checks all but the grammar
         with self._lock:
             request_id = self.core.submit(request, self._active)
             self._active[request_id] = ActiveRequest(request, request_id, self.text.detokenizer)

@@ -220,11 +220,11 @@ class LLM:
             params *= len(prompts)
         if len(params) != len(prompts):
             raise InputError(f"{len(prompts)} prompts, but {len(params)} sampling parameters; give one, or one each")
-        same = [0 if priority is None else priority] * len(prompts)
-        priorities = [
-            checks.integer("priority", one, also=", or a list with one for each prompt")
-            for one in (priority if isinstance(priority, (list, tuple)) else same)
-        ]
+        priorities: list[int] = [0] * len(prompts)
+        if priority is not None:
+            given = priority if isinstance(priority, (list, tuple)) else [priority] * len(prompts)
+            allowed = ", or a list with one for each prompt"
+            priorities = [checks.integer("priority", each, also=allowed) for each in given]
         if len(priorities) != len(prompts):
             raise InputError(f"{len(prompts)} prompts, but {len(priorities)} priorities; give one, or one each")
         requests, max_model_len = [], self.engine.core.limits.max_model_len

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -45,7 +46,7 @@ class ModelText:
             files.vocab_size,
             files.eos_token_ids,
         )
-        self._options = options
+        self._reader = lru_cache(1)(partial(_reader, files, options))
         generation = None if options.generation_config == "vllm" else files.generation
         self._checkpoint_parameters = checkpoint_parameters(generation or {})
         self._lock = Lock()  # tokenizers and processors are not made for several threads
@@ -93,14 +94,8 @@ class ModelText:
         """
         self.check(params)
         most = max_model_len - 1  # there is room for an answer
-        limits = MediaLimits(
-            images=self._options.max_images_per_prompt,
-            videos=self._options.max_videos_per_prompt,
-            pixels=self._options.max_image_pixels,
-            tokens=most,
-        )
         with self._lock:
-            token_ids, vision = PromptReader(self.files, limits).read(prompt)
+            token_ids, vision = self._reader(most).read(prompt)
         if params.truncate_prompt_tokens is not None:
             if vision is not None:
                 raise InputError(
@@ -109,6 +104,17 @@ class ModelText:
             token_ids = token_ids[-(most if params.truncate_prompt_tokens < 0 else params.truncate_prompt_tokens) :]
         text = prompt if isinstance(prompt, str) else prompt.get("prompt")
         return Request(token_ids, params, text, vision, request_id, stream, priority)
+
+
+def _reader(files: ModelFiles, options: EngineOptions, tokens: int) -> PromptReader:
+    """Return what reads prompts of at most so many tokens."""
+    limits = MediaLimits(
+        images=options.max_images_per_prompt,
+        videos=options.max_videos_per_prompt,
+        pixels=options.max_image_pixels,
+        tokens=tokens,
+    )
+    return PromptReader(files, limits)
 
 
 def read_files(model: str | Path, options: EngineOptions) -> ModelFiles:

@@ -68,19 +68,25 @@ class ActiveRequest:
         self.request_id = request_id
         self.num_cached_tokens = 0
         self._detokenizer = detokenizer
+        self._answers: list[Answer] = []
+        self._prompt_token_ids: list[int] = []
         self._unfinished = request.params.n
         self._prompt_logprobs: list[Mapping[int, Logprob] | None] = [None]
 
-    @cached_property
-    def prompt_token_ids(self) -> list[int]:
-        """The prompt."""
-        return list(self.request.prompt_token_ids)
-
-    @cached_property
+    @property
     def answers(self) -> list[Answer]:
         """The ``params.n`` answers. They are made when tokens come, so that no first step waits for them."""
-        params, prompt = self.request.params, self.prompt_token_ids
-        return [Answer(index, prompt, params, self._detokenizer) for index in range(params.n)]
+        if not self._answers:
+            params, prompt = self.request.params, self.request.prompt_token_ids
+            self._answers = [Answer(index, prompt, params, self._detokenizer) for index in range(params.n)]
+        return self._answers
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt, in the list that all outputs share."""
+        if not self._prompt_token_ids:
+            self._prompt_token_ids = list(self.request.prompt_token_ids)
+        return self._prompt_token_ids
 
     @property
     def finished(self) -> bool:

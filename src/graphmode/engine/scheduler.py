@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator
 from heapq import heappop, heappush
-from itertools import count, takewhile
+from itertools import count
 
 from graphmode.cache.block_manager import BlockManager
 from graphmode.engine.sequence import Sequence
@@ -261,7 +261,11 @@ class Scheduler:
 
 def _insert(queue: dict[Sequence, None], sequence: Sequence) -> None:
     """Put a sequence where its order says: most often last."""
-    later = list(takewhile(lambda each: each.order > sequence.order, reversed(queue)))
+    later = []
+    for each in reversed(queue):
+        if each.order <= sequence.order:
+            break
+        later.append(each)
     queue[sequence] = None
     for each in reversed(later):
         queue[each] = queue.pop(each)
