@@ -34,6 +34,7 @@ def basic(user: str, key: str) -> dict[str, str]:
 def test_every_route_but_health_needs_a_key(locked: Served) -> None:
     paths = {getattr(route, "path", "") for route in locked.app.routes} | set(locked.app.openapi()["paths"])
     assert {"/v1/completions", "/docs", "/openapi.json", "/health", "/ready", "/version"} <= paths
+    paths |= {"/metrics", "/dashboard", "/dashboard/data", "/dashboard/index.html"}
     for path in {*paths, "/", "/nothing", "/health/", "//health", "/health/../version", "/HEALTH"} - {"/health"}:
         for method in ("GET", "POST", "OPTIONS", "HEAD"):
             response = locked.http.request(method, path)
