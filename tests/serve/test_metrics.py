@@ -109,6 +109,7 @@ def test_failures_and_rejections_are_counted_by_cause(metrics: Metrics) -> None:
         metrics.request(1).ended(reason)
     for status in (400, 401, 413, 429, 503):
         metrics.response("POST", "/v1/completions", status)
+    metrics.response("GET", "/dashboard", 401)
     for reason in ("queue_full", "engine_down", "draining"):
         metrics.rejected(reason)
     metrics.request(1).ended("invalid")

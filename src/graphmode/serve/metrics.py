@@ -209,7 +209,7 @@ class Metrics(Collector):
     def response(self, method: str, route: str, status: int) -> None:
         """Count an answer of the HTTP server; ``route`` is the template of the path, never the path itself."""
         self.requests.responses[method if method in _METHODS else "other", route, str(status)] += 1
-        if status in _REFUSALS:
+        if method == "POST" and status in _REFUSALS:  # a page that asks for the key is no rejection
             self.rejected(_REFUSALS[status])
 
     @contextmanager
