@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,35 @@ from graphmode.observe.sweep import (
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-def test_findings_come_in_order_and_as_they_are_made() -> None:
+def test_findings_come_in_order_and_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two workers the one with the first type is done when the other has done the rest."""
+    rest_is_done = threading.Event()
+
+    class Worker:
+        def __init__(self, timeout: float) -> None:
+            pass
+
+        def run(self, model_type: str) -> Finding:
+            if model_type == "a":
+                assert rest_is_done.wait(60)
+            elif model_type == "c":
+                rest_is_done.set()
+            return Finding(model_type, "", Status.FULL)
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr("graphmode.observe.sweep._Worker", Worker)
+    shown: list[str] = []
+    findings = sweep(["a", "b", "c"], workers=2, found=lambda finding: shown.append(finding.model_type))
+    assert [finding.model_type for finding in findings] == ["a", "b", "c"]
+    assert sorted(shown) == ["a", "b", "c"]
+    assert shown.index("a") > shown.index("b")
+
+
+def test_what_runs_is_told_from_what_is_refused() -> None:
     shown: list[Finding] = []
-    findings = sweep(["qwen3_moe", "mamba", "gpt2", "jetmoe", "llava"], found=shown.append)
+    findings = sweep(["qwen3_moe", "mamba", "gpt2", "jetmoe", "llava"], workers=1, found=shown.append)
     assert [(finding.model_type, finding.status) for finding in findings] == [
         ("qwen3_moe", Status.FULL),
         ("mamba", Status.UNSUPPORTED),
@@ -36,7 +63,7 @@ def test_findings_come_in_order_and_as_they_are_made() -> None:
         ("jetmoe", Status.EAGER_ONLY),
         ("llava", Status.UNSUPPORTED),
     ]
-    assert {finding.model_type for finding in shown} == {finding.model_type for finding in findings}
+    assert shown == findings
     assert findings[1].reason.startswith("it keeps a state")
     assert "modeling_jetmoe.py" in findings[3].reason
     assert findings[4].reason.startswith("it is a model of images and text")

@@ -263,7 +263,7 @@ def test_same_bits_every_time(paged_attention, kernel_device: str, lens) -> None
     query_lens, kv_lens, tokens, seqs = lens
     batch = make_batch(query_lens, kv_lens, tokens=tokens, seqs=seqs, max_len=600, device=kernel_device)
     expected = run(paged_attention, batch)
-    for _ in range(3):
+    for _ in range(3 if kernel_device == "cuda" else 1):
         assert torch.equal(run(paged_attention, batch), expected)
 
 
