@@ -28,7 +28,7 @@ LONG = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
 
 
 def refused(*arguments: str, status: int = 1) -> str:
-    result = CliRunner().invoke(app, ["serve", *arguments])
+    result = CliRunner().invoke(app, ["serve", "--port", "0", *arguments])
     assert result.exit_code == status, result.output
     assert "Traceback" not in result.output
     lines = result.output.strip().splitlines()
