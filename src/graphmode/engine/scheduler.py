@@ -287,7 +287,7 @@ def _part(sequence: Sequence, budget: int, scores: int) -> ScheduledSequence | N
         if len(scored) > scores:
             scored = scored[:scores]
             tokens = scored.stop - start
-    if tokens == 0 or (tokens == pending and not sequence.may_draw):
+    if tokens == 0 or (sequence.grammar is not None and tokens == pending and not sequence.may_draw):
         return None
     return ScheduledSequence(sequence, start, tokens, int(tokens == pending), scored)
 
