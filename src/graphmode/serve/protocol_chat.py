@@ -162,7 +162,7 @@ class AnswerMessage(msgspec.Struct):
     Attributes:
         content: what it says; None where it only calls tools.
         reasoning_content: what was thought before.
-        reasoning: the same: vLLM has called it so since 0.11.
+        reasoning: the same, by its newer name.
     """
 
     role: str

@@ -225,7 +225,7 @@ class ResponseEvent(msgspec.Struct):
 
 
 class ItemEvent(msgspec.Struct):
-    """An event about what the response holds. Which fields it has hangs on its type, as OpenAI's API says."""
+    """An event about what the response holds. Its type decides which fields it has, as in OpenAI's API."""
 
     type: str
     sequence_number: int
