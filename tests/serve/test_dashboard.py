@@ -28,6 +28,9 @@ class Clock:
     def time(self) -> float:
         return self.now
 
+    def monotonic(self) -> float:
+        return self.now
+
     def perf_counter(self) -> float:
         return self.now
 

@@ -51,11 +51,17 @@ class History:
     def __init__(self) -> None:
         self.started = time.time()
         self.number = 0
+        self._start = time.monotonic()
         self._entries: deque[Totals] = deque(maxlen=SECONDS + 1)
 
-    def wants(self, now: float) -> bool:
+    def now(self) -> float:
+        """Return the time in seconds since 1970, by a clock that nobody sets meanwhile."""
+        return self.started + time.monotonic() - self._start
+
+    def wants(self) -> bool:
         """Return whether it is time for another entry."""
-        return not self._entries or now - self._entries[-1].time >= 0.95  # what comes four times a second fits
+        # What comes four times a second fits.
+        return not self._entries or self.now() - self._entries[-1].time >= 0.95
 
     def add(self, totals: Totals) -> None:
         """Keep what was counted until now."""

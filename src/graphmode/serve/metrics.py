@@ -227,7 +227,7 @@ class Metrics(Collector):
             self._before = {name: self.counted(name) for name in {**self._before, **self._counted}}
             self._restarts = self.engine.state.restarts
         self._snapshot, self._counted = snapshot, _counters(snapshot)
-        if self.history.wants(time.time()):
+        if self.history.wants():
             self.history.add(self.totals())
 
     @property
@@ -249,7 +249,7 @@ class Metrics(Collector):
         """Return what the history keeps of now."""
         requests = self.requests
         return Totals(
-            time=time.time(),
+            time=self.history.now(),
             prompt_tokens=requests.prompt_tokens,
             generation_tokens=requests.generation_tokens,
             first_token=requests.first_token.buckets,
