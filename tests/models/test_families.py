@@ -138,6 +138,12 @@ def logits_behind(model: PreTrainedModel, prompt: list[int], tokens: list[int]) 
         return model(torch.tensor([[*prompt, *tokens[:-1]]]), use_cache=False).logits[0, len(prompt) - 1 :]
 
 
+def assert_greedy(tokens: list[int], logits: torch.Tensor, count: int) -> None:
+    """Each token is the most likely one behind those before it, so transformers would have chosen the same."""
+    assert logits.argmax(1).tolist() == tokens
+    assert len(tokens) == count
+
+
 def compute_logits(engine: EngineCore, tokens: list[int], prompt_len: int) -> torch.Tensor:
     """The engine's logits for every token after the prompt: the prompt as one mixed step, the rest by decode steps."""
     sequence = Sequence("0", tokens, SamplingParams(temperature=0), 0, state_index=1)
@@ -174,9 +180,7 @@ def test_family_is_token_for_token_transformers(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     for prompt, tokens in zip(PROMPTS, answers[0], strict=True):
         logits = logits_behind(model, prompt, tokens)
-        # Each token is the most likely one behind those before it, so transformers would have chosen the same.
-        assert logits.argmax(1).tolist() == tokens
-        assert len(tokens) == NEW_TOKENS
+        assert_greedy(tokens, logits, NEW_TOKENS)
         ours = compute_logits(llm.engine.core, [*prompt, *tokens[:-1]], len(prompt))
         torch.testing.assert_close(ours, logits, rtol=1e-4, atol=1e-4)
 

@@ -11,7 +11,7 @@ from graphmode import LLM, SamplingParams
 from graphmode.cache.allocate import needed_bytes
 from graphmode.engine.core import EngineCore
 from graphmode.engine.memory import buffers_needed
-from tests.models.test_families import ALL_EXPERTS, SMALL
+from tests.models.test_families import ALL_EXPERTS, SMALL, assert_greedy, logits_behind
 
 pytestmark = pytest.mark.versions
 
@@ -50,20 +50,18 @@ def test_tokens_beyond_several_windows_are_those_of_transformers(tmp_path: Path,
             if name.endswith("sinks"):  # initialised near nothing
                 parameter.normal_()
     theirs.save_pretrained(tmp_path)
-    expected = [
-        theirs.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)[0].tolist()[
-            len(prompt) :
-        ]
-        for prompt in PROMPTS
-    ]
-    assert len({token for tokens in expected for token in tokens}) > 10, "the largest logits say little here"
     given = {"device": "cpu", "dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 256}
     steps = {"decode_steps": 4, "strict": True}
-    groups = LLM(tmp_path, enforce_eager=True, **given).engine.core.cache_groups
+    eager = LLM(tmp_path, enforce_eager=True, **given)
+    groups = eager.engine.core.cache_groups
     assert [group.window for group in groups] == [WINDOW] + [None] * (model != "like Mistral")
     small = int(1.5 * needed_bytes(groups, 200, 32, 4))
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    expected = [output.outputs[0].token_ids for output in eager.generate(prompts, params)]
+    assert len({token for tokens in expected for token in tokens}) > 10, "the largest logits say little here"
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        assert_greedy(tokens, logits_behind(theirs, prompt, tokens), NEW_TOKENS)
     for caching in (True, False):
         for memory in (None, small):
             options = {**given, **steps, "enable_prefix_caching": caching, "kv_cache_memory": memory}
