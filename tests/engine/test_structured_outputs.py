@@ -324,6 +324,7 @@ FAULTY = [
     ({"json": {"items": {"not": {}, "x-guidance": {"lenient": True}}}}, 'Unimplemented keys: ."not".'),
     ({"json": {"type": "integer", "minimum": 3, "maximum": 1}}, "Unsatisfiable"),
     ({"json": {"$ref": "http://nowhere/schema"}}, "not present in a registry"),
+    ({"json": {"$ref": "#"}}, "it allows no answer at all"),
     ({"regex": "(?=a)b"}, "look-around"),
     ({"regex": "a("}, "unclosed group"),
     ({"grammar": "start: other"}, "unknown name"),

@@ -76,6 +76,8 @@ def first_mask(matcher: llguidance.LLMatcher, words: int) -> np.ndarray:
     """
     mask = np.zeros(words, dtype=np.int32)
     matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    if matcher.stop_reason() == "NoExtensionBias" or not mask.any():
+        raise ValueError("it allows no answer at all, such as a definition that is nothing but itself")
     if matcher.is_error():
         raise ValueError(matcher.get_error())
     return mask
@@ -91,9 +93,7 @@ def in_one_line(error: object) -> str:
 def _answer(line: str, tokenizer: llguidance.LLTokenizer, words: int) -> str:
     try:
         kind, content = json.loads(line)
-        matcher = compiled(kind, content, tokenizer)
-        if not first_mask(matcher, words).any():
-            raise ValueError("it allows no answer")
+        first_mask(compiled(kind, content, tokenizer), words)
     except Exception as error:
         return in_one_line(error)
     return ""
