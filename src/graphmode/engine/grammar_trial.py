@@ -76,10 +76,11 @@ def first_mask(matcher: llguidance.LLMatcher, words: int) -> np.ndarray:
     """
     mask = np.zeros(words, dtype=np.int32)
     matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-    if matcher.stop_reason() == "NoExtensionBias" or not mask.any():
-        raise ValueError("it allows no answer at all, such as a definition that is nothing but itself")
-    if matcher.is_error():
-        raise ValueError(matcher.get_error())
+    error = matcher.get_error()
+    if error.startswith("NoExtension") or not mask.any():
+        raise ValueError("it allows no answer at all, like a definition that is nothing but itself")
+    if error:
+        raise ValueError(error)
     return mask
 
 
