@@ -317,7 +317,8 @@ def test_whole_models_give_the_tokens_of_transformers(folder: Path) -> None:
     for prompt in PROMPTS:
         output = reference.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
         expected.append(output[0, len(prompt) :].tolist())
-    for options in ({"enforce_eager": True}, {"strict": True}, {"graph_mode": "piecewise", "strict": True}):
+    graphs = {"strict": True, "graph_sizes": [16]}
+    for options in ({"enforce_eager": True}, graphs, {**graphs, "graph_mode": "piecewise"}):
         llm = LLM(folder, device="cpu", max_num_seqs=4, max_num_batched_tokens=16, **options)
         requests = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
         outputs = llm.generate(requests, SamplingParams(temperature=0, max_tokens=12))  # type: ignore[arg-type]
