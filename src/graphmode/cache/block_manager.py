@@ -97,6 +97,9 @@ class BlockManager:
         """
         tokens = self._known_prefix(sequence) if read_prefix and self._prefix_caching else 0
         sequence.num_computed = sequence.num_settled = tokens
+        if tokens == 0:
+            sequence.block_tables = [[] for _ in self.groups]
+            return
         for group, pool in self._each:
             first = group.first_read(tokens) // group.block_size
             blocks = pool.find(self._keys(sequence, group, range(first, tokens // group.block_size)))

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from threading import Lock
+from weakref import WeakSet
 
 import torch
 
@@ -151,6 +152,7 @@ class EngineCore:
         self._in_flight: StepInFlight | None = None
         self._numbers = count()
         self._active: dict[str, _Submitted] = {}
+        self._fitting: WeakSet[Request] = WeakSet()  # what was checked: many are before they are submitted
         self._aborted: deque[tuple[_Submitted, int | None, FinishReason, str | None]] = deque()
         self._lock = Lock()  # held to change which requests there are
         log.info(
@@ -243,6 +245,8 @@ class EngineCore:
             self._grammars.check(structured)
 
     def _check(self, request: Request) -> None:
+        if request in self._fitting:
+            return
         if request.request_id is not None and not (isinstance(request.request_id, str) and request.request_id):
             raise checks.unfit("request_id", request.request_id, "a text that is not empty, or None")
         self.scheduler.check(len(request.prompt_token_ids), request.params.max_tokens)
@@ -250,6 +254,7 @@ class EngineCore:
         for token in request.token_range:
             if not 0 <= token < (vocab_size := self.loaded.shape.vocab_size):
                 raise InputError(f"the prompt holds token id {token}; the model's ids are 0 to {vocab_size - 1}")
+        self._fitting.add(request)
 
     def submit(self, request: Request, taken: Collection[str] = ()) -> str:
         """Queue a request and return its name, by which outputs and :meth:`abort` know it. Any thread may call it.
