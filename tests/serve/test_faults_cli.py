@@ -127,6 +127,8 @@ def test_an_engine_that_stands_still_is_started_again_while_the_disk_of_the_log_
 def test_without_restarts_a_dead_engine_stays_dead_and_says_why(tmp_path: Path, number: int) -> None:
     with serving(tmp_path, *EAGER, "--no-restart", "--stall-seconds", "3") as running:
         failed = _break(running, number)
+        assert running.http.get("/health").status_code == 503
+        wait_for(lambda: running.http.get("/health").json()["status"] == "dead")  # once it is killed
         for _ in range(3):
             health = running.http.get("/health")
             assert (health.status_code, health.json()["status"]) == (503, "dead")
