@@ -254,8 +254,8 @@ class Service:
 
         Raises:
             InputError: the prompt cannot be read.
-            Overloaded: too many requests wait.
-            EngineDown: the engine does not run.
+            OverloadedError: too many requests wait.
+            EngineDownError: the engine does not run.
         """
         limits = [check_seconds("timeout", timeout), self.options.request_seconds]
         if self.draining:
