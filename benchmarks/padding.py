@@ -45,9 +45,9 @@ def decode_steps(llm: LLM, rows: int, sizes: list[int], steps: int) -> list[Step
         sizes: rows with padding, the graphs'.
         steps: the decode steps that the sequences have room for.
     """
-    runner, blocks = llm.engine.runner, llm.engine.scheduler.blocks
+    runner, blocks = llm.engine.core.runner, llm.engine.core.scheduler.blocks
     length, params = PROMPT_TOKENS + 1, SamplingParams(temperature=0)
-    tokens = torch.randint(llm.engine.loaded.shape.vocab_size, (rows, length)).tolist()
+    tokens = torch.randint(llm.engine.core.loaded.shape.vocab_size, (rows, length)).tolist()
     sequences = [Sequence(str(row), tokens[row], params, 0, state_index=row + 1) for row in range(rows)]
     for sequence in sequences:
         blocks.begin(sequence, read_prefix=False)
@@ -76,7 +76,7 @@ def padded(inputs: StepInputs, step: StepInputs, size: int) -> StepInputs:
 
 def step_ms(llm: LLM, step: StepInputs, steps: int) -> float:
     """Return the time of a decode step in a burst of them, in milliseconds."""
-    graphs = llm.engine.runner.graphs
+    graphs = llm.engine.core.runner.graphs
     graphs.backend.synchronize()
     start = time.perf_counter()
     graphs(family="decode", level=SamplingLevel.PLAIN, repeats=steps, step=step)

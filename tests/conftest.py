@@ -1,6 +1,7 @@
 """Shared fixtures. Without a GPU, Triton kernels run in Triton's interpreter and tests marked gpu are skipped."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,10 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+# A shell lets what it puts in the background ignore interrupts, and so does all that this starts; some tests send them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Time decides no test: a busy machine must not fail one. `make test-properties` asks for many more examples.
 settings.register_profile("graphmode", parent=settings(), deadline=None, max_examples=20)

@@ -3,12 +3,14 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 from typer.testing import CliRunner
@@ -159,38 +161,52 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def wait_for(self, words: str) -> None:
-        deadline = time.monotonic() + 60
+    def shows(self, words: str, seconds: float) -> bool:
+        """Read until it shows these words, and go on behind them; False where it does not in time."""
+        deadline = time.monotonic() + seconds
         while words not in self.shown:
-            assert time.monotonic() < deadline, self.shown
+            if not select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return False
             self.shown += os.read(self._master, 4096).decode()
         self.shown = self.shown.partition(words)[2]
+        return True
 
-    def close(self) -> int:
-        code = self.process.wait(60)
+    def wait_for(self, words: str) -> None:
+        assert self.shows(words, 60), self.shown
+
+    def interrupt(self, words: str) -> None:
+        """Interrupt until it shows these words: a signal just before Python waits for a line is found with the next."""
+        for _ in range(30):
+            self.process.send_signal(signal.SIGINT)
+            if self.shows(words, 2):
+                return
+        pytest.fail(self.shown)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
         os.close(self._master)
-        return code
 
 
 def test_in_a_terminal_an_interrupt_stops_the_answer_and_not_the_program(server: FakeServer) -> None:
     server.step, server.reasoning = 0.01, "let me think"
-    terminal = Terminal("chat", "--base-url", server.url, "--max-tokens", "100000")
-    terminal.wait_for("fake at http")
-    terminal.wait_for(">>> ")
-    terminal.type("tell me all\r")
-    terminal.wait_for("\x1b[2mlet me think")
-    terminal.wait_for("ababab")
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for("stopped after")
-    terminal.wait_for(">>> ")
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for(">>> ")
-    server.step = 0.0
-    terminal.type("/system short\rmore\r")
-    terminal.wait_for("abab")
-    terminal.process.send_signal(signal.SIGINT)
-    terminal.wait_for(">>> ")
-    terminal.type("\x04")
-    assert terminal.close() == 0
+    with Terminal("chat", "--base-url", server.url, "--max-tokens", "100000") as terminal:
+        terminal.wait_for("fake at http")
+        terminal.wait_for(">>> ")
+        terminal.type("tell me all\r")
+        terminal.wait_for("\x1b[2mlet me think")
+        terminal.wait_for("ababab")
+        terminal.interrupt("stopped after")
+        terminal.wait_for(">>> ")
+        terminal.interrupt(">>> ")
+        terminal.type("/system short\rmore\r")
+        terminal.wait_for("abab")
+        terminal.interrupt("stopped after")
+        terminal.wait_for(">>> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(60) == 0
     roles = [each["role"] for each in server.asked[-1]["messages"]]
     assert roles == ["system", "user", "assistant", "user"], "what was said before the interrupt is kept"

@@ -325,8 +325,11 @@ class GraphRunner:
                 signature = self._declared.signature(family, values)
             plan = self._plans.get(signature) or self._planned(signature, family, values)
             self._count(plan, repeats)
+            start = time.perf_counter()
             with torch.inference_mode():
                 leaves, structure = self._run(plan, values, repeats)
+            if plan.program is not None and not plan.idle:
+                self.stats.replay_seconds += time.perf_counter() - start
             if own:
                 with torch.no_grad():
                     leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
@@ -501,10 +504,8 @@ class GraphRunner:
             self._captures.set_host_arguments(plan.family, plan.bound.sizes, values)
             plan.load(values)
             with _unchanged(plan.beyond) if plan.beyond else nullcontext():
-                start = time.perf_counter()
                 for _ in range(repeats):
                     plan.program.replay()
-                self.stats.replay_seconds += time.perf_counter() - start
         return _cut(plan.program.outputs, plan.cuts), plan.program.structure
 
     def _run_unpadded(self, plan: _Plan, values: Mapping[str, Any], repeats: int) -> tuple[list[Any], Structure]:
