@@ -70,7 +70,7 @@ def padded(inputs: StepInputs, step: StepInputs, size: int) -> StepInputs:
         if values is not None and axes.keys() & set(spec.shape):
             shape = [axes.get(axis, length) for axis, length in zip(spec.shape, values.shape, strict=True)]
             wide[name] = torch.full(shape, spec.padding, dtype=spec.dtype)
-            wide[name][tuple(map(slice, values.shape))] = values
+            wide[name][tuple(map(slice, values.shape))] = torch.as_tensor(values)
     return replace(step, **wide)
 
 
