@@ -128,7 +128,7 @@ def main(
                     mode,
                     rows,
                     (figures[mode],),
-                    device_name(llm.engine.device),
+                    device_name(llm.engine.core.device),
                     versions(),
                     datetime.now(UTC).date().isoformat(),
                     {"graph_rows": size, "prompt_tokens": PROMPT_TOKENS, "steps": steps, "repeats": repeats},
