@@ -121,11 +121,11 @@ def test_the_gguf_file_gives_the_same_weights_and_tokens(gguf_file: Path, folder
     for (name, weight), other in zip(theirs.model.named_parameters(), ours.model.parameters(), strict=True):
         assert torch.equal(weight, other), name
     assert ours.shape == theirs.shape
-    assert ours.tokenizer is not None
-    assert theirs.tokenizer is not None
-    assert ours.tokenizer.eos_token == END
-    assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template
-    assert ours.tokenizer(prompts)["input_ids"] == theirs.tokenizer(prompts)["input_ids"]
+    assert ours.files.tokenizer is not None
+    assert theirs.files.tokenizer is not None
+    assert ours.files.tokenizer.eos_token == END
+    assert ours.files.tokenizer.chat_template == theirs.files.tokenizer.chat_template
+    assert ours.files.tokenizer(prompts)["input_ids"] == theirs.files.tokenizer(prompts)["input_ids"]
 
 
 START = """
