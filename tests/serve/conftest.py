@@ -1,4 +1,4 @@
-"""A server whose engine is an actor: it takes requests as the engine process does, and says what a test tells it to."""
+"""A server with a scripted engine: it takes requests as the engine process does, and says what a test tells it to."""
 
 from __future__ import annotations
 
@@ -27,18 +27,10 @@ from graphmode.serve.limits import http_protocol
 from graphmode.serve.options import ServeOptions
 from graphmode.serve.run import listen
 from graphmode.serve.security import ApiKeys
+from tests.serve.fakes import FakeState
 
 MAX_MODEL_LEN = 512
 EOS = 0
-
-
-@dataclass
-class State:
-    phase: str = "ready"
-    cause: str | None = None
-    captured: int = 3
-    to_capture: int = 3
-    restarts: int = 0
 
 
 @dataclass
@@ -46,13 +38,13 @@ class Info:
     max_model_len: int = MAX_MODEL_LEN
     vocab_size: int = 1024
     max_num_seqs: int = 8
-    device: str = "an actor"
+    device: str = "a script"
 
 
-class ActorStream:
+class ScriptedStream:
     """The tokens of one request, in bursts of ``engine.burst``."""
 
-    def __init__(self, engine: ActorEngine, request: Request, deadline_seconds: float | None) -> None:
+    def __init__(self, engine: ScriptedEngine, request: Request, deadline_seconds: float | None) -> None:
         self.request_id = str(len(engine.requests))
         self.closed = False
         self.ended: dict[int, str] = {}
@@ -62,7 +54,7 @@ class ActorStream:
         self._at = [0] * request.params.n
         self._finished = [False] * request.params.n
 
-    def __aiter__(self) -> ActorStream:
+    def __aiter__(self) -> ScriptedStream:
         return self
 
     async def __anext__(self) -> list[NewTokens]:
@@ -130,7 +122,7 @@ class ActorStream:
 
 
 @dataclass
-class ActorEngine:
+class ScriptedEngine:
     """What EngineClient is to the server.
 
     Attributes:
@@ -145,7 +137,7 @@ class ActorEngine:
     """
 
     tokenizer: Any
-    state: State = field(default_factory=State)
+    state: FakeState = field(default_factory=FakeState)
     info: Info | None = field(default_factory=Info)
     snapshot: Any = None
     on_snapshot: Any = None
@@ -154,10 +146,10 @@ class ActorEngine:
         self.reset()
 
     def reset(self) -> None:
-        self.state, self.info = State(), Info()
+        self.state, self.info = FakeState(), Info()
         self.requests: list[Request] = []
         self.deadlines: list[float | None] = []
-        self.streams: list[ActorStream] = []
+        self.streams: list[ScriptedStream] = []
         self.aborted: list[str] = []
         self.burst, self.moves, self.cached = 1, True, 0
         self.failure: Exception | None = None
@@ -183,14 +175,14 @@ class ActorEngine:
         while self.state.phase != "ready":
             await asyncio.sleep(0.005)
 
-    def generate(self, request: Request, deadline_seconds: float | None = None) -> ActorStream:
+    def generate(self, request: Request, deadline_seconds: float | None = None) -> ScriptedStream:
         if self.refusal is not None:
             raise self.refusal
         if self.state.phase != "ready":
             raise EngineDownError(self.state.cause or "the engine is starting", 3)
         self.requests.append(request)
         self.deadlines.append(deadline_seconds)
-        self.streams.append(stream := ActorStream(self, request, deadline_seconds))
+        self.streams.append(stream := ScriptedStream(self, request, deadline_seconds))
         return stream
 
 
@@ -200,14 +192,14 @@ class Served:
 
     Attributes:
         url: where.
-        engine: the actor.
+        engine: the scripted one.
         app: the application.
         client: of OpenAI's, for it.
         http: a plain one.
     """
 
     url: str
-    engine: ActorEngine
+    engine: ScriptedEngine
     app: Any
     client: OpenAI
     http: httpx.Client
@@ -226,7 +218,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 10) -> None:
 
 def start(options: ServeOptions, keys: ApiKeys | None = None) -> Iterator[Served]:
     text = load_text(bundled_model(), EngineOptions())
-    engine = ActorEngine(text.tokenizer)
+    engine = ScriptedEngine(text.tokenizer)
     app = create_app(engine, text, options, keys)
     listener = listen("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that what is not read comes back soon
@@ -257,9 +249,9 @@ def _logging_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture
-def actor() -> ActorEngine:
+def scripted() -> ScriptedEngine:
     """An engine without a server."""
-    return ActorEngine(load_text(bundled_model(), EngineOptions()).tokenizer)
+    return ScriptedEngine(load_text(bundled_model(), EngineOptions()).tokenizer)
 
 
 @pytest.fixture(scope="package")

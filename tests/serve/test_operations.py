@@ -69,5 +69,5 @@ def test_a_server_that_drains_is_alive_and_not_ready(served: Served) -> None:
 def test_the_version_names_what_runs(served: Served) -> None:
     found = served.http.get("/version").json()
     assert found["version"] == __version__
-    assert found["device"] == "an actor"
+    assert found["device"] == "a script"
     assert {"torch", "transformers", "python"} <= found["versions"].keys()

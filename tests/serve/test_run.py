@@ -4,8 +4,9 @@ import asyncio
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -22,7 +23,7 @@ from graphmode.serve.app import create_app
 from graphmode.serve.options import ServeOptions
 from graphmode.serve.run import listen, serve
 
-from .conftest import ActorEngine, wait_for
+from .conftest import ScriptedEngine, wait_for
 
 LONG = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
 
@@ -66,15 +67,15 @@ def test_a_key_on_the_command_line_is_not_repeated() -> None:
 
 
 class Serving:
-    """``serve`` in this thread, with an actor as its engine; another thread plays its clients and the terminal.
+    """``serve`` in this thread, with a scripted engine; another thread plays its clients and the terminal.
 
     Args:
-        actor: the engine.
+        scripted: the engine.
         drain_seconds: as of the options.
     """
 
-    def __init__(self, actor: ActorEngine, drain_seconds: float) -> None:
-        self.engine = actor
+    def __init__(self, scripted: ScriptedEngine, drain_seconds: float) -> None:
+        self.engine = scripted
         self.options = ServeOptions(served_model_name=["bard"], drain_seconds=drain_seconds)
         self.listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
@@ -100,37 +101,39 @@ class Serving:
         except httpx.TransportError:
             return 0
 
-
-def test_a_signal_lets_what_runs_end_and_nothing_begin(actor: ActorEngine) -> None:
-    serving = Serving(actor, drain_seconds=1000)
-
-    def play() -> str:
-        wait_for(lambda: serving.status() == 200)
-        with httpx.stream("POST", f"{serving.url}/v1/completions", json=LONG, timeout=10) as stream:
+    @contextmanager
+    def stream_that_rests(self) -> Iterator[Iterator[str]]:
+        """The lines of a stream behind the first, of an engine that makes nothing more until it is told to."""
+        wait_for(lambda: self.status() == 200)
+        with httpx.stream("POST", f"{self.url}/v1/completions", json=LONG, timeout=10) as stream:
             lines = stream.iter_lines()
             next(lines)
-            actor.moves = False
+            self.engine.moves = False
+            yield lines
+
+
+def test_a_signal_lets_what_runs_end_and_nothing_begin(scripted: ScriptedEngine) -> None:
+    serving = Serving(scripted, drain_seconds=1000)
+
+    def play() -> str:
+        with serving.stream_that_rests() as lines:
             os.kill(os.getpid(), signal.SIGTERM)
             wait_for(lambda: serving.status() == 503)
             refusal = httpx.post(f"{serving.url}/v1/completions", json=LONG).json()
             assert refusal["error"]["code"] == "shutting_down"
             assert httpx.get(f"{serving.url}/health").status_code == 200
-            actor.moves = True
+            scripted.moves = True
             return "".join(lines)
 
     assert serving.run(play).endswith("data: [DONE]")
-    assert actor.closed
+    assert scripted.closed
 
 
-def test_a_second_signal_ends_it_at_once(capsys: pytest.CaptureFixture[str], actor: ActorEngine) -> None:
-    serving = Serving(actor, drain_seconds=1000)
+def test_a_second_signal_ends_it_at_once(capsys: pytest.CaptureFixture[str], scripted: ScriptedEngine) -> None:
+    serving = Serving(scripted, drain_seconds=1000)
 
     def play() -> str:
-        wait_for(lambda: serving.status() == 200)
-        with httpx.stream("POST", f"{serving.url}/v1/completions", json=LONG, timeout=10) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            actor.moves = False
+        with serving.stream_that_rests() as lines:
             os.kill(os.getpid(), signal.SIGINT)
             wait_for(lambda: serving.status() == 503)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -144,16 +147,16 @@ def test_a_second_signal_ends_it_at_once(capsys: pytest.CaptureFixture[str], act
     assert re.fullmatch(r"serving bard at http://127.0.0.1:\d+, ready after [\d.]+ s\n", capsys.readouterr().out)
 
 
-def test_what_does_not_end_in_time_is_cut(actor: ActorEngine) -> None:
-    serving = Serving(actor, drain_seconds=0.2)
+def test_what_does_not_end_in_time_is_cut(scripted: ScriptedEngine) -> None:
+    serving = Serving(scripted, drain_seconds=0.2)
 
     def play() -> httpx.Response:
         wait_for(lambda: serving.status() == 200)
-        actor.moves = False
+        scripted.moves = False
         wait_for_request = ThreadPoolExecutor(1).submit(
             httpx.post, f"{serving.url}/v1/completions", json={"prompt": "a"}, timeout=10
         )
-        wait_for(lambda: actor.requests)
+        wait_for(lambda: scripted.requests)
         os.kill(os.getpid(), signal.SIGTERM)
         return wait_for_request.result()
 
@@ -162,23 +165,23 @@ def test_what_does_not_end_in_time_is_cut(actor: ActorEngine) -> None:
 
 
 def test_an_engine_that_cannot_start_ends_the_server_with_its_cause(
-    capsys: pytest.CaptureFixture[str], actor: ActorEngine
+    capsys: pytest.CaptureFixture[str], scripted: ScriptedEngine
 ) -> None:
-    actor.cannot_start = EngineDownError("the weights are not those of config.json")
-    serving = Serving(actor, drain_seconds=1000)
+    scripted.cannot_start = EngineDownError("the weights are not those of config.json")
+    serving = Serving(scripted, drain_seconds=1000)
     with pytest.raises(EngineDownError, match="the weights"):
         serving.run(lambda: None)
     assert capsys.readouterr().out == ""
 
 
-def test_a_signal_before_it_is_ready_ends_it(capsys: pytest.CaptureFixture[str], actor: ActorEngine) -> None:
-    actor.state.phase = "starting"
-    serving = Serving(actor, drain_seconds=1000)
+def test_a_signal_before_it_is_ready_ends_it(capsys: pytest.CaptureFixture[str], scripted: ScriptedEngine) -> None:
+    scripted.state.phase = "starting"
+    serving = Serving(scripted, drain_seconds=1000)
 
     def play() -> None:
         wait_for(lambda: serving.status() == 503)
         os.kill(os.getpid(), signal.SIGTERM)
 
     serving.run(play)
-    assert actor.closed
+    assert scripted.closed
     assert capsys.readouterr().out == ""

@@ -52,7 +52,7 @@ class EngineLoop:
 
     Attributes:
         busy: whether there is anything to do.
-        turns: how often it went round.
+        turns: how many times the loop has run.
     """
 
     def __init__(self, core: EngineCore, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:

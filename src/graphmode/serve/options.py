@@ -72,7 +72,7 @@ class ServeOptions:
         stall_seconds: the engine stands still when requests run and it has made no step for so long.
         request_seconds: how long a request may take in all; it may ask for less as its timeout. Default: no limit.
         slow_client_seconds: how long a client may leave an answer unread, or its own request unfinished, until it is
-            let go.
+            disconnected.
         max_body_bytes: bytes of a request's body.
         max_prompts: prompts of a request for completions.
         max_answers: answers to a prompt (n).

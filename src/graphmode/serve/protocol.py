@@ -89,6 +89,15 @@ class CachedTokens(msgspec.Struct):
     cached_tokens: int
 
 
+class GenerationHead(msgspec.Struct, gc=False):
+    """What every answer of completions and of chat completions begins with, whole or an event of it."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+
 class Usage(msgspec.Struct, omit_defaults=True):
     """The tokens that a request took."""
 

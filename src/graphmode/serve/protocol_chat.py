@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from pydantic import Field
 
 from graphmode.engine.outputs import Logprob
-from graphmode.serve.protocol import SamplingFields, StreamOptions, Strict, Usage
+from graphmode.serve.protocol import GenerationHead, SamplingFields, StreamOptions, Strict, Usage
 
 NO_EFFECT = "Taken, as OpenAI does, and of no effect on the answer."
 
@@ -238,30 +238,22 @@ class ChunkChoice(msgspec.Struct):
 PromptLogprobs = list[dict[int, Logprob] | None]
 
 
-class ChatCompletion(msgspec.Struct):
+class ChatCompletion(GenerationHead):
     """The answers to a conversation."""
 
-    id: str
-    object: str
-    created: int
-    model: str
     choices: list[Choice]
     usage: Usage
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatCompletionChunk(msgspec.Struct):
+class ChatCompletionChunk(GenerationHead):
     """An event of the answers to a conversation.
 
     Attributes:
         usage: of the whole request; null in events before the last where it was asked for.
     """
 
-    id: str
-    object: str
-    created: int
-    model: str
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET

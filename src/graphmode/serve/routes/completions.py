@@ -20,6 +20,7 @@ from graphmode.errors import InputError
 from graphmode.serve.errors import ApiError
 from graphmode.serve.protocol import (
     GENERATION_ERRORS,
+    GenerationHead,
     SamplingFields,
     StreamOptions,
     Usage,
@@ -86,17 +87,13 @@ class Choice(msgspec.Struct, omit_defaults=True, gc=False):
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
-class Completion(msgspec.Struct, gc=False):
+class Completion(GenerationHead):
     """The answer, or an event of it.
 
     Attributes:
         usage: of the whole request; null in events before the last where it was asked for.
     """
 
-    id: str
-    object: str
-    created: int
-    model: str
     choices: list[Choice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
